@@ -1,0 +1,31 @@
+"""Row-sweep kernels. Importing this package needs torch only; touching a launcher imports Triton."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from popsd_kernels.options import LOGIT_FLOOR, LogitTransform, RowLoss, RowOptions, RowStatistics
+
+__all__ = [
+    "LOGIT_FLOOR",
+    "LogitTransform",
+    "RowLoss",
+    "RowOptions",
+    "RowStatistics",
+    "logit_difference",
+    "row_loss_gradient",
+    "row_statistics",
+]
+
+_LAUNCHERS = {
+    "logit_difference": "popsd_kernels.difference",
+    "row_statistics": "popsd_kernels.statistics",
+    "row_loss_gradient": "popsd_kernels.loss_gradient",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAUNCHERS:
+        return getattr(importlib.import_module(_LAUNCHERS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

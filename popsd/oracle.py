@@ -1,0 +1,109 @@
+"""The executable statement of the method: float64, dense, equation by equation (arXiv 2607.02234), no tricks.
+
+Everything takes raw logits [..., V] of any dtype and computes in float64. Kernels are changed to match this file, never
+the other way round. It materialises every vocabulary-wide tensor: use it to check, not to train.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from popsd.config import DivergenceConfig, PurifiedConfig
+from popsd.types import Decomposition, Head
+
+
+def head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    """[..., D] → [..., V] float64 logits in the model's own order: projection, bias, scale, soft cap."""
+    logits = hidden.double() @ head.weight.double().T
+    if head.bias is not None:
+        logits = logits + head.bias.double()
+    logits = logits * head.logit_scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def log_probs(logits: torch.Tensor, config: DivergenceConfig) -> torch.Tensor:
+    """log softmax over the vocabulary in use, at the configured temperature."""
+    return torch.log_softmax(logits.double()[..., : config.vocab_size] / config.temperature, dim=-1)
+
+
+def purified_target_logits(
+    base: torch.Tensor, teacher: torch.Tensor, reference: torch.Tensor, config: PurifiedConfig
+) -> torch.Tensor:
+    """Unnormalised log target, Eq. 13-17. Entries outside the support of teacher or reference carry no signal: Δ̃ = 0."""
+    log_teacher, log_reference = log_probs(teacher, config), log_probs(reference, config)
+    support = torch.isfinite(log_teacher) & torch.isfinite(log_reference)
+    delta = torch.where(support, log_teacher, 0.0) - torch.where(support, log_reference, 0.0)  # Eq. 13
+    if config.center:
+        delta = delta - delta.sum(-1, keepdim=True) / support.sum(-1, keepdim=True)  # Eq. 14
+    if config.pmi_clip is not None:
+        delta = config.pmi_clip * torch.tanh(delta / config.pmi_clip)  # Eq. 15
+    delta = torch.where(support, delta, 0.0)
+    return log_probs(base, config) + delta / config.pmi_beta  # Eq. 16
+
+
+def divergence(log_p: torch.Tensor, log_q: torch.Tensor, config: DivergenceConfig) -> torch.Tensor:
+    """Generalised JSD of student p and target q per token, Eq. 12 and 18, with both clips. [..., V] log-probs → [...]."""
+    beta = config.beta
+    outside = torch.isneginf(log_p) & torch.isneginf(log_q)  # impossible in both: contributes nothing
+    log_p, log_q = log_p.masked_fill(outside, 0.0), log_q.masked_fill(outside, 0.0)
+    p, q = log_p.exp(), log_q.exp()
+    if beta == 0.0:
+        entries = _times(q, log_q - log_p)
+    elif beta == 1.0:
+        entries = _times(p, log_p - log_q)
+    else:
+        log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+        entries = beta * _times(q, log_q - log_m) + (1.0 - beta) * _times(p, log_p - log_m)
+    if config.entry_clip is not None:
+        entries = entries.clamp(max=config.entry_clip)
+    loss = entries.sum(-1)
+    return loss if config.token_clip is None else loss.clamp(max=config.token_clip)
+
+
+def jsd(student: torch.Tensor, target: torch.Tensor, config: DivergenceConfig) -> torch.Tensor:
+    """Divergence of two sets of raw logits [..., V], per token."""
+    return divergence(log_probs(student, config), log_probs(target, config), config)
+
+
+def purified_jsd(
+    student: torch.Tensor, base: torch.Tensor, teacher: torch.Tensor, reference: torch.Tensor, config: PurifiedConfig
+) -> torch.Tensor:
+    """The purified loss per token from four sets of raw logits [..., V], Eq. 12-18."""
+    target = torch.log_softmax(purified_target_logits(base, teacher, reference, config), dim=-1)
+    return divergence(log_probs(student, config), target, config)
+
+
+def entropy(log_p: torch.Tensor) -> torch.Tensor:
+    """Shannon entropy in nats of [..., V] log-probabilities."""
+    return -_times(log_p.exp(), log_p).sum(-1)
+
+
+def decompose(
+    student: torch.Tensor, teacher: torch.Tensor, reference: torch.Tensor, config: DivergenceConfig
+) -> Decomposition:
+    """Eq. 4 from raw logits [..., V]: norms and cosines over the vocabulary of Δ_total = Δ_ref + Δ_it, per token."""
+    log_student, log_teacher, log_reference = (log_probs(x, config) for x in (student, teacher, reference))
+    outside = torch.isinf(log_student) | torch.isinf(log_teacher) | torch.isinf(log_reference)
+    total = (log_teacher - log_student).masked_fill(outside, 0.0)
+    induced = (log_reference - log_student).masked_fill(outside, 0.0)
+    transferable = (log_teacher - log_reference).masked_fill(outside, 0.0)
+    total_norm, induced_norm, transferable_norm = (x.norm(dim=-1) for x in (total, induced, transferable))
+    return Decomposition(
+        total_norm,
+        induced_norm,
+        transferable_norm,
+        _ratio((total * induced).sum(-1), total_norm * induced_norm),
+        _ratio((total * transferable).sum(-1), total_norm * transferable_norm),
+        _ratio(induced_norm, total_norm),
+    )
+
+
+def _times(probability: torch.Tensor, log_ratio: torch.Tensor) -> torch.Tensor:
+    """0 · log 0 = 0."""
+    return torch.where(probability > 0, probability * log_ratio, 0.0)
+
+
+def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    return torch.where(denominator > 0, numerator / denominator, 0.0)
