@@ -1,0 +1,253 @@
+"""Where a chunk's logits come from and where their gradient goes: projected from hidden states, or given as logits.
+
+Projection stacks the streams so that one matrix product with float32 output serves a chunk of C tokens,
+
+    [student; base; teacher − reference] · Wᵀ  →  [3C, V]        (METHOD identities 1 and 2)
+
+and G·W turns the student's logit gradient into d loss / d hidden. Where the identities do not hold (soft cap, uncentred Δ,
+a decomposition that needs both normalisers) teacher and reference are projected apart, [4C, V]. Two distributions: [2C, V].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from popsd.config import DivergenceConfig, Impl, PurifiedConfig
+from popsd.types import Head
+from popsd_kernels.options import LOGIT_FLOOR, LogitTransform, RowOptions
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Validated inputs of one loss over N tokens; the streams are hidden states [N, D] or, without heads, logits [N, V].
+
+    target: the base stream, or the target itself where ``teacher`` is None. weights: [N] float32 or None.
+    token_ids: [N] int64 or None. heads: student's and frozen one, the same object where it is shared, or None for logits.
+    autocast_dtype: that of the caller's autocast region, if it is in one.
+    """
+
+    student: torch.Tensor
+    target: torch.Tensor
+    teacher: torch.Tensor | None
+    reference: torch.Tensor | None
+    heads: tuple[Head, Head] | None
+    config: DivergenceConfig
+    weights: torch.Tensor | None = None
+    token_ids: torch.Tensor | None = None
+    decompose: bool = False
+    autocast_dtype: torch.dtype | None = None
+    impl: Impl = Impl.AUTO
+    workspace_mib: float | None = None
+
+    @property
+    def purified(self) -> PurifiedConfig | None:
+        """The configuration of the composed target, None where the target is a distribution of its own."""
+        return self.config if self.teacher is not None and isinstance(self.config, PurifiedConfig) else None
+
+    @property
+    def vocab_size(self) -> int:
+        rows = self.student.shape[-1] if self.heads is None else self.heads[0].weight.shape[0]
+        return self.config.vocab_size or rows
+
+    @property
+    def apart(self) -> bool:
+        """Whether teacher and reference need their own logits, because the identities of METHOD.md do not hold."""
+        if self.purified is None:
+            return False
+        if self.heads is None or self.decompose or self.heads[1].softcap is not None:
+            return True
+        # without a tanh the softmax absorbs any constant, so an uncentred Δ_it needs no normalisers either
+        return not self.purified.center and self.purified.pmi_clip is not None
+
+    def row_options(self) -> RowOptions:
+        config, (student, frozen) = self.config, self.heads or (None, None)
+        options = RowOptions(
+            beta=config.beta,
+            inv_temperature=1.0 / config.temperature,
+            entry_clip=config.entry_clip,
+            token_clip=config.token_clip,
+            student=LogitTransform() if student is None else LogitTransform(student.logit_scale, student.softcap),
+            target=LogitTransform() if frozen is None else LogitTransform(frozen.logit_scale, frozen.softcap),
+            delta_scale=1.0 if self.apart or frozen is None else frozen.logit_scale,
+        )
+        if self.purified is None:
+            return options
+        return replace(options, pmi_beta=self.purified.pmi_beta, pmi_clip=self.purified.pmi_clip)
+
+
+class Chunk(NamedTuple):
+    """Raw projections of n tokens, each [n, V]. delta: a float32 buffer that holds, or is to receive, the difference.
+
+    offset: [n] float32, the centring of ``delta``; None where teacher and reference come apart, or there is no delta.
+    """
+
+    student: torch.Tensor
+    target: torch.Tensor
+    delta: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    teacher: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> Chunk:
+        return self._replace(**{name: x[start:stop] for name, x in self._asdict().items() if x is not None})
+
+
+class ProjectedStreams:
+    """Hidden states and heads. After the loop: dhidden [N, D] in the student's dtype, dweight [V, D] and dbias [V] float32."""
+
+    def __init__(
+        self, problem: Problem, row_scale: torch.Tensor | None, *, with_dhidden: bool, with_dhead: bool
+    ) -> None:
+        assert problem.heads is not None
+        student_head, frozen_head = problem.heads
+        vocab, student = problem.vocab_size, problem.student
+        self.problem, self.vocab, self.options = problem, vocab, problem.row_options()
+        self.keep = None if row_scale is None else (row_scale != 0)[:, None]
+        self.student_weight = _operand(student_head.weight[:vocab], student, problem.autocast_dtype)
+        self.frozen_weight = self.student_weight
+        if student_head.weight is not frozen_head.weight:
+            self.frozen_weight = _operand(frozen_head.weight[:vocab], problem.target, problem.autocast_dtype)
+        self.student_bias, self.target_bias = _bias(student_head, vocab), _bias(frozen_head, vocab)
+        self.mean_row = None if problem.purified is None or problem.apart else frozen_head.mean_row(vocab)
+        self.with_gradient = with_dhidden or with_dhead
+        self.dhidden = torch.empty_like(student) if with_dhidden else None
+        self.dweight = self.dbias = None
+        if with_dhead:
+            self.dweight = torch.zeros_like(student_head.weight, dtype=torch.float32)
+            if student_head.bias is not None:
+                self.dbias = torch.zeros_like(student_head.bias, dtype=torch.float32)
+
+    @property
+    def streams(self) -> int:
+        return 2 if self.problem.purified is None else 4 if self.problem.apart else 3
+
+    @property
+    def bytes_per_row(self) -> tuple[int, int]:
+        """Workspace of a token's logits and of its gradient row."""
+        gradient = self.student_weight.element_size() if self.with_gradient else 0
+        return 4 * self.streams * self.vocab, gradient * self.vocab
+
+    def allocate(self, rows: int, gradient_rows: int) -> None:
+        pitch = -(-self.vocab // 16) * 16  # an odd leading dimension costs cuBLAS and vector loads their aligned paths
+        device = self.problem.student.device
+        self.logits = torch.empty(self.streams * rows, pitch, device=device)[:, : self.vocab]
+        self.gradients = None
+        if self.with_gradient:
+            dtype = self.student_weight.dtype
+            self.gradients = torch.empty(gradient_rows, pitch, dtype=dtype, device=device)[:, : self.vocab]
+
+    def load(self, start: int, stop: int) -> Chunk:
+        problem, n = self.problem, stop - start
+        student = self._rows(problem.student, start, stop).to(self.student_weight.dtype)
+        frozen, low, offset = [self._rows(problem.target, start, stop)], None, None
+        if problem.teacher is not None and problem.reference is not None:
+            pair = [self._rows(x, start, stop) for x in (problem.teacher, problem.reference)]
+            if self.mean_row is None:
+                frozen += pair
+            else:
+                high, low = self._difference(*pair)
+                # the mean of the very rows that the product reads, or centring would be off by their rounding
+                exact = high.float() if low is None else high.float() + low.float()
+                offset = (exact @ self.mean_row).mul_(self.options.delta_scale * self.options.inv_temperature)
+                frozen.append(high)
+        stacked = torch.cat([x.to(self.frozen_weight.dtype) for x in frozen])
+        if self.frozen_weight is self.student_weight:
+            _project(torch.cat([student, stacked]), self.student_weight, self.logits[: self.streams * n])
+        else:
+            _project(student, self.student_weight, self.logits[:n])
+            _project(stacked, self.frozen_weight, self.logits[n : self.streams * n])
+        views = [self.logits[k * n : (k + 1) * n] for k in range(self.streams)]
+        if low is not None:
+            _project(low, self.frozen_weight, views[2], accumulate=True)
+        if problem.apart:
+            return Chunk(views[0], views[1], delta=views[2], teacher=views[2], reference=views[3])
+        return Chunk(views[0], views[1], delta=views[2] if len(views) == 3 else None, offset=offset)
+
+    def gradient(self, first: int, start: int, stop: int) -> torch.Tensor | None:
+        return None if self.gradients is None else self.gradients[start - first : stop - first]
+
+    def fold(self, first: int, last: int) -> None:
+        """dH and dW of a filled gradient buffer: one product over the whole vocabulary, never partial sums in 16 bits."""
+        if self.gradients is None:
+            return
+        gradient = self.gradients[: last - first]
+        if self.dhidden is not None:
+            self.dhidden[first:last] = gradient @ self.student_weight
+        if self.dweight is not None:
+            hidden = self._rows(self.problem.student, first, last).to(gradient.dtype)
+            _project(gradient.t(), hidden.t(), self.dweight[: self.vocab], accumulate=True)
+        if self.dbias is not None:
+            self.dbias[: self.vocab] += gradient.sum(dim=0, dtype=torch.float32)
+
+    def _rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Rows of a stream, masked ones as zeros: padding may hold NaN, and 0 · NaN would reach dW."""
+        rows = tensor.detach()[start:stop]
+        return rows if self.keep is None else torch.where(self.keep[start:stop], rows, 0.0)
+
+    def _difference(self, teacher: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Teacher − reference, taken in float32 and rounded once; on request with what the rounding lost."""
+        difference, dtype = teacher.float() - reference.float(), self.frozen_weight.dtype
+        high = difference.to(dtype)
+        config = self.problem.purified
+        if dtype == torch.float32 or config is None or not config.exact_difference:
+            return high, None
+        return high, (difference - high.float()).to(dtype)
+
+
+class GivenLogits:
+    """Logits [N, V] of any floating dtype. After the loop: dlogits [N, V] in the student's dtype."""
+
+    student_bias = target_bias = None
+
+    def __init__(self, problem: Problem, *, with_gradient: bool) -> None:
+        self.problem, self.vocab = problem, problem.vocab_size
+        # padding columns of the vocabulary keep a zero gradient
+        self.dlogits = torch.zeros_like(problem.student) if with_gradient else None
+
+    @property
+    def bytes_per_row(self) -> tuple[int, int]:
+        return 4 * self.vocab, 0
+
+    def allocate(self, rows: int, gradient_rows: int) -> None:
+        purified = self.problem.purified is not None
+        self.delta = torch.empty(rows, self.vocab, device=self.problem.student.device) if purified else None
+
+    def load(self, start: int, stop: int) -> Chunk:
+        problem = self.problem
+        student, target, teacher, reference = (
+            None if x is None else x.detach()[start:stop, : self.vocab]
+            for x in (problem.student, problem.target, problem.teacher, problem.reference)
+        )
+        assert student is not None and target is not None
+        delta = None if self.delta is None else self.delta[: stop - start]
+        return Chunk(student, target, delta, teacher=teacher, reference=reference)
+
+    def gradient(self, first: int, start: int, stop: int) -> torch.Tensor | None:
+        return None if self.dlogits is None else self.dlogits[start:stop, : self.vocab]
+
+    def fold(self, first: int, last: int) -> None:
+        return
+
+
+def _bias(head: Head, vocab: int) -> torch.Tensor | None:
+    return None if head.bias is None else head.bias.detach()[:vocab].float().clamp_min(LOGIT_FLOOR)
+
+
+def _operand(weight: torch.Tensor, hidden: torch.Tensor, autocast: torch.dtype | None) -> torch.Tensor:
+    """The head in the dtype of the matrix products: float32 on CPU, which has no 16-bit product with float32 output."""
+    weight = weight.detach()
+    if weight.device.type != "cuda":
+        return weight.float()
+    return weight.to(autocast or torch.promote_types(weight.dtype, hidden.dtype))
+
+
+def _project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:
+    """out = hidden · weightᵀ, or out += it, in float32 whatever the operands."""
+    wide: dict[str, Any] = {} if hidden.dtype == torch.float32 else {"out_dtype": torch.float32}
+    if accumulate:
+        torch.addmm(out, hidden, weight.t(), out=out, **wide)
+    else:
+        torch.mm(hidden, weight.t(), out=out, **wide)

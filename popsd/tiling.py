@@ -1,0 +1,175 @@
+"""The one loop over token chunks: load a chunk's logits, sweep, sweep, fold the gradient. It plans the workspace and holds
+no formula; the sweeps are Triton kernels or the torch bodies of the same signature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+
+from popsd import torch_tiles
+from popsd.config import Impl
+from popsd.decomposition import decompose_rows
+from popsd.streams import Chunk, GivenLogits, Problem, ProjectedStreams
+from popsd.types import Decomposition
+from popsd_kernels.options import RowLoss, RowStatistics
+
+SWEEP_ELEMENTS = 1 << 17
+"""Elements per stream that a torch body sees at once: 0.5 MiB of float32, so that its temporaries stay in the L2 cache."""
+
+CPU_WORKSPACE_MIB = 64.0
+GPU_WORKSPACE_MIB = 2048.0
+GPU_GRADIENT_ROWS = 2048
+"""Rows of one G·W product on a GPU: 128 tiles of 128x256 at D = 2048, which occupy 97 % of 132 multiprocessors."""
+
+
+class Bodies(NamedTuple):
+    """An implementation of the row sweeps, and how many elements a stream should have per call (None: a whole chunk)."""
+
+    row_statistics: Callable[..., RowStatistics]
+    row_loss_gradient: Callable[..., RowLoss]
+    logit_difference: Callable[..., torch.Tensor]
+    sweep_elements: int | None
+
+
+class TileResult(NamedTuple):
+    """Per-token results, [N] each."""
+
+    rows: RowLoss
+    decomposition: Decomposition | None
+
+
+def resolve_impl(impl: Impl, device: torch.device) -> Impl:
+    """AUTO: Triton on NVIDIA and AMD GPUs where Triton is installed, torch elsewhere. The others are themselves."""
+    if impl is not Impl.AUTO:
+        return impl
+    return Impl.TRITON if device.type == "cuda" and find_spec("triton") is not None else Impl.TORCH
+
+
+def bodies_for(impl: Impl) -> Bodies:
+    if impl is Impl.TORCH:
+        return Bodies(
+            torch_tiles.row_statistics, torch_tiles.row_loss_gradient, torch_tiles.logit_difference, SWEEP_ELEMENTS
+        )
+    import popsd_kernels
+
+    return Bodies(popsd_kernels.row_statistics, popsd_kernels.row_loss_gradient, popsd_kernels.logit_difference, None)
+
+
+def run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits, row_scale: torch.Tensor | None) -> TileResult:
+    """Per-token results; gradients of Σ row_scale·divergence, where ``source`` wants them, end up in it. row_scale: [N]."""
+    with torch.autocast(problem.student.device.type, enabled=False):  # precision is decided here, stream by stream
+        return _run_tiles(problem, source, row_scale)
+
+
+def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits, row_scale: torch.Tensor | None) -> TileResult:
+    bodies = bodies_for(resolve_impl(problem.impl, problem.student.device))
+    tokens = problem.student.shape[0]
+    chunk_rows, gradient_rows = plan_rows(problem, *source.bytes_per_row)
+    source.allocate(min(chunk_rows, tokens), min(gradient_rows, tokens))
+    empty = problem.student.new_empty(0, dtype=torch.float32)
+    losses = [RowLoss(*[empty] * len(RowLoss._fields))]
+    decompositions = [Decomposition(*[empty] * len(Decomposition._fields))]
+    for first in range(0, tokens, gradient_rows):
+        last = min(first + gradient_rows, tokens)
+        for start in range(first, last, chunk_rows):
+            stop = min(start + chunk_rows, last)
+            chunk, gradient = source.load(start, stop), source.gradient(first, start, stop)
+            step = stop - start
+            if bodies.sweep_elements is not None:
+                step = max(1, min(step, bodies.sweep_elements // problem.vocab_size))
+            for i in range(0, stop - start, step):
+                j = min(i + step, stop - start)
+                rows = slice(start + i, start + j)
+                part = chunk.rows(i, j)
+                if problem.decompose:
+                    decompositions.append(_decompose(problem, source, part))
+                losses.append(_sweep(problem, source, bodies, part, rows, row_scale, gradient, slice(i, j)))
+        source.fold(first, last)
+    return TileResult(
+        RowLoss(*map(torch.cat, zip(*losses, strict=True))),
+        Decomposition(*map(torch.cat, zip(*decompositions, strict=True))) if problem.decompose else None,
+    )
+
+
+def target_logits(problem: Problem) -> torch.Tensor:
+    """Finished logits of the purified target over all tokens at once, [N, V] float32, from given logits."""
+    bodies = bodies_for(resolve_impl(problem.impl, problem.student.device))
+    source, options = GivenLogits(problem, with_gradient=False), problem.row_options()
+    source.allocate(problem.student.shape[0], 0)
+    chunk = source.load(0, problem.student.shape[0])
+    assert problem.purified is not None and chunk.delta is not None
+    offset = bodies.logit_difference(
+        chunk.teacher, chunk.reference, out=chunk.delta, options=options, center=problem.purified.center
+    )
+    bodies.row_statistics(chunk.student, chunk.target, chunk.delta, offset, options=options, target_out=chunk.delta)
+    return chunk.delta
+
+
+def plan_rows(problem: Problem, logit_bytes: int, gradient_bytes: int) -> tuple[int, int]:
+    """Tokens per chunk of logits, and per gradient buffer (a multiple of it), within ``workspace_mib``.
+
+    logit_bytes, gradient_bytes: workspace of one token. Chunks are equal to within a matrix-product tile, so that no
+    small last chunk runs at a fraction of the product's speed.
+    """
+    tokens, on_gpu = max(problem.student.shape[0], 1), problem.student.device.type != "cpu"
+    budget = int((problem.workspace_mib or (GPU_WORKSPACE_MIB if on_gpu else CPU_WORKSPACE_MIB)) * 2**20)
+    chunk = gradient = max(1, budget // (logit_bytes + gradient_bytes))
+    if on_gpu and gradient_bytes:  # up to a third of the budget goes to filling the GPU in G·W
+        gradient = max(chunk, min(GPU_GRADIENT_ROWS, budget // 3 // gradient_bytes))
+        chunk = max(1, (budget - gradient * gradient_bytes) // logit_bytes)
+    chunk = min(chunk, tokens)
+    even = -(-tokens // -(-tokens // chunk))
+    tile = next(unit for unit in (128, 16, 1) if unit <= chunk)
+    chunk = min(chunk, -(-even // tile) * tile)
+    return chunk, max(chunk, gradient // chunk * chunk)
+
+
+def _sweep(
+    problem: Problem,
+    source: ProjectedStreams | GivenLogits,
+    bodies: Bodies,
+    chunk: Chunk,
+    rows: slice,
+    row_scale: torch.Tensor | None,
+    gradient: torch.Tensor | None,
+    local: slice,
+) -> RowLoss:
+    options, offset, target = problem.row_options(), chunk.offset, chunk.target
+    if problem.purified is not None and problem.apart:
+        offset = bodies.logit_difference(
+            chunk.teacher,
+            chunk.reference,
+            out=chunk.delta,
+            bias=source.target_bias,
+            options=options,
+            center=problem.purified.center,
+        )
+    biases = {"student_bias": source.student_bias, "target_bias": source.target_bias}
+    statistics = bodies.row_statistics(
+        chunk.student, target, chunk.delta, offset, **biases, options=options, target_out=chunk.delta
+    )
+    return bodies.row_loss_gradient(
+        chunk.student,
+        target if chunk.delta is None else chunk.delta,
+        statistics,
+        **biases,
+        options=options,
+        purified=chunk.delta is not None,
+        token_ids=None if problem.token_ids is None else problem.token_ids[rows],
+        row_scale=None if row_scale is None else row_scale[rows],
+        gradient=None if gradient is None else gradient[local],
+    )
+
+
+def _decompose(problem: Problem, source: ProjectedStreams | GivenLogits, chunk: Chunk) -> Decomposition:
+    options = problem.row_options()
+    assert chunk.teacher is not None and chunk.reference is not None
+    return decompose_rows(
+        torch_tiles.tempered_logits(chunk.student, source.student_bias, options.student, options),
+        torch_tiles.tempered_logits(chunk.teacher, source.target_bias, options.target, options),
+        torch_tiles.tempered_logits(chunk.reference, source.target_bias, options.target, options),
+    )
