@@ -1,0 +1,88 @@
+"""PurifiedOPSDLoss: averaging, masks, invariance to the micro-batch split, metrics."""
+
+import pytest
+import torch
+from accuracy import make_head, make_hidden, relative_l2
+
+import popsd
+from popsd import HiddenStates, PurifiedConfig, PurifiedOPSDLoss
+
+B, T, D, V = 4, 9, 16, 101
+HEAD = make_head(V, D)
+MASK = torch.arange(T) < torch.tensor([[9], [4], [1], [6]])
+
+
+def batch(spread: float = 0.4) -> HiddenStates:
+    return HiddenStates(*(x.view(B, T, D) for x in make_hidden(B * T, D, spread)))
+
+
+def test_token_mean_is_the_mean_over_the_mask():
+    hidden, config = batch(), PurifiedConfig(beta=0.3)
+    per_token = popsd.linear_purified_jsd(hidden, HEAD, config=config)
+    loss, metrics = PurifiedOPSDLoss(config)(hidden, HEAD, mask=MASK)
+    assert relative_l2(loss, per_token.loss[MASK].mean()) < 1e-6
+    assert metrics["tokens"] == MASK.sum() == 20
+    for name in ("divergence", "student_entropy", "target_entropy", "student_kl", "target_kl", "argmax_agreement"):
+        assert relative_l2(metrics[name], getattr(per_token, name)[MASK].mean()) < 1e-5, name
+
+
+def test_sequence_mean_weighs_every_completion_alike():
+    hidden = batch()
+    per_token = popsd.linear_purified_jsd(hidden, HEAD).loss
+    expected = torch.stack([per_token[i][MASK[i]].mean() for i in range(B)]).mean()
+    loss, _ = PurifiedOPSDLoss(reduction="sequence_mean")(hidden, HEAD, mask=MASK)
+    assert relative_l2(loss, expected) < 1e-6
+    empty = MASK.clone()
+    empty[2] = False
+    expected = torch.stack([per_token[i][MASK[i]].mean() for i in (0, 1, 3)]).mean()
+    assert relative_l2(PurifiedOPSDLoss(reduction="sequence_mean")(hidden, HEAD, mask=empty)[0], expected) < 1e-6
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("loss_target", ["purified", "opsd"])
+def test_the_micro_batch_split_does_not_matter(reduction, loss_target):
+    hidden, loss_fn = batch(), PurifiedOPSDLoss(reduction=reduction, loss_target=loss_target)
+    num_items = MASK.sum() if reduction == "token_mean" else B
+    results = []
+    for split in ([4], [1, 3], [2, 2], [1, 1, 1, 1]):
+        leaf, head = hidden.student.clone().requires_grad_(), popsd.Head(HEAD.weight.clone().requires_grad_())
+        total, start = 0.0, 0
+        for size in split:
+            rows = slice(start, start + size)
+            streams = HiddenStates(leaf[rows], *(x[rows] for x in hidden[1:]))
+            loss, _ = loss_fn(streams, head, mask=MASK[rows], num_items=num_items)
+            loss.backward()
+            total, start = total + loss.detach(), start + size
+        results.append((total, leaf.grad, head.weight.grad))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert relative_l2(b, a) < 1e-6
+
+
+def test_opsd_is_the_teacher_as_target_and_needs_no_reference():
+    hidden, config = batch(), PurifiedConfig(beta=0.0)
+    expected = popsd.linear_jsd(hidden.student, HEAD, hidden.teacher, config=config).loss.mean()
+    streams = HiddenStates(hidden.student, None, hidden.teacher, None)
+    loss, metrics = PurifiedOPSDLoss(config, loss_target="opsd")(streams, HEAD)
+    assert relative_l2(loss, expected) < 1e-6
+    assert "decomposition/total_norm" not in metrics
+
+
+@pytest.mark.parametrize("loss_target", ["purified", "opsd"])
+def test_decomposition_and_token_metrics(loss_target):
+    hidden, ids = batch(), torch.arange(B * T).view(B, T)
+    _, metrics = PurifiedOPSDLoss(loss_target=loss_target)(hidden, HEAD, mask=MASK, token_ids=ids, decompose=True)
+    parts = popsd.decompose(hidden, HEAD)
+    for name, value in parts._asdict().items():
+        assert relative_l2(metrics[f"decomposition/{name}"], value[MASK].mean()) < 1e-5
+    log_p = torch.log_softmax(hidden.student @ HEAD.weight.T, -1).gather(-1, ids[..., None])[..., 0]
+    assert relative_l2(metrics["token_logprob"], log_p[MASK].mean()) < 1e-5
+    assert all(not x.requires_grad and x.ndim == 0 for x in metrics.values())
+
+
+def test_nothing_to_learn_from_is_a_finite_zero_with_a_graph():
+    leaf = batch().student.clone().requires_grad_()
+    loss, metrics = PurifiedOPSDLoss()(batch()._replace(student=leaf), HEAD, mask=torch.zeros(B, T, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0 and metrics["tokens"] == 0 and (leaf.grad == 0).all()
+    assert all(torch.isfinite(x) for x in metrics.values())
