@@ -134,7 +134,7 @@ def checked_weights(weights: torch.Tensor | None, shape: Sequence[int], device: 
     if weights.requires_grad:
         raise ValueError("weights: expected a tensor without gradient; got requires_grad=True. Detach it.")
     flat = weights.reshape(-1).float()
-    if device.type == "cpu" and not torch.isfinite(flat).all():
+    if _may_look(flat) and not torch.isfinite(flat).all():
         raise ValueError("weights: expected finite numbers; got NaN or inf. Mask tokens out with 0.")
     return flat
 
@@ -149,7 +149,7 @@ def checked_token_ids(
     if token_ids.dtype != torch.int64:
         raise TypeError(f"token_ids: expected int64; got {token_ids.dtype}. Convert it with .long().")
     flat = token_ids.reshape(-1)
-    if device.type == "cpu" and flat.numel() and not -1 <= int(flat.min()) <= int(flat.max()) < vocab_size:
+    if _may_look(flat) and flat.numel() and not -1 <= int(flat.min()) <= int(flat.max()) < vocab_size:
         raise ValueError(
             f"token_ids: expected entries in [0, {vocab_size}) or -1 for none; got {int(flat.min())} … {int(flat.max())}."
         )
@@ -173,8 +173,7 @@ def check_finite(
     streams: Streams, weights: torch.Tensor | None, config: DivergenceConfig, *, minus_infinity: bool = False
 ) -> None:
     """No NaN and no inf in tokens that count. ``minus_infinity``: -inf is an impossible token, not an error."""
-    on_cpu = next(iter(streams.values())).device.type == "cpu"
-    if not (on_cpu if config.check_finite is None else config.check_finite):
+    if not (_may_look(next(iter(streams.values()))) if config.check_finite is None else config.check_finite):
         return
     for name, x in streams.items():
         # a sum is finite exactly when no entry is NaN or inf, short of overflow: one cheap pass when all is well
@@ -193,6 +192,11 @@ def check_finite(
                 f"{name}: expected finite values; got NaN or inf first in {where} ({int(rows.sum())} rows in all). "
                 "Mask padding with weights = 0, or look for overflow in that forward pass."
             )
+
+
+def _may_look(tensor: torch.Tensor) -> bool:
+    """Whether values can be looked at for free: a GPU would have to be waited for, a compiler's trace has none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_token_tensor(name: str, tensor: torch.Tensor, shape: Sequence[int], device: torch.device) -> None:

@@ -25,7 +25,7 @@ class DivergenceConfig:
         has zero derivative, and the loss may be negative.
     vocab_size: >= 1 or None; the number of leading vocabulary rows in use. Padding rows beyond it leave every softmax,
         mean and norm.
-    check_finite: look for NaN and inf in the inputs before any work. None: only on CPU, where looking costs no synchronisation.
+    check_finite: look for NaN and inf in the inputs before any work. None: only on CPU and uncompiled, where looking is free.
     """
 
     beta: float = 0.5

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from popsd import checks
-from popsd.autograd import LinearDivergence, LogitDivergence
+from popsd.autograd import Spec, Tensors, divergence
 from popsd.checks import Streams
 from popsd.config import DivergenceConfig, Impl, PurifiedConfig
 from popsd.streams import Problem
@@ -57,7 +57,7 @@ def linear_purified_jsd(
     """
     heads = (student_head, student_head if frozen_head is None else frozen_head)
     request = _Request(weights, token_ids, reduction, impl, workspace_mib, decompose)
-    return _linear(checks.hidden_streams(hidden), heads, checks.checked_config(config, PurifiedConfig), request)
+    return _divergence(checks.hidden_streams(hidden), heads, checks.checked_config(config, PurifiedConfig), request)
 
 
 def linear_jsd(
@@ -82,7 +82,7 @@ def linear_jsd(
     heads = (student_head, student_head if target_head is None else target_head)
     streams = {"student_hidden": student_hidden, "target_hidden": target_hidden}
     request = _Request(weights, token_ids, reduction, impl, workspace_mib)
-    return _linear(streams, heads, checks.checked_config(config, DivergenceConfig), request)
+    return _divergence(streams, heads, checks.checked_config(config, DivergenceConfig), request)
 
 
 def purified_jsd(
@@ -110,7 +110,7 @@ def purified_jsd(
         "reference_logits": reference_logits,
     }
     request = _Request(weights, token_ids, reduction, impl, workspace_mib, decompose)
-    return _from_logits(streams, checks.checked_config(config, PurifiedConfig), request)
+    return _divergence(streams, None, checks.checked_config(config, PurifiedConfig), request)
 
 
 def jsd(
@@ -127,7 +127,7 @@ def jsd(
     """`linear_jsd` from raw logits [N, V] or [B, T, V] that exist already; entries of -inf are impossible tokens."""
     streams = {"student_logits": student_logits, "target_logits": target_logits}
     request = _Request(weights, token_ids, reduction, impl, workspace_mib)
-    return _from_logits(streams, checks.checked_config(config, DivergenceConfig), request)
+    return _divergence(streams, None, checks.checked_config(config, DivergenceConfig), request)
 
 
 @torch.no_grad()
@@ -149,8 +149,13 @@ def purified_target_logits(
         "teacher_logits": teacher_logits,
         "reference_logits": reference_logits,
     }
-    request = _Request(None, None, "none", impl, None)
-    shape, problem = _problem(streams, None, checks.checked_config(config, PurifiedConfig), request)
+    config = checks.checked_config(config, PurifiedConfig)
+    shape = checks.check_streams(streams)
+    checks.check_vocabulary(streams, None, config)
+    checks.check_finite(streams, None, config, minus_infinity=True)
+    student, base, teacher, reference = (_flat(x) for x in streams.values())
+    impl = checks.checked_impl(impl, base.device)
+    problem = Problem(student, base, teacher, reference, None, config, impl=impl)
     return target_logits(problem).unflatten(0, shape)
 
 
@@ -188,47 +193,69 @@ class _Request(NamedTuple):
     decompose: bool = False
 
 
-def _linear(streams: Streams, heads: tuple[Head, Head], config: DivergenceConfig, request: _Request) -> LossOutput:
-    shape, problem = _problem(streams, heads, config, request)
-    arguments = (problem, request.reduction == "sum", torch.is_grad_enabled())
-    outputs = LinearDivergence.apply(_flat(next(iter(streams.values()))), heads[0].weight, heads[0].bias, *arguments)
-    return _output(outputs, problem, shape)
-
-
-def _from_logits(streams: Streams, config: DivergenceConfig, request: _Request) -> LossOutput:
-    shape, problem = _problem(streams, None, config, request)
-    outputs = LogitDivergence.apply(_flat(next(iter(streams.values()))), problem, request.reduction == "sum")
-    return _output(outputs, problem, shape)
-
-
-def _problem(
+def _divergence(
     streams: Streams, heads: tuple[Head, Head] | None, config: DivergenceConfig, request: _Request
-) -> tuple[torch.Size, Problem]:
-    """Validate everything, then describe the work on flat tokens. Returns the tokens' shape beside it."""
+) -> LossOutput:
+    """Validate everything, then hand flat tensors to the operator and give its results their shape."""
     shape = checks.check_streams(streams)
     vocab_size = checks.check_vocabulary(streams, heads, config)
-    device = next(iter(streams.values())).device
-    checks.checked_reduction(request.reduction)
+    total = checks.checked_reduction(request.reduction) == "sum"
     checks.check_workspace(request.workspace_mib)
-    impl = checks.checked_impl(request.impl, device)
-    weights = checks.checked_weights(request.weights, shape, device)
-    token_ids = checks.checked_token_ids(request.token_ids, shape, device, vocab_size)
-    checks.check_finite(streams, weights, config, minus_infinity=heads is None)
     student, target, *rest = (_flat(x) for x in streams.values())
+    impl = checks.checked_impl(request.impl, student.device)
+    weights = checks.checked_weights(request.weights, shape, student.device)
+    token_ids = checks.checked_token_ids(request.token_ids, shape, student.device, vocab_size)
+    checks.check_finite(streams, weights, config, minus_infinity=heads is None)
     teacher, reference = rest or (None, None)
-    return shape, Problem(
+    own, frozen = heads or (None, None)
+    separate = None if own is None or frozen is None or frozen is own else frozen
+    tensors = Tensors(
         student,
         target,
         teacher,
         reference,
-        heads,
-        config,
+        None if own is None else own.weight,
+        None if own is None else own.bias,
+        None if separate is None else separate.weight,
+        None if separate is None else separate.bias,
         weights,
         token_ids,
-        request.decompose,
-        torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None,
-        impl,
-        request.workspace_mib,
+    )
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (student, *tensors[4:6])]
+    train_head = needs[1] or needs[2]
+    early = own is not None and (total or not train_head)
+    device = student.device.type
+    purified = config if isinstance(config, PurifiedConfig) else PurifiedConfig()
+    spec = Spec(
+        beta=config.beta,
+        temperature=config.temperature,
+        token_clip=config.token_clip,
+        entry_clip=config.entry_clip,
+        vocab_size=config.vocab_size,
+        pmi_beta=purified.pmi_beta,
+        pmi_clip=purified.pmi_clip,
+        center=purified.center,
+        exact_difference=purified.exact_difference,
+        student_scale=1.0 if own is None else own.logit_scale,
+        student_softcap=None if own is None else own.softcap,
+        frozen_scale=1.0 if frozen is None else frozen.logit_scale,
+        frozen_softcap=None if frozen is None else frozen.softcap,
+        decompose=request.decompose,
+        total=total,
+        with_dhidden=early and needs[0],
+        with_dhead=early and train_head,
+        impl=impl.value,
+        workspace_mib=request.workspace_mib,
+        autocast=str(torch.get_autocast_dtype(device)).split(".")[1] if torch.is_autocast_enabled(device) else None,
+    )
+    loss, detached = divergence(tensors, spec)
+    rows = RowLoss(*(x.unflatten(0, shape) for x in detached[: len(RowLoss._fields)]))
+    parts = [x.unflatten(0, shape) for x in detached[len(RowLoss._fields) :]]
+    return LossOutput(
+        loss=loss if total else loss.unflatten(0, shape),
+        **(rows._asdict() | {"token_logprob": None if token_ids is None else rows.token_logprob}),
+        decomposition=Decomposition(*parts) if request.decompose else None,
+        weights=torch.ones_like(rows.divergence) if weights is None else weights.view(shape),
     )
 
 
@@ -236,16 +263,3 @@ def _flat(stream: torch.Tensor) -> torch.Tensor:
     """[..., D] → [N, D] with unit inner stride."""
     flat = stream.flatten(0, -2)
     return flat if flat.stride(-1) == 1 or 0 in flat.shape else flat.contiguous()
-
-
-def _output(outputs: tuple[torch.Tensor, ...], problem: Problem, shape: torch.Size) -> LossOutput:
-    loss, *detached = outputs
-    detached = [x.unflatten(0, shape) for x in detached]
-    rows, rest = RowLoss(*detached[: len(RowLoss._fields)]), detached[len(RowLoss._fields) :]
-    weights = torch.ones_like(rows.divergence) if problem.weights is None else problem.weights.view(shape)
-    return LossOutput(
-        loss=loss if loss.ndim == 0 else loss.unflatten(0, shape),
-        **(rows._asdict() | {"token_logprob": None if problem.token_ids is None else rows.token_logprob}),
-        decomposition=Decomposition(*rest) if problem.decompose else None,
-        weights=weights,
-    )

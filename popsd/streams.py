@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from popsd.config import DivergenceConfig, Impl, PurifiedConfig
-from popsd.types import Head
+from popsd.types import Head, mean_row
 from popsd_kernels.options import LOGIT_FLOOR, LogitTransform, RowOptions
 
 
@@ -98,20 +98,18 @@ class Chunk(NamedTuple):
 class ProjectedStreams:
     """Hidden states and heads. After the loop: dhidden [N, D] in the student's dtype, dweight [V, D] and dbias [V] float32."""
 
-    def __init__(
-        self, problem: Problem, row_scale: torch.Tensor | None, *, with_dhidden: bool, with_dhead: bool
-    ) -> None:
+    def __init__(self, problem: Problem, *, with_dhidden: bool, with_dhead: bool) -> None:
         assert problem.heads is not None
         student_head, frozen_head = problem.heads
         vocab, student = problem.vocab_size, problem.student
         self.problem, self.vocab, self.options = problem, vocab, problem.row_options()
-        self.keep = None if row_scale is None else (row_scale != 0)[:, None]
+        self.keep = None if problem.weights is None else (problem.weights != 0)[:, None]
         self.student_weight = _operand(student_head.weight[:vocab], student, problem.autocast_dtype)
         self.frozen_weight = self.student_weight
         if student_head.weight is not frozen_head.weight:
             self.frozen_weight = _operand(frozen_head.weight[:vocab], problem.target, problem.autocast_dtype)
         self.student_bias, self.target_bias = _bias(student_head, vocab), _bias(frozen_head, vocab)
-        self.mean_row = None if problem.purified is None or problem.apart else frozen_head.mean_row(vocab)
+        self.mean_row = None if problem.purified is None or problem.apart else mean_row(frozen_head, vocab)
         self.with_gradient = with_dhidden or with_dhead
         self.dhidden = torch.empty_like(student) if with_dhidden else None
         self.dweight = self.dbias = None
@@ -198,14 +196,14 @@ class ProjectedStreams:
 
 
 class GivenLogits:
-    """Logits [N, V] of any floating dtype. After the loop: dlogits [N, V] in the student's dtype."""
+    """Logits [N, V] of any floating dtype. After the loop: dhidden [N, V], here the logits' own gradient, in their dtype."""
 
-    student_bias = target_bias = None
+    student_bias = target_bias = dweight = dbias = None
 
     def __init__(self, problem: Problem, *, with_gradient: bool) -> None:
         self.problem, self.vocab = problem, problem.vocab_size
         # padding columns of the vocabulary keep a zero gradient
-        self.dlogits = torch.zeros_like(problem.student) if with_gradient else None
+        self.dhidden = torch.zeros_like(problem.student) if with_gradient else None
 
     @property
     def bytes_per_row(self) -> tuple[int, int]:
@@ -226,7 +224,7 @@ class GivenLogits:
         return Chunk(student, target, delta, teacher=teacher, reference=reference)
 
     def gradient(self, first: int, start: int, stop: int) -> torch.Tensor | None:
-        return None if self.dlogits is None else self.dlogits[start:stop, : self.vocab]
+        return None if self.dhidden is None else self.dhidden[start:stop, : self.vocab]
 
     def fold(self, first: int, last: int) -> None:
         return

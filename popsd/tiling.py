@@ -59,13 +59,13 @@ def bodies_for(impl: Impl) -> Bodies:
     return Bodies(popsd_kernels.row_statistics, popsd_kernels.row_loss_gradient, popsd_kernels.logit_difference, None)
 
 
-def run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits, row_scale: torch.Tensor | None) -> TileResult:
-    """Per-token results; gradients of Σ row_scale·divergence, where ``source`` wants them, end up in it. row_scale: [N]."""
+def run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> TileResult:
+    """Per-token results; gradients of Σ weights·divergence, where ``source`` wants them, end up in it."""
     with torch.autocast(problem.student.device.type, enabled=False):  # precision is decided here, stream by stream
-        return _run_tiles(problem, source, row_scale)
+        return _run_tiles(problem, source)
 
 
-def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits, row_scale: torch.Tensor | None) -> TileResult:
+def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> TileResult:
     bodies = bodies_for(resolve_impl(problem.impl, problem.student.device))
     tokens = problem.student.shape[0]
     chunk_rows, gradient_rows = plan_rows(problem, *source.bytes_per_row)
@@ -87,7 +87,7 @@ def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits, row_sca
                 part = chunk.rows(i, j)
                 if problem.decompose:
                     decompositions.append(_decompose(problem, source, part))
-                losses.append(_sweep(problem, source, bodies, part, rows, row_scale, gradient, slice(i, j)))
+                losses.append(_sweep(problem, source, bodies, part, rows, gradient, slice(i, j)))
         source.fold(first, last)
     return TileResult(
         RowLoss(*map(torch.cat, zip(*losses, strict=True))),
@@ -134,7 +134,6 @@ def _sweep(
     bodies: Bodies,
     chunk: Chunk,
     rows: slice,
-    row_scale: torch.Tensor | None,
     gradient: torch.Tensor | None,
     local: slice,
 ) -> RowLoss:
@@ -160,7 +159,7 @@ def _sweep(
         options=options,
         purified=chunk.delta is not None,
         token_ids=None if problem.token_ids is None else problem.token_ids[rows],
-        row_scale=None if row_scale is None else row_scale[rows],
+        row_scale=None if problem.weights is None else problem.weights[rows],
         gradient=None if gradient is None else gradient[local],
     )
 

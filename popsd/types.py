@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import weakref
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,6 @@ class Head:
     bias: torch.Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
-    _mean_row: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _require_matrix("Head.weight", self.weight)
@@ -40,23 +41,32 @@ class Head:
         if self.softcap is not None and not 0 < self.softcap < float("inf"):
             raise ValueError(f"Head.softcap: expected a positive number or None; got {self.softcap}.")
 
-    def mean_row(self, vocab_size: int) -> torch.Tensor:
-        """Mean of the first ``vocab_size`` rows, [D] float32, leaving out rows masked by a bias of -inf.
 
-        Centring (Eq. 14) needs the mean logit over the vocabulary, and the mean of a projection is the projection by the
-        mean row (METHOD identity 2). Cached until the weight is written to again.
-        """
-        key = (vocab_size, 0 if self.weight.is_inference() else self.weight._version)
-        if key not in self._mean_row:
-            with torch.no_grad():
-                weight = self.weight[:vocab_size]
-                if self.bias is None:
-                    mean = weight.mean(dim=0, dtype=torch.float32)
-                else:
-                    mean = weight[torch.isfinite(self.bias[:vocab_size])].mean(dim=0, dtype=torch.float32)
-            self._mean_row.clear()
-            self._mean_row[key] = mean
-        return self._mean_row[key]
+def mean_row(head: Head, vocab_size: int) -> torch.Tensor:
+    """Mean of a head's first ``vocab_size`` rows, [D] float32, leaving out rows masked by a bias of -inf.
+
+    Centring (Eq. 14) needs the mean logit over the vocabulary, and the mean of a projection is the projection by the mean
+    row (METHOD identity 2). Kept for as long as the weight lives, until it is written to again.
+    """
+    weight, bias = head.weight, head.bias
+    key = (vocab_size, *(None if x is None or x.is_inference() else x._version for x in (weight, bias)))
+    known = _mean_rows.get(weight)
+    if known is None or known[0] != key or known[1]() is not bias:
+        rows = weight.detach()[:vocab_size]
+        if bias is None:
+            row = rows.mean(dim=0, dtype=torch.float32)
+        else:
+            kept = torch.isfinite(bias.detach()[:vocab_size])
+            row = torch.where(kept[:, None], rows, 0.0).sum(dim=0, dtype=torch.float32) / kept.sum()
+        known = _mean_rows[weight] = (key, _no_bias if bias is None else weakref.ref(bias), row)
+    return known[2]
+
+
+def _no_bias() -> None:
+    return None
+
+
+_mean_rows: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class HiddenStates(NamedTuple):

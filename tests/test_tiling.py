@@ -8,6 +8,7 @@ import popsd
 from popsd.config import Impl
 from popsd.streams import Problem
 from popsd.tiling import plan_rows, resolve_impl
+from popsd.types import mean_row
 
 
 def problem(tokens: int, device: str = "cpu", workspace_mib: float | None = None) -> Problem:
@@ -41,12 +42,12 @@ def test_auto_is_torch_where_triton_does_not_drive_the_device():
 
 def test_the_mean_row_follows_the_weight():
     head = make_head(50, 6)
-    first = head.mean_row(40)
+    first = mean_row(head, 40)
     assert relative_l2(first, head.weight[:40].double().mean(0)) < 1e-6
-    assert head.mean_row(40) is first
+    assert mean_row(head, 40) is first
     head.weight.mul_(2.0)
-    assert relative_l2(head.mean_row(40), head.weight[:40].double().mean(0)) < 1e-6
-    assert relative_l2(head.mean_row(50), head.weight.double().mean(0)) < 1e-6
+    assert relative_l2(mean_row(head, 40), head.weight[:40].double().mean(0)) < 1e-6
+    assert relative_l2(mean_row(head, 50), head.weight.double().mean(0)) < 1e-6
 
 
 def test_the_exact_difference_changes_nothing_in_float32():
