@@ -124,16 +124,16 @@ class ProjectedStreams:
 
     @property
     def bytes_per_row(self) -> tuple[int, int]:
-        """Workspace of a token's logits and of its gradient row."""
-        gradient = self.student_weight.element_size() if self.with_gradient else 0
-        return 4 * self.streams * self.vocab, gradient * self.vocab
+        """Workspace of a token's logits and of its gradient row; a float32 gradient takes the place of logits read already."""
+        separate = self.with_gradient and self.student_weight.dtype != torch.float32
+        return 4 * self.streams * self.vocab, self.student_weight.element_size() * self.vocab if separate else 0
 
     def allocate(self, rows: int, gradient_rows: int) -> None:
         pitch = -(-self.vocab // 16) * 16  # an odd leading dimension costs cuBLAS and vector loads their aligned paths
         device = self.problem.student.device
         self.logits = torch.empty(self.streams * rows, pitch, device=device)[:, : self.vocab]
         self.gradients = None
-        if self.with_gradient:
+        if self.with_gradient and gradient_rows:
             dtype = self.student_weight.dtype
             self.gradients = torch.empty(gradient_rows, pitch, dtype=dtype, device=device)[:, : self.vocab]
 
@@ -165,13 +165,17 @@ class ProjectedStreams:
         return Chunk(views[0], views[1], delta=views[2] if len(views) == 3 else None, offset=offset)
 
     def gradient(self, first: int, start: int, stop: int) -> torch.Tensor | None:
-        return None if self.gradients is None else self.gradients[start - first : stop - first]
+        if not self.with_gradient:
+            return None
+        if self.gradients is None:  # over the target stream: composed targets live in the difference by now
+            return self.logits[stop - start : 2 * (stop - start)]
+        return self.gradients[start - first : stop - first]
 
     def fold(self, first: int, last: int) -> None:
         """dH and dW of a filled gradient buffer: one product over the whole vocabulary, never partial sums in 16 bits."""
-        if self.gradients is None:
+        gradient = self.gradient(first, first, last)
+        if gradient is None:
             return
-        gradient = self.gradients[: last - first]
         if self.dhidden is not None:
             self.dhidden[first:last] = gradient @ self.student_weight
         if self.dweight is not None:

@@ -69,7 +69,7 @@ def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> Tile
     bodies = bodies_for(resolve_impl(problem.impl, problem.student.device))
     tokens = problem.student.shape[0]
     chunk_rows, gradient_rows = plan_rows(problem, *source.bytes_per_row)
-    source.allocate(min(chunk_rows, tokens), min(gradient_rows, tokens))
+    source.allocate(min(chunk_rows, tokens), min(gradient_rows, tokens) if source.bytes_per_row[1] else 0)
     empty = problem.student.new_empty(0, dtype=torch.float32)
     losses = [RowLoss(*[empty] * len(RowLoss._fields))]
     decompositions = [Decomposition(*[empty] * len(Decomposition._fields))]
@@ -125,7 +125,7 @@ def plan_rows(problem: Problem, logit_bytes: int, gradient_bytes: int) -> tuple[
     even = -(-tokens // -(-tokens // chunk))
     tile = next(unit for unit in (128, 16, 1) if unit <= chunk)
     chunk = min(chunk, -(-even // tile) * tile)
-    return chunk, max(chunk, gradient // chunk * chunk)
+    return chunk, max(chunk, gradient // chunk * chunk) if gradient_bytes else chunk
 
 
 def _sweep(

@@ -247,7 +247,7 @@ def test_no_gradient_work_without_gradients(monkeypatch):
 
     def spy(self, rows, gradient_rows):
         original(self, rows, gradient_rows)
-        made.append(self.gradients is not None)
+        made.append(self.gradient(0, 0, 1) is not None)
 
     monkeypatch.setattr(streams.ProjectedStreams, "allocate", spy)
     hidden, head = make_hidden(6, D, 0.4), head_of("plain")
