@@ -1,0 +1,99 @@
+"""Epistemic markers: the words by which a reasoner doubts and checks itself, counted in completions.
+
+The paper (arXiv 2607.02234) finds that standard OPSD collapses them on Qwen3-8B (73K → 40K) and inflates them on
+R1-Distill-7B (71K → 115K), while the purified target keeps them near 70K: a number worth logging at every step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+DEFAULT_MARKERS = ("wait", "maybe", "perhaps", "check", "hmm", "actually", "but", "however")
+
+
+class Decoder(Protocol):
+    """What is needed of a tokenizer; every Hugging Face tokenizer fits."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+
+
+@dataclass(frozen=True)
+class MarkerCounts:
+    """counts: per marker, summed over the completions. completions: how many. tokens: their length, 0 if unknown."""
+
+    counts: dict[str, int]
+    completions: int
+    tokens: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def per_completion(self, marker: str | None = None) -> float:
+        """Mean number of one marker, or of all of them, in a completion; 0 where there is no completion."""
+        return self._of(marker) / max(self.completions, 1)
+
+    def per_thousand_tokens(self, marker: str | None = None) -> float:
+        """Markers per 1000 tokens: a rate that length does not move; 0 where the tokens were not counted."""
+        return 1000 * self._of(marker) / self.tokens if self.tokens else 0.0
+
+    def _of(self, marker: str | None) -> int:
+        if marker is None:
+            return self.total
+        if marker not in self.counts:
+            raise ValueError(
+                f"marker: expected one of {sorted(self.counts)}; got {marker!r}. Add it to EpistemicMarkers."
+            )
+        return self.counts[marker]
+
+
+@dataclass(frozen=True)
+class EpistemicMarkers:
+    """Counts whole words, whatever their case: ``Wait,`` counts, ``waiter`` does not.
+
+    words: the markers, matched literally; a marker may be several words.
+    """
+
+    words: tuple[str, ...] = DEFAULT_MARKERS
+
+    def __post_init__(self) -> None:
+        if isinstance(self.words, str):
+            raise TypeError(
+                f"words: expected a tuple of markers; got the string {self.words!r}. Write ({self.words!r},)."
+            )
+        object.__setattr__(self, "words", tuple(word.strip().lower() for word in self.words))
+        if not self.words or not all(self.words):
+            raise ValueError(f"words: expected at least one marker and no empty one; got {self.words!r}.")
+        if len(set(self.words)) != len(self.words):
+            raise ValueError(
+                f"words: expected each marker once, case aside; got {self.words!r}. Remove the repetition."
+            )
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        # The longest alternative first, so that "wait a moment" is not counted as "wait".
+        words = sorted(self.words, key=len, reverse=True)
+        return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, words)) + r")(?!\w)", re.IGNORECASE)
+
+    def count_text(self, texts: Sequence[str]) -> MarkerCounts:
+        """Counts over a list of completions given as text. Raises TypeError for a bare string."""
+        if isinstance(texts, str):
+            raise TypeError("texts: expected a list of completions; got one string. Wrap it in a list.")
+        counts = dict.fromkeys(self.words, 0)
+        for text in texts:
+            for match in self._pattern.findall(text):
+                counts[match.lower()] += 1
+        return MarkerCounts(counts, len(texts))
+
+    def count_ids(self, completions: Sequence[Sequence[int]], tokenizer: Decoder) -> MarkerCounts:
+        """Counts over completions given as token ids, padding already removed.
+
+        The ids are decoded first: one word may be several tokens, and one token several cased or spaced forms of a
+        word.
+        """
+        texts = [tokenizer.decode(list(ids), skip_special_tokens=True) for ids in completions]
+        return MarkerCounts(self.count_text(texts).counts, len(texts), sum(map(len, completions)))
