@@ -1,0 +1,1 @@
+"""popsd inside training frameworks: heads, contexts, frozen weights, loops."""

@@ -1,0 +1,142 @@
+import pytest
+import torch
+
+from popsd_integrations.contexts import Prompts, pack
+from popsd_integrations.frozen import AdapterOff, FrozenCopy, eval_mode, frozen_states, frozen_weights
+from popsd_integrations.heads import head_from_model, hidden_states
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+PROMPTS = [Prompts([3, 4, 5], [3, 4, 5, 9, 8, 7], [9, 8, 7]), Prompts([6], [6, 11, 12], [11, 12])]
+COMPLETIONS = [[10, 20], [30, 31, 32]]
+
+
+def tiny(dropout=0.0):
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        attention_dropout=dropout,
+        initializer_range=0.3,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def lora(model, **options):
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"], **options)
+    return peft.get_peft_model(model, config).eval()
+
+
+def alone(model, prompt, completion):
+    """States that predict the completion of a single row, without any padding."""
+    ids = torch.tensor([prompt + completion])
+    with torch.no_grad():
+        return hidden_states(model, ids)[0, len(prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("kind", ["adapter", "copy"])
+def test_states_are_those_of_each_row_alone_under_the_frozen_weights(kind, batched):
+    base = tiny()
+    expected = {
+        (name, row): alone(base, getattr(PROMPTS[row], context), COMPLETIONS[row])
+        for name, context in (("base", "question"), ("teacher", "teacher"), ("reference", "reference"))
+        for row in range(2)
+    }
+    weight = base.lm_head.weight.detach().clone()
+    model = lora(base, modules_to_save=["lm_head"]) if kind == "adapter" else base
+    source = frozen_weights(model)
+    assert isinstance(source, AdapterOff if kind == "adapter" else FrozenCopy)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    states = frozen_states(source, PROMPTS, COMPLETIONS, pad_token_id=0, batched=batched)
+    for (name, row), value in expected.items():
+        found = getattr(states, name)
+        assert found.shape == (2, 3, 32)
+        assert not found.requires_grad
+        torch.testing.assert_close(found[row, : len(value)], value, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states.head.weight, weight)
+    assert not torch.equal(head_from_model(model).weight, weight)
+    moved = alone(model, PROMPTS[0].question, COMPLETIONS[0])
+    assert (moved - expected["base", 0]).abs().max() > 1e-2
+
+
+def test_only_the_contexts_asked_for_are_run():
+    states = frozen_states(FrozenCopy(tiny()), PROMPTS, COMPLETIONS, pad_token_id=0, contexts=["teacher"])
+    assert states.base is None and states.reference is None and states.teacher.shape == (2, 3, 32)
+    for wrong in (["base"], ["teacher", "student"], []):
+        with pytest.raises(ValueError, match=r"contexts: expected the teacher and others of"):
+            frozen_states(FrozenCopy(tiny()), PROMPTS, COMPLETIONS, pad_token_id=0, contexts=wrong)
+
+
+def test_completions_that_disagree_with_the_student_are_refused():
+    student = pack([row.question for row in PROMPTS], [[10, 20], [30, 31, 33]], pad_token_id=0)
+    with pytest.raises(ValueError, match=r"base: expected the completion ids of student; row 1 differs"):
+        frozen_states(FrozenCopy(tiny()), PROMPTS, COMPLETIONS, pad_token_id=0, student=student)
+
+
+def test_adapter_off_restores_flags_and_modes():
+    model = lora(tiny(dropout=0.5))
+    model.train()
+    layers = model.get_base_model().model.layers
+    layers[0].eval()
+    chosen = next(parameter for name, parameter in model.named_parameters() if "lora_A" in name)
+    chosen.requires_grad_(False)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    source = AdapterOff(model)
+    first = frozen_states(source, PROMPTS, COMPLETIONS, pad_token_id=0).teacher
+    second = frozen_states(source, PROMPTS, COMPLETIONS, pad_token_id=0).teacher
+    assert torch.equal(first, second)  # dropout is off inside
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert modes["base_model.model.model.layers.1"] and not modes["base_model.model.model.layers.0"]
+
+
+def test_everything_is_restored_after_an_error_inside():
+    model = lora(tiny()).train()
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    on = alone(model, [3, 4], [5])
+
+    def fail():
+        with AdapterOff(model).weights() as inside:
+            assert not inside.training
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError, match=r"inside"):
+        fail()
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert model.training
+    torch.testing.assert_close(alone(model, [3, 4], [5]), on)
+
+
+def test_frozen_copy_is_apart_from_the_model():
+    model = tiny().train()
+    source = FrozenCopy(model)
+    with source.weights() as frozen:
+        assert not frozen.training and not any(parameter.requires_grad for parameter in frozen.parameters())
+        assert frozen.lm_head.weight.data_ptr() != model.lm_head.weight.data_ptr()
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_wrong_source_is_refused():
+    with pytest.raises(ValueError, match=r"model: expected a PEFT model.*Use FrozenCopy"):
+        AdapterOff(tiny())
+    with pytest.raises(ValueError, match=r"model: expected a model without adapters.*AdapterOff"):
+        FrozenCopy(lora(tiny()))
+
+
+def test_eval_mode_returns_each_module_to_its_own():
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout()).train()
+    model[0].eval()
+    with eval_mode(model):
+        assert not any(module.training for module in model.modules())
+    assert [model.training, model[0].training, model[1].training] == [True, False, True]
