@@ -1,0 +1,81 @@
+"""The ``popsd`` command. Each sub-command imports what it needs when it runs, and names the extra that is missing."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 on bad input or a missing extra."""
+    parser = argparse.ArgumentParser(prog="popsd", description=__doc__.splitlines()[0] if __doc__ else None)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_demo(commands.add_parser("demo", help="watch OPSD destroy a small reasoner and the purified loss keep it"))
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print(f"popsd {options.command}: interrupted; the same command resumes.", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError) as error:
+        print(f"popsd {options.command}: {error}", file=sys.stderr)
+    except ImportError as error:
+        extra = _EXTRA_OF.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        print(f"popsd {options.command} needs {error.name}: pip install 'popsd[{extra}]'", file=sys.stderr)
+    return 2
+
+
+_EXTRA_OF = dict.fromkeys(("transformers", "tokenizers", "peft", "trl", "tqdm"), "trl") | {"matplotlib": "plots"}
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="where results go (%(default)s)")
+    parser.add_argument("--cache-dir", type=Path, default=None, help="where warm-ups are kept (XDG cache, popsd/)")
+    parser.add_argument("--seeds", type=int, default=1, help="runs per target (%(default)s)")
+    parser.add_argument("--warmup-seed", type=int, default=0, help="seed of the base model (%(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="distillation steps (%(default)s)")
+    parser.add_argument("--lora", action="store_true", help="LoRA of rank 8 instead of full fine-tuning")
+    parser.add_argument("--processes", type=int, default=None, help="runs at a time (one per core)")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from popsd_integrations.miniature import report
+    from popsd_integrations.miniature.experiment import ExperimentConfig, run_experiment
+    from popsd_integrations.miniature.warmup import WarmupConfig
+
+    config = ExperimentConfig(
+        seeds=options.seeds,
+        steps=options.steps,
+        lora_rank=8 if options.lora else None,
+        learning_rate=1e-3 if options.lora else ExperimentConfig.learning_rate,
+        warmup=WarmupConfig(seed=options.warmup_seed),
+    )
+    if options.processes is not None and options.processes < 1:
+        raise ValueError(f"--processes: expected at least 1; got {options.processes}.")
+    output: Path = options.output_dir
+    print("Train a small reasoner, then distil it twice on its own completions: standard OPSD and purified OPSD.")
+    results = run_experiment(config, output, options.cache_dir or _cache_dir(), processes=options.processes)
+    print("\n" + report.table(results) + "\n")
+    try:
+        plots = report.plot(results, output)
+    except ImportError:
+        plots = []
+        print("No plots: matplotlib is missing (pip install 'popsd[plots]').")
+    report.write_html(results, plots, output / "report.html")
+    written = ", ".join(str(output / name) for name in ("results.json", "report.html", *(path.name for path in plots)))
+    print(f"{results['seconds']['total']:.0f} s. Written: {written}")
+    return 0
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "popsd"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

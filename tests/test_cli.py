@@ -1,0 +1,122 @@
+import builtins
+
+import pytest
+
+from popsd_integrations import cli
+
+SCORE = {"accuracy": 0.5, "accuracy_greedy": 0.6, "markers": 7.0, "length": 22.0, "eos_rate": 0.9}
+STEPS = [{"step": 1, "loss": 0.1, "student_entropy": 0.3} | {f"eval/{name}": value for name, value in SCORE.items()}]
+STEPS[0] |= {f"decomposition/{n}": 1.0 for n in ("cos_total_reference", "cos_total_transferable", "reference_fraction")}
+RESULTS = {
+    **dict.fromkeys(("base", "opsd", "purified"), SCORE),
+    "standard_error": 0.025,
+    "per_seed": {"opsd": [SCORE], "purified": [SCORE]},
+    "style_gap": {"base": 0.8, "teacher": 0.4, "reference": 0.2, "target": 0.9},
+    "steps": {"opsd": [STEPS], "purified": [STEPS]},
+    "config": {"steps": 1, "batch_size": 2},
+    "seconds": {"warm-up": 1.0, "total": 2.0},
+}
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    """The experiment, replaced by its results; returns what it was called with."""
+    pytest.importorskip("transformers")
+    from popsd_integrations.miniature import experiment
+
+    calls = []
+
+    def run(config, output_dir, cache_dir, *, processes):
+        calls.append((config, output_dir, cache_dir, processes))
+        output_dir.mkdir(parents=True)
+        return RESULTS
+
+    monkeypatch.setattr(experiment, "run_experiment", run)
+    return calls
+
+
+def without(monkeypatch, package):
+    real = builtins.__import__
+
+    def missing(name, *arguments, **options):
+        if name.split(".")[0] == package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+
+
+def test_demo_passes_options_on_and_writes_the_report(experiment, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    output = tmp_path / "out"
+    arguments = [
+        "demo",
+        "--output-dir",
+        str(output),
+        "--seeds",
+        "2",
+        "--lora",
+        "--warmup-seed",
+        "1",
+        "--processes",
+        "1",
+    ]
+    assert cli.main(arguments) == 0
+    ((config, folder, cache, processes),) = experiment
+    assert (config.seeds, config.lora_rank, config.learning_rate, config.warmup.seed) == (2, 8, 1e-3, 1)
+    assert (folder, cache, processes) == (output, tmp_path / "xdg" / "popsd", 1)
+    assert {path.name for path in output.iterdir()} == {"report.html", "outcome.png", "diagnostics.png"}
+    printed = capsys.readouterr().out
+    assert "purified OPSD" in printed and "chosen in the data" in printed and "report.html" in printed
+
+
+def test_demo_without_matplotlib_skips_the_plots_and_says_so(experiment, tmp_path, monkeypatch, capsys):
+    without(monkeypatch, "matplotlib")
+    assert cli.main(["demo", "--output-dir", str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
+    assert "No plots: matplotlib is missing (pip install 'popsd[plots]')" in capsys.readouterr().out
+
+
+def test_a_missing_extra_is_named(experiment, tmp_path, monkeypatch, capsys):
+    from popsd_integrations.miniature import experiment as module
+
+    def run(*arguments, **options):
+        import transformers  # noqa: F401
+
+    monkeypatch.setattr(module, "run_experiment", run)
+    without(monkeypatch, "transformers")
+    assert cli.main(["demo", "--output-dir", str(tmp_path)]) == 2
+    assert "popsd demo needs transformers: pip install 'popsd[trl]'" in capsys.readouterr().err
+
+
+def test_an_import_error_of_another_kind_is_not_hidden(experiment, tmp_path, monkeypatch):
+    from popsd_integrations.miniature import experiment as module
+
+    def run(*arguments, **options):
+        raise ImportError("broken", name="something_else")
+
+    monkeypatch.setattr(module, "run_experiment", run)
+    with pytest.raises(ImportError, match=r"broken"):
+        cli.main(["demo", "--output-dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "seeds: expected at least 1; got 0"),
+        (["--processes", "0"], "--processes: expected at least 1"),
+    ],
+)
+def test_bad_input_is_an_exit_status_and_a_message(experiment, tmp_path, capsys, arguments, message):
+    assert cli.main(["demo", "--output-dir", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert experiment == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["dance"]])
+def test_no_or_an_unknown_command_shows_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: popsd" in capsys.readouterr().err
