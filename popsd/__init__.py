@@ -1,7 +1,7 @@
 """popsd: the loss of Purified On-Policy Self-Distillation (arXiv 2607.02234) without full-vocabulary logits."""
 
 from popsd import oracle
-from popsd.config import DivergenceConfig, Impl, PurifiedConfig
+from popsd.config import DivergenceConfig, Impl, PurifiedConfig, Strategy
 from popsd.functional import (
     decompose,
     jsd,
@@ -24,6 +24,7 @@ __all__ = [
     "LossOutput",
     "PurifiedConfig",
     "PurifiedOPSDLoss",
+    "Strategy",
     "decompose",
     "jsd",
     "linear_jsd",

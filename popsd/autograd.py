@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
-from popsd.config import DivergenceConfig, Impl, PurifiedConfig
+from popsd.config import DivergenceConfig, Impl, PurifiedConfig, Strategy
 from popsd.streams import GivenLogits, Problem, ProjectedStreams
 from popsd.tiling import run_tiles
 from popsd.types import Decomposition, Head
@@ -61,6 +61,7 @@ class Spec(NamedTuple):
     with_dhead: bool
     """Form dW and the bias gradient now."""
     impl: str
+    strategy: str
     workspace_mib: float | None
     autocast: str | None
 
@@ -94,6 +95,7 @@ def _problem(tensors: Tensors, spec: Spec) -> Problem:
         spec.decompose,
         None if spec.autocast is None else getattr(torch, spec.autocast),
         Impl(spec.impl),
+        Strategy(spec.strategy),
         spec.workspace_mib,
     )
 

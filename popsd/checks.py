@@ -9,7 +9,8 @@ from typing import Literal, TypeVar
 
 import torch
 
-from popsd.config import DivergenceConfig, Impl
+from popsd.config import DivergenceConfig, Impl, PurifiedConfig, Strategy
+from popsd.streams import comes_apart
 from popsd.types import Head, HiddenStates
 
 Streams = dict[str, torch.Tensor]
@@ -162,6 +163,38 @@ def checked_reduction(reduction: str) -> Literal["none", "sum"]:
     if reduction == "sum":
         return "sum"
     raise ValueError(f"reduction: expected 'none' or 'sum'; got {reduction!r}. popsd.PurifiedOPSDLoss offers means.")
+
+
+def checked_strategy(
+    strategy: Strategy | str,
+    impl: Impl,
+    heads: tuple[Head, Head] | None,
+    purified: PurifiedConfig | None,
+    decompose: bool,
+) -> Strategy:
+    """A known strategy that can do this case; ``impl`` is resolved, ``purified`` None with two distributions."""
+    try:
+        strategy = Strategy(strategy)
+    except ValueError:
+        raise ValueError(f"strategy: expected one of {[s.value for s in Strategy]}; got {strategy!r}.") from None
+    if strategy is Strategy.CHUNKED:
+        return strategy
+    obstacle = None
+    if impl is not Impl.TRITON:
+        obstacle = "Triton kernels: pass impl='triton' on a GPU"
+    elif heads is None:
+        obstacle = "hidden states and a head, not logits"
+    elif purified is not None and comes_apart(purified, heads[1], decompose):
+        obstacle = "teacher and reference as one difference: no soft cap, centred or without pmi_clip, decompose=False"
+    elif strategy is Strategy.STREAMING and purified is not None and purified.exact_difference:
+        obstacle = "exact_difference=False"
+    elif strategy is Strategy.SINGLE_READ and (
+        purified is None or heads[0].bias is not None or heads[1].bias is not None
+    ):
+        obstacle = "the purified target and heads without bias"
+    if obstacle is not None:
+        raise ValueError(f"strategy: '{strategy.value}' needs {obstacle}. Otherwise use strategy='chunked'.")
+    return strategy
 
 
 def check_workspace(workspace_mib: float | None) -> None:

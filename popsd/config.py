@@ -14,6 +14,19 @@ class Impl(StrEnum):
     TORCH = "torch"
 
 
+class Strategy(StrEnum):
+    """How logits come and go. CHUNKED stores those of a chunk of tokens and sweeps them twice: the fastest so far.
+
+    The others are Triton only and never fall back. SINGLE_READ sweeps once, a row held in registers across programs; off
+    until a GPU has shown it live and faster. STREAMING never writes a logit to memory and recomputes instead: two to
+    three times the work, for tiny memory and huge vocabularies.
+    """
+
+    CHUNKED = "chunked"
+    SINGLE_READ = "single_read"
+    STREAMING = "streaming"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DivergenceConfig:
     """Generalised Jensen-Shannon divergence between student p and target q, m = (1−beta)·p + beta·q (arXiv 2306.13649).

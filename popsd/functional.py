@@ -9,9 +9,9 @@ import torch
 from popsd import checks
 from popsd.autograd import Spec, Tensors, divergence
 from popsd.checks import Streams
-from popsd.config import DivergenceConfig, Impl, PurifiedConfig
+from popsd.config import DivergenceConfig, Impl, PurifiedConfig, Strategy
 from popsd.streams import Problem
-from popsd.tiling import target_logits
+from popsd.tiling import resolve_impl, target_logits
 from popsd.types import Decomposition, Head, HiddenStates, LossOutput
 from popsd_kernels.options import RowLoss
 
@@ -30,6 +30,7 @@ def linear_purified_jsd(
     reduction: Reduction = "none",
     impl: Impl | str = Impl.AUTO,
     workspace_mib: float | None = None,
+    strategy: Strategy | str = Strategy.CHUNKED,
 ) -> LossOutput:
     """Purified OPSD loss per token from last hidden states and the LM head, Eq. 12-18 of arXiv 2607.02234.
 
@@ -47,6 +48,7 @@ def linear_purified_jsd(
         reduction: "none" gives one loss per token, "sum" their sum, for which a trainable head needs no recomputation.
         impl: "auto", "triton" or "torch", see `Impl`.
         workspace_mib: memory for a chunk's logits and gradients; None: 64 on CPU, 2048 on a GPU.
+        strategy: "chunked", "single_read" or "streaming", see `popsd.Strategy`.
 
     Returns: a `LossOutput`.
 
@@ -56,7 +58,7 @@ def linear_purified_jsd(
         TypeError: an argument of the wrong type or dtype.
     """
     heads = (student_head, student_head if frozen_head is None else frozen_head)
-    request = _Request(weights, token_ids, reduction, impl, workspace_mib, decompose)
+    request = _Request(weights, token_ids, reduction, impl, workspace_mib, decompose, strategy)
     return _divergence(checks.hidden_streams(hidden), heads, checks.checked_config(config, PurifiedConfig), request)
 
 
@@ -72,6 +74,7 @@ def linear_jsd(
     reduction: Reduction = "none",
     impl: Impl | str = Impl.AUTO,
     workspace_mib: float | None = None,
+    strategy: Strategy | str = Strategy.CHUNKED,
 ) -> LossOutput:
     """Generalised JSD per token between two models' next-token distributions, from hidden states (arXiv 2306.13649).
 
@@ -81,7 +84,7 @@ def linear_jsd(
     """
     heads = (student_head, student_head if target_head is None else target_head)
     streams = {"student_hidden": student_hidden, "target_hidden": target_hidden}
-    request = _Request(weights, token_ids, reduction, impl, workspace_mib)
+    request = _Request(weights, token_ids, reduction, impl, workspace_mib, strategy=strategy)
     return _divergence(streams, heads, checks.checked_config(config, DivergenceConfig), request)
 
 
@@ -191,6 +194,7 @@ class _Request(NamedTuple):
     impl: Impl | str
     workspace_mib: float | None
     decompose: bool = False
+    strategy: Strategy | str = Strategy.CHUNKED
 
 
 def _divergence(
@@ -207,6 +211,9 @@ def _divergence(
     token_ids = checks.checked_token_ids(request.token_ids, shape, student.device, vocab_size)
     checks.check_finite(streams, weights, config, minus_infinity=heads is None)
     teacher, reference = rest or (None, None)
+    composed = config if rest and isinstance(config, PurifiedConfig) else None
+    driver = resolve_impl(impl, student.device)
+    strategy = checks.checked_strategy(request.strategy, driver, heads, composed, request.decompose)
     own, frozen = heads or (None, None)
     separate = None if own is None or frozen is None or frozen is own else frozen
     tensors = Tensors(
@@ -245,6 +252,7 @@ def _divergence(
         with_dhidden=early and needs[0],
         with_dhead=early and train_head,
         impl=impl.value,
+        strategy=strategy.value,
         workspace_mib=request.workspace_mib,
         autocast=str(torch.get_autocast_dtype(device)).split(".")[1] if torch.is_autocast_enabled(device) else None,
     )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from popsd.config import Impl, PurifiedConfig
+from popsd.config import Impl, PurifiedConfig, Strategy
 from popsd.functional import decompose, linear_jsd, linear_purified_jsd
 from popsd.types import Head, HiddenStates, LossOutput
 
@@ -23,7 +23,7 @@ class PurifiedOPSDLoss(torch.nn.Module):
             ``hidden.base`` and ``hidden.reference`` may be None.
         reduction: "token_mean" divides the sum over tokens by ``num_items``; "sequence_mean" averages each row of [B, T]
             over its own tokens and divides the sum over rows by ``num_items``, the number of rows with a token.
-        impl, workspace_mib: see `popsd.linear_purified_jsd`.
+        impl, workspace_mib, strategy: see `popsd.linear_purified_jsd`.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class PurifiedOPSDLoss(torch.nn.Module):
         reduction: Averaging = "token_mean",
         impl: Impl | str = Impl.AUTO,
         workspace_mib: float | None = None,
+        strategy: Strategy | str = Strategy.CHUNKED,
     ) -> None:
         super().__init__()
         for name, value, valid in (
@@ -44,7 +45,7 @@ class PurifiedOPSDLoss(torch.nn.Module):
                 raise ValueError(f"{name}: expected one of {list(valid)}; got {value!r}.")
         self.config = PurifiedConfig() if config is None else config
         self.loss_target, self.reduction = loss_target, reduction
-        self.impl, self.workspace_mib = impl, workspace_mib
+        self.impl, self.workspace_mib, self.strategy = impl, workspace_mib, strategy
 
     def forward(
         self,
@@ -119,6 +120,7 @@ class PurifiedOPSDLoss(torch.nn.Module):
             "reduction": "sum",
             "impl": self.impl,
             "workspace_mib": self.workspace_mib,
+            "strategy": self.strategy,
         }
         if self.loss_target == "purified":
             return linear_purified_jsd(hidden, student_head, frozen_head, decompose=with_decomposition, **common)

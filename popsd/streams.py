@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from popsd.config import DivergenceConfig, Impl, PurifiedConfig
+from popsd.config import DivergenceConfig, Impl, PurifiedConfig, Strategy
 from popsd.types import Head, mean_row
 from popsd_kernels.options import LOGIT_FLOOR, LogitTransform, RowOptions
 
@@ -40,6 +40,7 @@ class Problem:
     decompose: bool = False
     autocast_dtype: torch.dtype | None = None
     impl: Impl = Impl.AUTO
+    strategy: Strategy = Strategy.CHUNKED
     workspace_mib: float | None = None
 
     @property
@@ -55,12 +56,7 @@ class Problem:
     @property
     def apart(self) -> bool:
         """Whether teacher and reference need their own logits, because the identities of METHOD.md do not hold."""
-        if self.purified is None:
-            return False
-        if self.heads is None or self.decompose or self.heads[1].softcap is not None:
-            return True
-        # without a tanh the softmax absorbs any constant, so an uncentred Δ_it needs no normalisers either
-        return not self.purified.center and self.purified.pmi_clip is not None
+        return self.purified is not None and comes_apart(self.purified, self.heads and self.heads[1], self.decompose)
 
     def row_options(self) -> RowOptions:
         config, (student, frozen) = self.config, self.heads or (None, None)
@@ -78,6 +74,14 @@ class Problem:
         return replace(options, pmi_beta=self.purified.pmi_beta, pmi_clip=self.purified.pmi_clip)
 
 
+def comes_apart(config: PurifiedConfig, frozen_head: Head | None, decompose: bool) -> bool:
+    """Whether Δ_it needs the logits of teacher and reference apart: given logits, a soft cap, or their normalisers."""
+    if frozen_head is None or frozen_head.softcap is not None or decompose:
+        return True
+    # without a tanh the softmax absorbs any constant, so an uncentred Δ_it needs no normalisers either
+    return not config.center and config.pmi_clip is not None
+
+
 class Chunk(NamedTuple):
     """Raw projections of n tokens, each [n, V]. delta: a float32 buffer that holds, or is to receive, the difference.
 
@@ -93,6 +97,15 @@ class Chunk(NamedTuple):
 
     def rows(self, start: int, stop: int) -> Chunk:
         return self._replace(**{name: x[start:stop] for name, x in self._asdict().items() if x is not None})
+
+
+class HiddenRows(NamedTuple):
+    """Operands of the products: student [n, D], frozen streams [n, Df] each, what rounding the difference lost, centring."""
+
+    student: torch.Tensor
+    frozen: list[torch.Tensor]
+    low: torch.Tensor | None
+    offset: torch.Tensor | None
 
 
 class ProjectedStreams:
@@ -137,8 +150,9 @@ class ProjectedStreams:
             dtype = self.student_weight.dtype
             self.gradients = torch.empty(gradient_rows, pitch, dtype=dtype, device=device)[:, : self.vocab]
 
-    def load(self, start: int, stop: int) -> Chunk:
-        problem, n = self.problem, stop - start
+    def hidden_rows(self, start: int, stop: int) -> HiddenRows:
+        """What the matrix products read for tokens [start, stop)."""
+        problem = self.problem
         student = self._rows(problem.student, start, stop).to(self.student_weight.dtype)
         frozen, low, offset = [self._rows(problem.target, start, stop)], None, None
         if problem.teacher is not None and problem.reference is not None:
@@ -151,7 +165,12 @@ class ProjectedStreams:
                 exact = high.float() if low is None else high.float() + low.float()
                 offset = (exact @ self.mean_row).mul_(self.options.delta_scale * self.options.inv_temperature)
                 frozen.append(high)
-        stacked = torch.cat([x.to(self.frozen_weight.dtype) for x in frozen])
+        return HiddenRows(student, [x.to(self.frozen_weight.dtype) for x in frozen], low, offset)
+
+    def load(self, start: int, stop: int) -> Chunk:
+        n = stop - start
+        student, frozen, low, offset = self.hidden_rows(start, stop)
+        stacked = torch.cat(frozen)
         if self.frozen_weight is self.student_weight:
             _project(torch.cat([student, stacked]), self.student_weight, self.logits[: self.streams * n])
         else:
@@ -160,7 +179,7 @@ class ProjectedStreams:
         views = [self.logits[k * n : (k + 1) * n] for k in range(self.streams)]
         if low is not None:
             _project(low, self.frozen_weight, views[2], accumulate=True)
-        if problem.apart:
+        if self.problem.apart:
             return Chunk(views[0], views[1], delta=views[2], teacher=views[2], reference=views[3])
         return Chunk(views[0], views[1], delta=views[2] if len(views) == 3 else None, offset=offset)
 

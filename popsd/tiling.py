@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from popsd import torch_tiles
-from popsd.config import Impl
+from popsd.config import Impl, Strategy
 from popsd.decomposition import decompose_rows
 from popsd.streams import Chunk, GivenLogits, Problem, ProjectedStreams
 from popsd.types import Decomposition
@@ -62,7 +62,35 @@ def bodies_for(impl: Impl) -> Bodies:
 def run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> TileResult:
     """Per-token results; gradients of Σ weights·divergence, where ``source`` wants them, end up in it."""
     with torch.autocast(problem.student.device.type, enabled=False):  # precision is decided here, stream by stream
+        if problem.strategy is Strategy.STREAMING:
+            assert isinstance(source, ProjectedStreams)
+            return _stream(problem, source)
         return _run_tiles(problem, source)
+
+
+def _stream(problem: Problem, source: ProjectedStreams) -> TileResult:
+    """No chunks and no logits: tile kernels project and fold in one."""
+    from popsd_kernels import stream_divergence
+
+    student, frozen, _, offset = source.hidden_rows(0, problem.student.shape[0])
+    vocab = problem.vocab_size
+    rows = stream_divergence(
+        student,
+        frozen[0],
+        frozen[1] if len(frozen) > 1 else None,
+        offset,
+        student_weight=source.student_weight,
+        frozen_weight=None if source.frozen_weight is source.student_weight else source.frozen_weight,
+        student_bias=source.student_bias,
+        target_bias=source.target_bias,
+        options=problem.row_options(),
+        token_ids=problem.token_ids,
+        row_scale=problem.weights,
+        dhidden=source.dhidden,
+        dweight=None if source.dweight is None else source.dweight[:vocab],
+        dbias=None if source.dbias is None else source.dbias[:vocab],
+    )
+    return TileResult(rows, None)
 
 
 def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> TileResult:
@@ -147,6 +175,21 @@ def _sweep(
             options=options,
             center=problem.purified.center,
         )
+    token_ids = None if problem.token_ids is None else problem.token_ids[rows]
+    row_scale = None if problem.weights is None else problem.weights[rows]
+    if problem.strategy is Strategy.SINGLE_READ and gradient is not None:
+        from popsd_kernels import row_single_read
+
+        return row_single_read(
+            chunk.student,
+            target,
+            chunk.delta,
+            offset,
+            options=options,
+            token_ids=token_ids,
+            row_scale=row_scale,
+            gradient=gradient[local],
+        )[1]
     biases = {"student_bias": source.student_bias, "target_bias": source.target_bias}
     statistics = bodies.row_statistics(
         chunk.student, target, chunk.delta, offset, **biases, options=options, target_out=chunk.delta
@@ -158,8 +201,8 @@ def _sweep(
         **biases,
         options=options,
         purified=chunk.delta is not None,
-        token_ids=None if problem.token_ids is None else problem.token_ids[rows],
-        row_scale=None if problem.weights is None else problem.weights[rows],
+        token_ids=token_ids,
+        row_scale=row_scale,
         gradient=None if gradient is None else gradient[local],
     )
 

@@ -145,6 +145,16 @@ CASES = {
         ValueError,
         r"impl: expected one of \['auto', 'tri",
     ),
+    "strategy": (
+        lambda: linear_purified_jsd(HIDDEN, HEAD, strategy="fast"),
+        ValueError,
+        r"strategy: expected one of \['chunked', 'single_read', 'streaming'\]; got 'fast'",
+    ),
+    "strategy without Triton": (
+        lambda: linear_purified_jsd(HIDDEN, HEAD, strategy="streaming", impl="torch"),
+        ValueError,
+        r"strategy: 'streaming' needs Triton kernels: pass impl='triton'.*strategy='chunked'",
+    ),
     "config": (
         lambda: linear_purified_jsd(HIDDEN, HEAD, config=popsd.DivergenceConfig()),
         TypeError,
@@ -232,6 +242,31 @@ def test_triton_never_falls_back(monkeypatch):
     monkeypatch.setattr("popsd.checks.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"impl: 'triton' needs Triton.*popsd\[triton\]"):
         linear_purified_jsd(HIDDEN, HEAD, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "head", "options", "need"),
+    [
+        ("streaming", {"softcap": 5.0}, {}, "one difference"),
+        ("streaming", {}, {"center": False}, "one difference"),
+        ("streaming", {}, {"exact_difference": True}, "exact_difference=False"),
+        ("single_read", {"bias": torch.zeros(V)}, {}, "heads without bias"),
+    ],
+)
+def test_a_strategy_never_falls_back(strategy, head, options, need, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match=f"strategy: '{strategy}' needs .*{need}"):
+        linear_purified_jsd(
+            HIDDEN, Head(HEAD.weight, **head), config=PurifiedConfig(**options), impl="triton", strategy=strategy
+        )
+    with pytest.raises(ValueError, match=r"needs (hidden states|the purified target|Triton)"):
+        popsd.linear_jsd(
+            HIDDEN.student,
+            HEAD,
+            HIDDEN.teacher,
+            impl="triton" if strategy != "streaming" else "torch",
+            strategy=strategy,
+        )
 
 
 def test_the_finite_check_can_be_switched_off_and_skips_masked_tokens():

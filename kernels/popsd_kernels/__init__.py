@@ -15,13 +15,17 @@ __all__ = [
     "RowStatistics",
     "logit_difference",
     "row_loss_gradient",
+    "row_single_read",
     "row_statistics",
+    "stream_divergence",
 ]
 
 _LAUNCHERS = {
     "logit_difference": "popsd_kernels.difference",
     "row_statistics": "popsd_kernels.statistics",
     "row_loss_gradient": "popsd_kernels.loss_gradient",
+    "row_single_read": "popsd_kernels.single_read",
+    "stream_divergence": "popsd_kernels.streaming",
 }
 
 
