@@ -1,0 +1,235 @@
+"""How a sweep is launched: block sizes by device, the choice of instructions, and the checks before any launch.
+
+None of the shipped sizes has run on a GPU yet: they come from the compiler's report (``python -m popsd_kernels.aot``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+
+from popsd_kernels.primitives import soft_clip
+
+INTERPRETED = not isinstance(soft_clip, triton.JITFunction)
+"""Whether this process runs kernels in Triton's interpreter: fixed by TRITON_INTERPRET when they were decorated."""
+
+AUTOTUNE_VARIABLE = "POPSD_KERNELS_AUTOTUNE"
+PORTABLE_VARIABLE = "POPSD_KERNELS_PORTABLE"
+MAX_VOCABULARY = 2**31 - 2**16
+"""Column offsets are 32-bit; only row offsets are 64-bit."""
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """block: vocabulary entries per loop step. vec: neighbours that share an accumulator, all in one thread."""
+
+    block: int
+    vec: int
+    num_warps: int
+
+    def __post_init__(self) -> None:
+        if self.block % self.vec or self.block & (self.block - 1) or self.vec & (self.vec - 1):
+            raise ValueError(f"block and vec must be powers of two and vec divide block, got {self}")
+
+
+# 2,048 entries over 8 warps are two 128-bit fp32 loads per thread and stream: 64 KiB in flight per SM at the 4 to 6
+# programs that fit. 1,024 entries cost 2-3 more SASS instructions per entry (loop bookkeeping), 4,096 leave 2 programs
+# (sm_90, Triton 3.7.1). gfx942 has 64-lane waves: 4 of them are the same 256 threads.
+# The single read keeps its block, a slice of the row, in registers: 64 of them, 4 programs, 7 rows of 151,936 in flight
+# on an H200; 4,096 over 16 warps take 77 and leave 1. With entry_clip sweep 2 has three more accumulators, and 2,048
+# entries spill in 2 of 72 flag combinations (sm_90); 1,024 in none.
+_DEFAULT = {name: LaunchConfig(2048, 4, 8) for name in ("statistics", "loss_gradient", "difference", "single_read")}
+_DEFAULT["loss_gradient_entry_clip"] = LaunchConfig(1024, 4, 8)
+_WAVE64 = {name: LaunchConfig(config.block, config.vec, 4) for name, config in _DEFAULT.items()}
+TABLES: Mapping[str, Mapping[str, LaunchConfig]] = {
+    "sm_80": _DEFAULT,
+    "sm_90": _DEFAULT,
+    "sm_100": _DEFAULT,
+    "sm_120": _DEFAULT,
+    "gfx942": _WAVE64,
+}
+"""Shipped configurations: architecture -> kernel -> sizes. An unlisted device takes the nearest older entry."""
+
+CANDIDATES = tuple(
+    LaunchConfig(block, vec, warps)
+    for block, vec, warps in (
+        (512, 4, 4), (1024, 4, 4), (1024, 4, 8), (2048, 4, 8), (2048, 8, 8), (4096, 4, 8), (4096, 8, 16)
+    )
+)  # fmt: skip
+"""What autotuning tries; set POPSD_KERNELS_AUTOTUNE=1 to try them once per kernel, device, dtype and vocabulary."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel call, complete but for the moment of its launch."""
+
+    kernel: Any
+    rows: int
+    arguments: dict[str, Any]
+    config: LaunchConfig
+
+    def run(self, device: torch.device) -> None:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[(self.rows,)](**self.arguments, **self._compiler_options())
+
+    def compile(self) -> Any:
+        """Compiles for Triton's current target without launching; tensors may be on the meta device."""
+        return self.kernel.warmup(**self.arguments, **self._compiler_options(), grid=(self.rows,))
+
+    def _compiler_options(self) -> dict[str, Any]:
+        # Fused multiply-adds are counted on; Triton 3.9 announces that 3.10 will leave them out by default.
+        return {"num_warps": self.config.num_warps, "enable_fp_fusion": True}
+
+
+def architecture(device: torch.device) -> str:
+    """Key into TABLES."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    return nearest_architecture(torch.cuda.get_device_capability(device))
+
+
+def nearest_architecture(capability: tuple[int, int]) -> str:
+    """The newest listed NVIDIA architecture not newer than ``capability``, or the oldest."""
+    listed = sorted(int(name[3:]) for name in TABLES if name.startswith("sm_"))
+    number = capability[0] * 10 + capability[1]
+    return f"sm_{max((entry for entry in listed if entry <= number), default=listed[0])}"
+
+
+def fast_instructions(device: torch.device) -> bool:
+    """Approximate instructions on NVIDIA GPUs, portable ones elsewhere or under POPSD_KERNELS_PORTABLE=1."""
+    return device.type == "cuda" and torch.version.hip is None and not INTERPRETED and not _flag(PORTABLE_VARIABLE)
+
+
+def shipped_config(kernel: str, device: torch.device) -> LaunchConfig:
+    return TABLES[_cached_architecture(device)][kernel]
+
+
+_tuned: dict[tuple[Any, ...], LaunchConfig] = {}
+
+
+def choose_config(
+    kernel: str, device: torch.device, key: tuple[Any, ...], rehearsal: Callable[[LaunchConfig], Launch]
+) -> LaunchConfig:
+    """The shipped sizes, or under POPSD_KERNELS_AUTOTUNE=1 the fastest of CANDIDATES, measured once per ``key``.
+
+    ``rehearsal`` builds a launch whose outputs are scratch: the real call may write in place and cannot be repeated.
+    """
+    if INTERPRETED or not _flag(AUTOTUNE_VARIABLE):
+        return shipped_config(kernel, device)
+    key = (kernel, device, *key)
+    if key not in _tuned:
+        timings = {}
+        for config in CANDIDATES:
+            launch = rehearsal(config)
+            timings[config] = triton.testing.do_bench(lambda launch=launch: launch.run(device), return_mode="median")
+        _tuned[key] = min(timings, key=timings.__getitem__)
+    return _tuned[key]
+
+
+def check_rows(
+    function: str, shape: Sequence[int], device: torch.device, tensors: Mapping[str, torch.Tensor | None]
+) -> None:
+    """Every given tensor: [C, V] of ``shape``, on ``device``, float32/bfloat16/float16, unit inner stride."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        _check(tensor, function, name, shape, device, FLOATING)
+        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+            raise ValueError(
+                f"{function}: {name} must have unit stride along the vocabulary, got strides {tuple(tensor.stride())}; "
+                "pass a row-major tensor, for example tensor.contiguous()"
+            )
+
+
+def check_vector(
+    function: str,
+    name: str,
+    tensor: torch.Tensor | None,
+    length: int,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+) -> None:
+    """An optional contiguous [length] tensor."""
+    if tensor is None:
+        return
+    _check(tensor, function, name, (length,), device, dtypes)
+    if length > 1 and tensor.stride(0) != 1:
+        raise ValueError(f"{function}: {name} must be contiguous, got stride {tensor.stride(0)}; pass .contiguous()")
+
+
+def check_matrix_shape(function: str, name: str, tensor: torch.Tensor) -> None:
+    """The tensor that fixes C and V."""
+    if tensor.dim() != 2 or not 0 < tensor.shape[1] <= MAX_VOCABULARY:
+        raise ValueError(
+            f"{function}: {name} must be [tokens, vocabulary] with 1 to {MAX_VOCABULARY} columns, got "
+            f"{list(tensor.shape)}; flatten leading dimensions with .reshape(-1, vocabulary)"
+        )
+
+
+def check_device(function: str, name: str, tensor: torch.Tensor) -> None:
+    """A device that Triton can launch on in this process."""
+    if tensor.device.type == "cpu" and not INTERPRETED:
+        raise RuntimeError(
+            f"{function}: {name} is on the CPU, where Triton kernels cannot run; move it to a GPU, use impl='torch', "
+            "or set TRITON_INTERPRET=1 before popsd_kernels is imported to run the interpreter"
+        )
+    if tensor.device.type not in ("cpu", "cuda", "xpu"):
+        raise RuntimeError(f"{function}: {name} is on {tensor.device}, which Triton does not drive; use impl='torch'")
+
+
+def check_no_reinterpretation(
+    function: str, written: str, out: torch.Tensor | None, **read: torch.Tensor | None
+) -> None:
+    """``out`` may start where an input starts only as the same tensor layout: another element size would be overwritten
+    by neighbours before it is read."""
+    for name, tensor in read.items():
+        if out is None or tensor is None or out.numel() == 0 or out.data_ptr() != tensor.data_ptr():
+            continue
+        if out.element_size() != tensor.element_size() or (out.shape[0] > 1 and out.stride(0) != tensor.stride(0)):
+            raise ValueError(
+                f"{function}: {written} shares memory with {name} but has another dtype size or row stride "
+                f"({out.dtype}, {out.stride(0)} against {tensor.dtype}, {tensor.stride(0)}); use other memory"
+            )
+
+
+def result_rows(count: int, rows: int, device: torch.device) -> torch.Tensor:
+    """[count, rows] float32 whose rows all start 64-byte aligned, so that pointers to them never change a kernel's
+    specialisation with the number of tokens."""
+    return torch.empty(count, (rows + 15) // 16 * 16, dtype=torch.float32, device=device)[:, :rows]
+
+
+def _check(
+    tensor: torch.Tensor,
+    function: str,
+    name: str,
+    shape: Sequence[int],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{function}: {name} must be on {device} like the first argument, got {tensor.device}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{function}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{function}: {name} must be one of {expected}, got {tensor.dtype}; convert it with .to()")
+
+
+@cache
+def _cached_architecture(device: torch.device) -> str:
+    return architecture(device)
+
+
+def _flag(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")

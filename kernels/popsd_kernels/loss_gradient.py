@@ -1,0 +1,372 @@
+"""Sweep 2: per-token loss and telemetry, and the gradient of the student's raw projections.
+
+The gradient of an entry needs sums over the whole row (divergence.py), so the row is read twice: 8 bytes per entry for
+the sums, 8 again for the gradient, 2 written in bfloat16. Forward KL without clipping needs no such sum: one read.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton evaluates annotations: only constexpr parameters may carry one.
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from popsd_kernels.divergence import (
+    FORWARD,
+    combine,
+    divergence_mode,
+    divergence_terms,
+    entry_gradient,
+    slope_factors,
+    unclipped_slope_sum,
+)
+from popsd_kernels.entries import row_entries, row_scalars
+from popsd_kernels.launch import (
+    FLOATING,
+    Launch,
+    LaunchConfig,
+    check_device,
+    check_matrix_shape,
+    check_no_reinterpretation,
+    check_rows,
+    check_vector,
+    choose_config,
+    fast_instructions,
+    result_rows,
+)
+from popsd_kernels.logits import load_logit, logit_slope, logit_stream, projection_stream
+from popsd_kernels.options import RowLoss, RowOptions, RowStatistics
+from popsd_kernels.primitives import LN2, LOGIT_FLOOR, lane_max, lane_sum
+
+
+def row_loss_gradient(
+    student: torch.Tensor,
+    target: torch.Tensor,
+    statistics: RowStatistics,
+    *,
+    student_bias: torch.Tensor | None = None,
+    target_bias: torch.Tensor | None = None,
+    options: RowOptions,
+    purified: bool,
+    token_ids: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+    gradient: torch.Tensor | None = None,
+) -> RowLoss:
+    """Per-token divergence (Eq. 12, 18) and telemetry; into ``gradient``, d divergence / d student raw projection.
+
+    student: [C, V] raw projections as in sweep 1. target: [C, V]; with ``purified`` the logits that sweep 1 left in
+        ``target_out``, else raw projections. Both float32, bfloat16 or float16, unit stride along V; read only.
+    statistics: sweep 1's, four [C] float32. Biases: [V], contiguous.
+    token_ids: [C] int64, the sampled tokens; an id outside [0, V) gives NaN. row_scale: [C] float32 multiplies the
+        gradient only; where it is 0 the gradient row is exactly 0, whatever the row holds.
+    gradient: None (no gradient work), or [C, V] of any of the three dtypes, every entry of which is overwritten: times
+        row_scale, through temperature, scale and soft cap, 0 where token_clip capped. It may take the difference
+        logits' memory as another dtype (they are no longer read), but not the student's or target's unless the element
+        size and the row stride are the same.
+    Returns nine [C] float32 tensors in nats. ``argmax_agreement`` is up to float32 rounding of the two largest logits.
+    Raises ValueError, TypeError or RuntimeError before any launch.
+    """
+    check_matrix_shape("row_loss_gradient", "student", student)
+    check_device("row_loss_gradient", "student", student)
+    (rows, vocabulary), device = student.shape, student.device
+    check_rows("row_loss_gradient", student.shape, device, {"student": student, "target": target, "gradient": gradient})
+    check_vector("row_loss_gradient", "student_bias", student_bias, vocabulary, device, FLOATING)
+    check_vector("row_loss_gradient", "target_bias", target_bias, vocabulary, device, FLOATING)
+    check_vector("row_loss_gradient", "token_ids", token_ids, rows, device, (torch.int64,))
+    check_vector("row_loss_gradient", "row_scale", row_scale, rows, device, (torch.float32,))
+    for name, tensor in zip(RowStatistics._fields, statistics, strict=True):
+        check_vector("row_loss_gradient", f"statistics.{name}", tensor, rows, device, (torch.float32,))
+    check_no_reinterpretation("row_loss_gradient", "gradient", gradient, student=student, target=target)
+    out = result_rows(len(RowLoss._fields), rows, device)
+    if rows == 0:
+        return RowLoss(*out)
+    rest = (student_bias, target_bias, options, purified, token_ids, row_scale)
+    fast = fast_instructions(device)
+    config = choose_config(
+        table_key(options),
+        device,
+        (
+            vocabulary, student.dtype, target.dtype, gradient is None, divergence_mode(options.beta),
+            options.entry_clip is None, options.token_clip is None,
+        ),
+        lambda trial: plan(
+            student, target, statistics, *rest, None if gradient is None else torch.empty_like(gradient),
+            out, trial, fast,
+        ),
+    )  # fmt: skip
+    plan(student, target, statistics, *rest, gradient, out, config, fast).run(device)
+    return RowLoss(*out)
+
+
+def table_key(options: RowOptions) -> str:
+    """This sweep's row in launch.TABLES."""
+    return "loss_gradient" if options.entry_clip is None else "loss_gradient_entry_clip"
+
+
+def plan(
+    student: torch.Tensor,
+    target: torch.Tensor,
+    statistics: RowStatistics,
+    student_bias: torch.Tensor | None,
+    target_bias: torch.Tensor | None,
+    options: RowOptions,
+    purified: bool,
+    token_ids: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+    gradient: torch.Tensor | None,
+    out: torch.Tensor,
+    config: LaunchConfig,
+    fast: bool,
+) -> Launch:
+    """The launch that `row_loss_gradient` makes, unchecked. out: [9, C] float32 from `result_rows`."""
+    inv_temperature = float(options.inv_temperature)
+    finished = logit_stream(target)
+    if not purified:
+        finished = projection_stream(target, target_bias, options.target, inv_temperature)
+    return Launch(
+        row_loss_gradient_kernel,
+        student.shape[0],
+        {
+            "student": projection_stream(student, student_bias, options.student, inv_temperature),
+            "target": finished,
+            "statistics": tuple(statistics),
+            "token_ids_ptr": token_ids,
+            "row_scale_ptr": row_scale,
+            "gradient": None if gradient is None else Gradient(gradient, gradient.stride(0)),
+            "out_ptr": out,
+            "out_row_stride": out.stride(0),
+            "beta": float(options.beta),
+            "entry_clip": None if options.entry_clip is None else float(options.entry_clip),
+            "token_clip": None if options.token_clip is None else float(options.token_clip),
+            "V": student.shape[1],
+            "BLOCK": config.block,
+            "VEC": config.vec,
+            "MODE": divergence_mode(options.beta),
+            "FAST": fast,
+        },
+        config,
+    )
+
+
+class Gradient(NamedTuple):
+    """The gradient [C, V] as a kernel argument."""
+
+    ptr: Any
+    row_stride: Any
+
+
+class Sums(NamedTuple):
+    """Accumulators of a row [BLOCK // VEC]; logarithms are base 2, but for the clipped divergence.
+
+    ``top`` is the largest log p + log q; the last three are used with entry_clip only.
+    """
+
+    student_kl: Any
+    target_kl: Any
+    student_entropy: Any
+    target_entropy: Any
+    top: Any
+    clipped_divergence: Any
+    capped: Any
+    slope: Any
+
+
+@triton.jit(
+    do_not_specialize=["out_row_stride"],
+    do_not_specialize_on_alignment=["statistics", "token_ids_ptr", "row_scale_ptr"],
+)
+def row_loss_gradient_kernel(
+    student,
+    target,
+    statistics,
+    token_ids_ptr,
+    row_scale_ptr,
+    gradient,
+    out_ptr,
+    out_row_stride,
+    beta,
+    entry_clip,
+    token_clip,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    MODE: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """One program per token: once over the row for the sums, then once more for the gradient unless ``one_read``."""
+    row = tl.program_id(0)
+    beta = tl.cast(beta, tl.float32)
+    scalars = row_scalars(statistics, row)
+    row_scale = 1.0
+    if row_scale_ptr is not None:
+        row_scale = tl.load(row_scale_ptr + row)
+    one_read: tl.constexpr = MODE == FORWARD and entry_clip is None and token_clip is None and gradient is not None
+    sums = zero_sums(BLOCK // VEC)
+    full: tl.constexpr = V // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        entries = row_entries(student, target, scalars, row, columns, V, False, FAST)
+        sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST)
+        if one_read:
+            store_gradient(
+                gradient, student, entries, 0.0, row_scale, beta, None, row, columns, V, MODE, False, FAST
+            )  # fmt: skip
+    if full < V:
+        columns = full + tl.arange(0, BLOCK)
+        entries = row_entries(student, target, scalars, row, columns, V, True, FAST)
+        sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST)
+        if one_read:
+            store_gradient(
+                gradient, student, entries, 0.0, row_scale, beta, None, row, columns, V, MODE, True, FAST
+            )  # fmt: skip
+    slope_sum, row_scale = finish_row(
+        sums, student, scalars, token_ids_ptr, out_ptr, out_row_stride, row, row_scale, beta, entry_clip, token_clip,
+        V, MODE, FAST,
+    )  # fmt: skip
+    if gradient is not None:
+        if row_scale == 0.0:
+            tl.debug_barrier()  # zeros must land after this row's own gradient, which other threads may have stored
+            for start in range(0, V, BLOCK):
+                store_block(gradient, row, start + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32), V, True)
+        elif not one_read:
+            for start in range(0, full, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                entries = row_entries(student, target, scalars, row, columns, V, False, FAST)
+                store_gradient(
+                    gradient, student, entries, slope_sum, row_scale, beta, entry_clip, row, columns,
+                    V, MODE, False, FAST,
+                )  # fmt: skip
+            if full < V:
+                columns = full + tl.arange(0, BLOCK)
+                entries = row_entries(student, target, scalars, row, columns, V, True, FAST)
+                store_gradient(
+                    gradient, student, entries, slope_sum, row_scale, beta, entry_clip, row, columns,
+                    V, MODE, True, FAST,
+                )  # fmt: skip
+
+
+@triton.jit
+def zero_sums(LANES: tl.constexpr):
+    zero = tl.zeros([LANES], tl.float32)
+    return Sums(zero, zero, zero, zero, zero + LOGIT_FLOOR, zero, zero, zero)
+
+
+@triton.jit
+def accumulate(sums, entries, beta, entry_clip, VEC: tl.constexpr, MODE: tl.constexpr, FAST: tl.constexpr):
+    """Adds a block to the sums."""
+    p, q = entries.p, entries.q
+    student_kl, target_kl = divergence_terms(p, q, entries.t, beta, MODE, FAST)
+    clipped_divergence, capped_count, slope = sums.clipped_divergence, sums.capped, sums.slope
+    if entry_clip is not None:
+        limit = tl.cast(entry_clip, tl.float32)
+        f = combine(student_kl, target_kl, beta, MODE) * LN2
+        a, r = slope_factors(p, q, entries.t, beta, f > limit, MODE, FAST)
+        clipped_divergence += lane_sum(tl.minimum(f, limit), VEC)
+        capped_count += lane_sum((f > limit).to(tl.float32), VEC)
+        slope += lane_sum(a * r, VEC)
+    return Sums(
+        sums.student_kl + lane_sum(student_kl, VEC),
+        sums.target_kl + lane_sum(target_kl, VEC),
+        sums.student_entropy - lane_sum(p * entries.log_p, VEC),
+        sums.target_entropy - lane_sum(q * entries.log_q, VEC),
+        tl.maximum(sums.top, lane_max(entries.log_p + entries.log_q, VEC)),
+        clipped_divergence,
+        capped_count,
+        slope,
+    )
+
+
+@triton.jit
+def finish_row(
+    sums,
+    student,
+    scalars,
+    token_ids_ptr,
+    out_ptr,
+    out_row_stride,
+    row,
+    row_scale,
+    beta,
+    entry_clip,
+    token_clip,
+    V: tl.constexpr,
+    MODE: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Stores the row's nine results; returns (sum of slopes, row_scale or 0 where token_clip capped)."""
+    student_kl, target_kl = tl.sum(sums.student_kl, axis=0) * LN2, tl.sum(sums.target_kl, axis=0) * LN2
+    divergence, clip_fraction = combine(student_kl, target_kl, beta, MODE), 0.0
+    slope_sum = unclipped_slope_sum(student_kl, beta, MODE)
+    if entry_clip is not None:
+        divergence = tl.sum(sums.clipped_divergence, axis=0)
+        clip_fraction = tl.sum(sums.capped, axis=0) * (1.0 / V)
+        slope_sum = tl.sum(sums.slope, axis=0)
+    token_clipped = 0.0
+    if token_clip is not None:
+        limit = tl.cast(token_clip, tl.float32)
+        token_clipped = (divergence > limit).to(tl.float32)
+        row_scale = tl.where(divergence > limit, 0.0, row_scale)
+        divergence = tl.where(divergence > limit, limit, divergence)
+    # log p + log q peaks at the two maxima exactly where they share an entry, up to the rounding of the logits
+    rounding = 2.4e-7 * (tl.abs(scalars.student_max) + tl.abs(scalars.target_max))
+    agreement = tl.max(sums.top, axis=0) >= -(scalars.student_log2sum + scalars.target_log2sum) - rounding
+    token_logprob = float("nan")
+    if token_ids_ptr is not None:
+        token = tl.load(token_ids_ptr + row)
+        known = (token >= 0) & (token < V)
+        logit = load_logit(student, row, tl.where(known, token, 0), V, False, FAST)
+        logit = tl.maximum(logit, LOGIT_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        log_p = (logit - scalars.student_max) - scalars.student_log2sum * LN2
+        token_logprob = tl.where(known, log_p, float("nan"))
+    out_ptr += row
+    tl.store(out_ptr, divergence)
+    tl.store(out_ptr + out_row_stride, student_kl)
+    tl.store(out_ptr + 2 * out_row_stride, target_kl)
+    tl.store(out_ptr + 3 * out_row_stride, tl.sum(sums.student_entropy, axis=0) * LN2)
+    tl.store(out_ptr + 4 * out_row_stride, tl.sum(sums.target_entropy, axis=0) * LN2)
+    tl.store(out_ptr + 5 * out_row_stride, clip_fraction)
+    tl.store(out_ptr + 6 * out_row_stride, token_clipped)
+    tl.store(out_ptr + 7 * out_row_stride, agreement.to(tl.float32))
+    tl.store(out_ptr + 8 * out_row_stride, token_logprob)
+    return slope_sum, row_scale
+
+
+@triton.jit
+def store_gradient(
+    gradient,
+    student,
+    entries,
+    slope_sum,
+    row_scale,
+    beta,
+    entry_clip,
+    row,
+    columns,
+    V: tl.constexpr,
+    MODE: tl.constexpr,
+    MASKED: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """d loss / d raw projection of a block."""
+    p, q, t = entries.p, entries.q, entries.t
+    capped = None
+    if entry_clip is not None:
+        student_kl, target_kl = divergence_terms(p, q, t, beta, MODE, FAST)
+        capped = combine(student_kl, target_kl, beta, MODE) * LN2 > tl.cast(entry_clip, tl.float32)
+    g = entry_gradient(p, q, t, beta, capped, slope_sum, MODE, FAST)
+    store_block(gradient, row, columns, g * (row_scale * logit_slope(student, entries.s)), V, MASKED)
+
+
+@triton.jit
+def store_block(gradient, row, columns, g, V: tl.constexpr, MASKED: tl.constexpr):
+    pointers = gradient.ptr + row.to(tl.int64) * gradient.row_stride + columns
+    if MASKED:
+        tl.store(pointers, g.to(gradient.ptr.dtype.element_ty), mask=columns < V)
+    else:
+        tl.store(pointers, g.to(gradient.ptr.dtype.element_ty))
+
+
+_accumulate, _finish = accumulate, finish_row  # the names streaming_tiles.py was written against

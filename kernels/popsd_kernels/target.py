@@ -1,0 +1,56 @@
+"""The purified target's logit from the base's logit and the difference of teacher and reference (Eq. 13-17)."""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton evaluates annotations: only constexpr parameters may carry one.
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from popsd_kernels.logits import floor_logit, load_entries, load_logit
+from popsd_kernels.primitives import soft_clip
+
+
+class Difference(NamedTuple):
+    """Raw teacher - reference projections [C, V] as a kernel argument; times ``gain`` they are logit differences."""
+
+    ptr: Any
+    row_stride: Any
+    gain: Any
+
+
+@triton.jit
+def purified_logit(base, difference, offset, gain, pmi_beta, pmi_clip, FAST: tl.constexpr):
+    """base + clip(gain * difference - offset) / pmi_beta, Eq. 14-16, up to a constant of the row.
+
+    The log-normalisers of teacher and reference are constants of the row too: centring removes them, so raw logits do.
+    """
+    centred = difference * gain - offset
+    if pmi_clip is not None:
+        centred = soft_clip(centred, tl.cast(pmi_clip, tl.float32), FAST)
+    return base + centred * (1.0 / pmi_beta)
+
+
+@triton.jit
+def load_target_logit(
+    target,
+    difference,
+    offset,
+    pmi_beta,
+    pmi_clip,
+    row,
+    columns,
+    V: tl.constexpr,
+    MASKED: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """A block of target logits: ``target``'s own, not floored, or with ``difference`` composed on it as base, floored."""
+    u = load_logit(target, row, columns, V, MASKED, FAST)
+    if difference is not None:
+        delta = load_entries(difference.ptr, row, difference.row_stride, columns, V, MASKED)
+        gain = tl.cast(difference.gain, tl.float32)
+        u = purified_logit(u, delta, offset, gain, tl.cast(pmi_beta, tl.float32), pmi_clip, FAST)
+        u = floor_logit(u, columns, V, MASKED)
+    return u
