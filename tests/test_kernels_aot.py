@@ -1,0 +1,60 @@
+"""Every shipped kernel compiles for every listed GPU, within its limits; the report is what a user would see."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from kernel_helpers import run_without_interpreter
+
+from popsd_kernels import aot, launch
+
+# SASS instructions per vocabulary entry over both sweeps, telemetry included (sm_90, Triton 3.7.1: 50.8, 58.2, 67.6).
+BUDGET = {"forward KL": 56.0, "reverse KL": 64.0, "JSD": 73.0}
+
+
+def _instructions(report: str, kernel: str, flags: str) -> float:
+    line = next(x for x in report.splitlines() if re.search(rf"{kernel}\s+{re.escape(flags)}\s+regs", x))
+    found = re.search(r"instructions/entry ([\d.]+(?: \+ [\d.]+)*)", line)
+    assert found is not None, line
+    return sum(map(float, found[1].split(" + ")))
+
+
+@pytest.mark.parametrize("architecture", sorted(aot.DEVICES))
+def test_shipped_kernels_compile_without_spills(architecture):
+    finished = run_without_interpreter("-m", "popsd_kernels.aot", "--arch", architecture)
+    assert finished.returncode == 0, finished.stdout + finished.stderr[-2000:]
+    assert finished.stdout.count(f"{architecture} ") == len(aot.shipped_cases())
+    assert "matrix units yes" not in finished.stdout, "a row sweep has no product to give them"
+    if architecture == "sm_90":
+        first = _instructions(finished.stdout, "statistics", "purified")
+        for mode, budget in BUDGET.items():
+            total = first + _instructions(finished.stdout, "loss_gradient", mode)
+            assert 20 < total <= budget, f"{mode}: {total} instructions per entry"
+
+
+def test_a_spilling_configuration_fails_the_command():
+    finished = run_without_interpreter(
+        "-m", "popsd_kernels.aot", "--arch", "sm_90", "--kernel", "difference", "--config", "4096,4,1"
+    )
+    assert finished.returncode == 1
+    assert re.search(r"FAIL: \d+ spill instructions", finished.stdout)
+
+
+def test_the_interpreter_is_refused(monkeypatch):
+    with pytest.raises(SystemExit):
+        aot.main([])
+
+
+def test_limits_are_checked():
+    device = aot.DEVICES["sm_120"]
+    good = aot.Report(64, 0, 32, 256, (), False)
+    assert aot.problems(good, device) == []
+    for change in ({"spills": 1}, {"shared": 101_377}, {"threads": 2048}, {"registers": 255, "threads": 512}):
+        assert aot.problems(aot.Report(**{**good.__dict__, **change}), device)
+
+
+def test_every_table_entry_has_a_device_and_every_flag_a_case():
+    assert set(launch.TABLES) == set(aot.DEVICES)
+    assert {case.kernel for case in aot.shipped_cases()} == set(launch.TABLES["sm_90"]) - {"loss_gradient_entry_clip"}
+    assert sum(1 for _ in aot.all_cases()) == 12 * (3 + 3 + 2) + 144
