@@ -1,0 +1,57 @@
+# `make demo` and `make test` do all the set-up that a fresh Linux machine with Python 3.11 or newer needs.
+# A torch that $(PYTHON) can already import is used, with its triton; otherwise pip installs what $(CONSTRAINTS) says.
+
+SHELL := /bin/bash
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+TESTS ?= tests
+PYTEST_ARGS ?= --cov=popsd --cov-report=term-missing:skip-covered --cov-fail-under=95
+BIN := $(VENV)/bin
+
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
+endif
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/popsd demo $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) $(TESTS)
+
+test-all: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+
+lint: $(VENV)/.installed
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/cpu_torch.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# A torch older than pyproject.toml asks for counts as absent.
+TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+PINS := from importlib.metadata import distributions as d; \
+	print(*(f"{p.name}=={p.version}" for p in d() if p.name in ("torch", "triton")), sep="\n")
+# Not --system-site-packages: it leaves out the packages of a $(PYTHON) that is itself in a virtual environment.
+PATHS := import sys; print(*(f"import site; site.addsitedir({p!r})" for p in sys.path if p.endswith("-packages")), sep="\n")
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	@$(or $(PYTHON),false) -c '$(RECENT)' || \
+	{ echo "popsd needs Python 3.11 or newer; got '$(PYTHON)'. Name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@if $(PYTHON) -c '$(TORCH)' 2>/dev/null; then \
+	    $(PYTHON) -c '$(PATHS)' > "$$($(BIN)/python -c '$(PURELIB)')/present.pth"; \
+	    awk -F== '!seen[$$1]++' <($(PYTHON) -c '$(PINS)') $(CONSTRAINTS) > $(VENV)/constraints.txt; \
+	else cp $(CONSTRAINTS) $(VENV)/constraints.txt; fi
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[triton,trl,plots,test]'
+	@touch $@

@@ -1,0 +1,200 @@
+"""The rules of CONTRIBUTING.md that a parser can enforce. Each checker is also shown a snippet that breaks its rule."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = {
+    "popsd": ROOT / "popsd",
+    "popsd_kernels": ROOT / "kernels" / "popsd_kernels",
+    "popsd_integrations": ROOT / "integrations" / "popsd_integrations",
+}
+MAY_IMPORT = {
+    "popsd_kernels": {"popsd_kernels", "torch", "triton"},
+    "popsd": {"popsd", "popsd_kernels", "torch", "numpy"},
+}
+"""Beside the standard library. Integrations may import anything but what nothing may import."""
+MAY_NOT_BE_IMPORTED = {"benchmarks", "tests", "conftest"}
+OPTIONAL = ("triton", "transformers", "trl", "peft", "accelerate", "datasets", "matplotlib")
+TAKEN_NAMES = {"kernels", "torch", "numpy", *OPTIONAL}
+MAX_FILE_LINES, MAX_KERNEL_LINES, MAX_KERNEL_ARGUMENTS = 400, 80, 20
+
+
+def source_files():
+    folders = [*ROOMS.values(), ROOT / "benchmarks", ROOT / "tests"]
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
+
+
+def module_name(path, room):
+    parts = path.relative_to(ROOMS[room].parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_modules():
+    """{(module, is_package): source} of the three packages."""
+    return {
+        (module_name(path, room), path.name == "__init__.py"): path.read_text()
+        for room, folder in ROOMS.items()
+        for path in folder.rglob("*.py")
+    }
+
+
+def imported_names(source, module="", is_package=False):
+    """Dotted names that a module imports anywhere in it: `from a import b` gives a.b, for b may be a module."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
+            origin = ".".join([*parents, *filter(None, [node.module])])
+            names |= {f"{origin}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            names |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
+    return names
+
+
+def forbidden_imports(source, module, is_package=False):
+    roots = {name.split(".")[0] for name in imported_names(source, module, is_package)} - sys.stdlib_module_names
+    allowed = MAY_IMPORT.get(module.split(".")[0])
+    return (roots & MAY_NOT_BE_IMPORTED) | (set() if allowed is None else roots - allowed)
+
+
+def import_graph(modules):
+    """{module: modules it imports}, of those given."""
+    known = {name for name, _ in modules}
+
+    def resolved(name):
+        return name if name in known else name.rpartition(".")[0]
+
+    return {
+        name: {resolved(target) for target in imported_names(source, name, is_package)} & known - {name}
+        for (name, is_package), source in modules.items()
+    }
+
+
+def cycle(graph):
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return None
+
+
+def kernels_over_budget(source):
+    over = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(x) for x in node.decorator_list):
+            lines = node.end_lineno - node.lineno + 1
+            arguments = sum(map(len, (node.args.posonlyargs, node.args.args, node.args.kwonlyargs)))
+            if lines > MAX_KERNEL_LINES or arguments > MAX_KERNEL_ARGUMENTS:
+                over.append(f"{node.name}: {lines} lines, {arguments} arguments")
+    return over
+
+
+def shadowing_paths(paths):
+    """Modules and regular packages named like somebody else's: one of them in sys.path[0] hides the real one."""
+    return [p for p in paths if p.stem in TAKEN_NAMES or (p.name == "__init__.py" and p.parent.name in TAKEN_NAMES)]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_import_arrows(room):
+    for (module, is_package), source in room_modules().items():
+        if module.split(".")[0] == room:
+            assert not forbidden_imports(source, module, is_package), f"{module} imports what {room} may not"
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("popsd.x", "import triton", {"triton"}),
+        ("popsd.x", "def f():\n    from popsd_integrations.heads import head_from_model", {"popsd_integrations"}),
+        ("popsd.x", "import importlib\nimportlib.import_module('trl.trainer')", {"trl"}),
+        ("popsd.x", "from . import y\nfrom .y import z\nimport os, numpy, popsd_kernels.launch", set()),
+        ("popsd_kernels.x", "from popsd.config import PurifiedConfig", {"popsd"}),
+        ("popsd_kernels.x", "import torch, triton.language as tl", set()),
+        ("popsd_integrations.x", "import trl, popsd", set()),
+        ("popsd_integrations.x", "from benchmarks import cpu_torch", {"benchmarks"}),
+    ],
+)
+def test_import_arrows_bite(module, source, found):
+    assert forbidden_imports(source, module) == found
+
+
+def test_no_import_cycle():
+    assert cycle(import_graph(room_modules())) is None
+
+
+def test_import_cycle_is_found():
+    bad = {("p", True): "from .a import f", ("p.a", False): "from p import b", ("p.b", False): "from p.a import f"}
+    assert set(cycle(import_graph(bad))) == {"p.a", "p.b"}
+    through_package = {("p", True): "from p.a import f", ("p.a", False): "def g():\n    from p import h"}
+    assert set(cycle(import_graph(through_package))) == {"p", "p.a"}
+
+
+def test_file_length():
+    lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in source_files()}
+    assert not {path: n for path, n in lengths.items() if n > MAX_FILE_LINES}, "cut by concept, never by adding a flag"
+
+
+def test_kernel_size():
+    assert not [over for source in room_modules().values() for over in kernels_over_budget(source)]
+
+
+def test_kernel_size_bites():
+    long = "@triton.jit(noinline=True)\ndef k(a):\n" + "    a += 1\n" * MAX_KERNEL_LINES
+    wide = f"@triton.jit\ndef k({', '.join(f'a{i}' for i in range(MAX_KERNEL_ARGUMENTS))}, *, b): pass"
+    assert kernels_over_budget(long) == ["k: 81 lines, 1 arguments"]
+    assert kernels_over_budget(wide) == ["k: 1 lines, 21 arguments"]
+    assert not kernels_over_budget(long.replace("@triton.jit(noinline=True)\n", ""))
+
+
+def test_nothing_hides_another_package():
+    assert not shadowing_paths([*source_files(), *ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
+
+
+def test_hiding_is_found():
+    good = [Path("kernels/popsd_kernels/__init__.py"), Path("integrations/popsd_integrations/trl_trainer.py")]
+    bad = [Path("kernels/__init__.py"), Path("integrations/trl.py"), Path("benchmarks/triton/__init__.py")]
+    assert shadowing_paths(good + bad) == bad
+
+
+def test_namespace_folders():
+    """Hugging Face's `kernels` must win over ours, so ours is no regular package; likewise `integrations`."""
+    assert not [folder for folder in ("kernels", "integrations") if (ROOT / folder / "__init__.py").exists()]
+
+
+BLOCKED_RUN = f"""
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {OPTIONAL}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocked())
+try:
+    import transformers
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("the blocker does not block")
+
+import torch, popsd
+streams = [torch.randn(5, 8, requires_grad=i == 0) for i in range(4)]
+out = popsd.linear_purified_jsd(popsd.HiddenStates(*streams), popsd.Head(torch.randn(33, 8)))
+out.loss.sum().backward()
+assert streams[0].grad.isfinite().all() and (out.loss > 0).all()
+import popsd_kernels
+assert not sys.modules.keys() & {set(OPTIONAL)}
+"""
+
+
+def test_core_runs_without_optional_packages(tmp_path):
+    run = subprocess.run([sys.executable, "-c", BLOCKED_RUN], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
