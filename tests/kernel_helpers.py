@@ -36,7 +36,8 @@ def _import_interpreted() -> None:
         import popsd_kernels.difference
         import popsd_kernels.loss_gradient
         import popsd_kernels.single_read
-        import popsd_kernels.statistics  # noqa: F401
+        import popsd_kernels.statistics
+        import popsd_kernels.streaming  # noqa: F401
     finally:
         if found is None:
             del os.environ["TRITON_INTERPRET"]

@@ -86,3 +86,41 @@ def test_target_logits_and_no_tokens():
     leaf = nothing.student.requires_grad_()
     popsd.linear_purified_jsd(nothing, head_of("plain"), impl="triton").loss.sum().backward()
     assert leaf.grad.shape == (0, D)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("strategy", ["streaming", "single_read"])
+def test_strategies_match_the_oracle(strategy, beta):
+    hidden, head = make_hidden(N, D, 0.4), head_of("scale")
+    config, upstream = PurifiedConfig(beta=beta, vocab_size=150), torch.tensor([1.0, 0.5, 2.0, 0.0, 1.5])
+    truth = true_purified(hidden, (head, head), config, upstream)
+    leaf = hidden.student.clone().requires_grad_()
+    output = popsd.linear_purified_jsd(
+        hidden._replace(student=leaf), head, config=config, weights=upstream, impl="triton", strategy=strategy
+    )
+    output.loss.sum().backward()
+    assert relative_l2(output.loss, truth.loss * upstream) < 1e-5
+    assert relative_l2(leaf.grad, truth.dhidden) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_streaming_trains_a_head_and_keeps_its_padding_rows(dtype, reduction):
+    hidden, own, frozen = (
+        make_hidden(N, D, 0.4, dtype=dtype),
+        head_of("bias", dtype),
+        make_head(V, D, seed=7, dtype=dtype),
+    )
+    config = PurifiedConfig(beta=0.3, vocab_size=150)
+    truth = true_jsd(hidden.student, hidden.teacher, (own, frozen), config, torch.ones(N))
+    leaf = hidden.student.clone().requires_grad_()
+    weight, bias = own.weight.requires_grad_(), own.bias.requires_grad_()
+    output = popsd.linear_jsd(
+        leaf, own, hidden.teacher, frozen, config=config, impl="triton", strategy="streaming", reduction=reduction
+    )
+    output.loss.sum().backward()
+    bound = 2e-5 if dtype == torch.float32 else 8e-3
+    assert relative_l2(leaf.grad, truth.dhidden) < bound
+    assert relative_l2(weight.grad, truth.dweight) < bound
+    assert relative_l2(bias.grad, truth.dbias) < bound
+    assert (weight.grad[150:] == 0).all()

@@ -17,13 +17,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from popsd_kernels import difference, launch, loss_gradient, single_read, statistics
+from popsd_kernels import difference, launch, loss_gradient, single_read, statistics, streaming_aot
 from popsd_kernels.launch import Launch, LaunchConfig
 from popsd_kernels.options import LogitTransform, RowOptions, RowStatistics
 
@@ -64,6 +64,10 @@ class Case:
     gradient: torch.dtype | None = torch.bfloat16
     center: bool = True
 
+    def config(self, architecture: str) -> LaunchConfig:
+        key = loss_gradient.table_key(self.options) if self.kernel == "loss_gradient" else self.kernel
+        return launch.TABLES[architecture][key]
+
     def launch(self, config: LaunchConfig, fast: bool) -> Launch:
         rows, v = 1024, self.vocabulary
 
@@ -101,7 +105,20 @@ SOFTCAP = replace(PLAIN, student=CAPPED, target=CAPPED)
 CLIPPED = replace(PLAIN, entry_clip=0.05, token_clip=1.0)
 
 
-def shipped_cases() -> list[Case]:
+class AnyCase(Protocol):
+    """What the report asks of a case: here, and in streaming_aot.py. read_bytes 0: entries of its loops not counted."""
+
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def flags(self) -> str: ...
+    @property
+    def read_bytes(self) -> int: ...
+    def config(self, architecture: str) -> Any: ...
+    def launch(self, config: Any, fast: bool) -> Launch: ...
+
+
+def shipped_cases() -> list[AnyCase]:
     """The main path, and one case for every flag: what continuous integration compiles."""
     forward, reverse = replace(PLAIN, beta=0.0), replace(PLAIN, beta=1.0)
     return [
@@ -121,6 +138,7 @@ def shipped_cases() -> list[Case]:
         Case("single_read", "forward KL, both clips, softcap", 12, replace(SOFTCAP, beta=0.0, entry_clip=0.05)),
         Case("difference", "center, softcap", 8, SOFTCAP),
         Case("difference", "log-sum-exp", 8, PLAIN, center=False),
+        *streaming_aot.cases(),
     ]  # fmt: skip
 
 
@@ -181,16 +199,14 @@ class _AbsentGPU:
         return 0
 
 
-def compile_case(case: Case, architecture: str, config: LaunchConfig | None = None, fast: bool = True) -> Report:
+def compile_case(case: AnyCase, architecture: str, config: Any = None, fast: bool = True) -> Report:
     """Compiles one case for one architecture, with the shipped configuration unless told otherwise."""
     device = DEVICES[architecture]
     nvidia = device.target.backend == "cuda"
-    key = loss_gradient.table_key(case.options) if case.kernel == "loss_gradient" else case.kernel
-    config = config or launch.TABLES[architecture][key]
-    planned = case.launch(config, fast and nvidia)
+    planned = case.launch(config or case.config(architecture), fast and nvidia)
     select_target(architecture, planned.kernel)
     compiled = planned.compile()
-    threads = config.num_warps * device.target.warp_size
+    threads = planned.config.num_warps * device.target.warp_size
     if nvidia:
         registers, spills, loops, matrix = _inspect_cubin(compiled.asm["cubin"], case.read_bytes)
     else:
@@ -235,7 +251,9 @@ def _inspect_cubin(cubin: bytes, read_bytes: int) -> tuple[int, int, tuple[float
 def _loop_costs(lines: list[tuple[int, str]], read_bytes: int) -> tuple[float, ...]:
     """Instructions per vocabulary entry of each loop that reads memory and computes: the compiler may have unrolled it,
     so entries are counted by the bytes that a pass through the loop loads."""
-    costs = []
+    costs: list[float] = []
+    if not read_bytes:
+        return ()
     for address, text in lines:
         branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
         if branch is None or int(branch[1], 16) >= address:
@@ -276,9 +294,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m popsd_kernels.aot", description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=sorted(DEVICES), default=sorted(DEVICES), metavar="ARCH")
     parser.add_argument("--all", action="store_true", help="240 flag combinations, not one per flag (minutes)")
-    parser.add_argument(
-        "--kernel", choices=("statistics", "loss_gradient", "single_read", "difference"), help="only this kernel"
-    )
+    kernels = sorted({case.kernel for case in shipped_cases()})
+    parser.add_argument("--kernel", choices=kernels, help="only this kernel")
     parser.add_argument("--config", metavar="BLOCK,VEC,WARPS", help="these sizes instead of the shipped ones")
     parser.add_argument("--portable", action="store_true", help="without the approximate NVIDIA instructions")
     arguments = parser.parse_args(argv)
@@ -300,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     return int(failures > 0)
 
 
-def _line(architecture: str, case: Case, report: Report, device: Device) -> str:
+def _line(architecture: str, case: AnyCase, report: Report, device: Device) -> str:
     programs = "-"
     if device.target.backend == "cuda":
         per_warp = (report.registers * 32 + 255) // 256 * 256

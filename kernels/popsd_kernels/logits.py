@@ -55,7 +55,14 @@ def load_entries(ptr, row, row_stride, columns, V: tl.constexpr, MASKED: tl.cons
 @triton.jit
 def load_logit(stream, row, columns, V: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr):
     """Tempered logits of one row, not yet floored; beyond the vocabulary (MASKED) the value is unspecified."""
-    x = load_entries(stream.ptr, row, stream.row_stride, columns, V, MASKED)
+    return temper(
+        stream, load_entries(stream.ptr, row, stream.row_stride, columns, V, MASKED), columns, V, MASKED, FAST
+    )
+
+
+@triton.jit
+def temper(stream, x, columns, V: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr):
+    """Raw projections to tempered logits; ``columns`` broadcasts against x."""
     if stream.bias_ptr is not None:
         if MASKED:
             x += tl.load(stream.bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)

@@ -351,13 +351,22 @@ def store_gradient(
     FAST: tl.constexpr,
 ):
     """d loss / d raw projection of a block."""
+    g = projection_gradient(student, entries, slope_sum, row_scale, beta, entry_clip, MODE, FAST)
+    store_block(gradient, row, columns, g, V, MASKED)
+
+
+@triton.jit
+def projection_gradient(
+    student, entries, slope_sum, row_scale, beta, entry_clip, MODE: tl.constexpr, FAST: tl.constexpr
+):
+    """d loss / d raw projection of entries, times ``row_scale``."""
     p, q, t = entries.p, entries.q, entries.t
     capped = None
     if entry_clip is not None:
         student_kl, target_kl = divergence_terms(p, q, t, beta, MODE, FAST)
         capped = combine(student_kl, target_kl, beta, MODE) * LN2 > tl.cast(entry_clip, tl.float32)
     g = entry_gradient(p, q, t, beta, capped, slope_sum, MODE, FAST)
-    store_block(gradient, row, columns, g * (row_scale * logit_slope(student, entries.s)), V, MASKED)
+    return g * (row_scale * logit_slope(student, entries.s))
 
 
 @triton.jit
@@ -367,6 +376,3 @@ def store_block(gradient, row, columns, g, V: tl.constexpr, MASKED: tl.constexpr
         tl.store(pointers, g.to(gradient.ptr.dtype.element_ty), mask=columns < V)
     else:
         tl.store(pointers, g.to(gradient.ptr.dtype.element_ty))
-
-
-_accumulate, _finish = accumulate, finish_row  # the names streaming_tiles.py was written against
