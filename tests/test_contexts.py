@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from popsd_integrations.contexts import ContextBuilder, ContextConfig, Problem, check_same_completions, pack, unpad
+from popsd_integrations.contexts import (
+    ContextBuilder,
+    ContextConfig,
+    Problem,
+    check_same_completions,
+    pack,
+    thinking_states,
+    unpad,
+)
 
 pytest.importorskip("transformers")
 
@@ -186,3 +194,51 @@ def test_completions_must_agree():
         check_same_completions(student=student, teacher=pack([[1], [1]], [[8, 9], [3]], pad_token_id=0))
     with pytest.raises(ValueError, match=r"teacher: expected 2 rows as in student; got 1"):
         check_same_completions(student=student, teacher=pack([[1]], [[8, 9]], pad_token_id=0))
+
+
+def test_a_conversation_keeps_its_history_but_not_before_the_reference_alone():
+    tokenizer = word_tokenizer(CHAT_TEMPLATE)
+    builder = ContextBuilder(tokenizer, ContextConfig(**TEMPLATES))
+    history = [("system", "Be brief"), ("user", "two"), ("assistant", "four"), ("user", "What is two ?")]
+    question = [{"role": role, "content": content} for role, content in history]
+    problem = Problem(question, "It is four")
+    prompts = builder.build(problem)
+    before = "<|system|> Be brief <|user|> two <|assistant|> four <|user|> "
+    assert tokenizer.decode(prompts.question) == before + "Question: What is two ? <|assistant|>"
+    teacher = before + "Question: What is two ? Solution: It is four Again: <|assistant|>"
+    assert tokenizer.decode(prompts.teacher) == teacher
+    assert (
+        tokenizer.decode(prompts.reference) == "<|system|> Be brief <|user|> Solution: It is four Again: <|assistant|>"
+    )
+    assert builder.question(problem)[-1] == {"role": "user", "content": "Question: What is two ?"}
+    assert question[-1]["content"] == "What is two ?"
+    with pytest.raises(
+        ValueError, match=r"expected a conversation that ends with the user's message; got \['system'\]"
+    ):
+        builder.build(Problem(question[:1], "It is four"))
+    with pytest.raises(ValueError, match=r"question: expected text, since this tokenizer has no chat_template"):
+        ContextBuilder(word_tokenizer()).build(problem)
+
+
+def test_text_can_stay_text_beside_a_chat_template():
+    tokenizer = word_tokenizer(CHAT_TEMPLATE)
+    prompts = ContextBuilder(tokenizer, ContextConfig(**TEMPLATES), text_as_chat=False).build(PROBLEM)
+    assert tokenizer.decode(prompts.question) == "Question: What is two plus two ?"
+
+
+def test_a_solution_without_tokens_is_refused():
+    class Deaf:
+        chat_template = None
+
+        def __call__(self, text, **options):
+            return {"input_ids": [] if text == "\u200b" else [1]}
+
+    with pytest.raises(ValueError, match=r"solution: expected at least one token; got none"):
+        ContextBuilder(Deaf()).build(Problem("What", "\u200b"))
+
+
+def test_thinking_states():
+    tokenizer = word_tokenizer(CHAT_TEMPLATE)
+    options = {"student_kwargs": {"enable_thinking": True}, "teacher_kwargs": {"enable_thinking": False}}
+    prompts = ContextBuilder(tokenizer, ContextConfig(**TEMPLATES, **options)).build(PROBLEM)
+    assert thinking_states(tokenizer, prompts) == {"question": "open", "teacher": "none", "reference": "none"}

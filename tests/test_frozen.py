@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from popsd_integrations.contexts import Prompts, pack
-from popsd_integrations.frozen import AdapterOff, FrozenCopy, eval_mode, frozen_states, frozen_weights
+from popsd_integrations.frozen import EMA, AdapterOff, FrozenCopy, eval_mode, frozen_states, frozen_weights
 from popsd_integrations.heads import head_from_model, hidden_states
 
 transformers = pytest.importorskip("transformers")
@@ -140,3 +140,68 @@ def test_eval_mode_returns_each_module_to_its_own():
     with eval_mode(model):
         assert not any(module.training for module in model.modules())
     assert [model.training, model[0].training, model[1].training] == [True, False, True]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_forwards_can_be_split(batched, batch_size):
+    source = FrozenCopy(tiny())
+    whole = frozen_states(source, PROMPTS, COMPLETIONS, pad_token_id=0)
+    split = frozen_states(source, PROMPTS, COMPLETIONS, pad_token_id=0, batched=batched, batch_size=batch_size)
+    for name in ("base", "teacher", "reference"):
+        for row, completion in enumerate(COMPLETIONS):
+            found, expected = (getattr(states, name)[row, : len(completion)] for states in (split, whole))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"batch_size: expected at least 1, or None; got 0"):
+        frozen_states(source, PROMPTS, COMPLETIONS, pad_token_id=0, batch_size=0)
+
+
+def test_the_average_goes_from_the_old_weights_to_the_new():
+    model = tiny()
+    old = model.lm_head.weight.detach().clone()
+    kept, followed, averaged = EMA(model, 1.0), EMA(model, 0.0), EMA(model, 0.9)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    for ema in (kept, followed, averaged):
+        ema.update()
+    for ema, step in ((kept, 0.0), (followed, 1.0), (averaged, 0.1)):
+        with ema.weights() as frozen:
+            assert frozen is not model and not frozen.training
+            torch.testing.assert_close(frozen.lm_head.weight, old + step)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_average_moves_in_bfloat16_too():
+    """A step of 1e-3 is below what bfloat16 resolves; a hundred of them are not."""
+    model = tiny().bfloat16()
+    ema = EMA(model, 0.999)
+    old = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    for _ in range(100):
+        ema.update()
+    with ema.weights() as frozen:
+        moved = (frozen.lm_head.weight - old).float().mean().item()
+        assert frozen.lm_head.weight.dtype == torch.bfloat16
+    assert moved == pytest.approx(1 - 0.999**100, rel=0.05)
+
+
+def test_the_average_of_an_adapter_shares_the_base():
+    model = lora(tiny())
+    ema = EMA(model, 0.5)
+    names = set(ema.state_dict())
+    assert names == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with ema.weights() as frozen:
+        for name, parameter in frozen.named_parameters():
+            assert (parameter is dict(model.named_parameters())[name]) == (name not in names)
+
+
+def test_an_average_comes_back_from_its_state():
+    model, ema = tiny(), EMA(tiny(), 0.5)
+    ema.load_state_dict({name: average + 1 for name, average in EMA(model, 0.5).state_dict().items()})
+    with ema.weights() as frozen:
+        torch.testing.assert_close(frozen.lm_head.weight, model.lm_head.weight + 1)
+    with pytest.raises(ValueError, match=r"state: expected averages of this model's trained parameters"):
+        ema.load_state_dict({})
+    with pytest.raises(ValueError, match=r"decay: expected a number in \[0, 1\]"):
+        EMA(model, 1.1)

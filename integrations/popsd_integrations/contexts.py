@@ -15,9 +15,13 @@ import torch
 
 
 class Problem(NamedTuple):
-    """A question and its reference solution, as text."""
+    """A question and its reference solution.
 
-    question: str
+    question: text, or a conversation: messages with "role" and "content", the last one the user's. Templates are filled
+        with that message; those before it stay in student and teacher, and of them the reference keeps the system's alone.
+    """
+
+    question: str | Sequence[Mapping[str, Any]]
     solution: str
 
 
@@ -82,16 +86,19 @@ _FIELD = re.compile(r"\{question\}|\{solution\}")
 class ContextBuilder:
     """Writes the three prompts of a problem by a Hugging Face tokenizer's chat template, or as plain text without one.
 
+    text_as_chat: write a question given as text as a user's message where there is a chat template. False leaves it plain
+        text, as TRL does. A conversation always takes the chat template.
     ``truncated`` and ``dropped`` count the problems whose solution was cut and those left out since construction.
     """
 
-    def __init__(self, tokenizer: Any, config: ContextConfig | None = None) -> None:
+    def __init__(self, tokenizer: Any, config: ContextConfig | None = None, *, text_as_chat: bool = True) -> None:
         self.tokenizer = tokenizer
         self.config = config or ContextConfig()
         self.truncated = 0
         self.dropped = 0
-        self._chat = bool(getattr(tokenizer, "chat_template", None))
-        if self.config.system_prompt is not None and not self._chat:
+        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._text_as_chat = text_as_chat and self._has_template
+        if self.config.system_prompt is not None and not self._has_template:
             raise ValueError(
                 "system_prompt: expected None, since this tokenizer has no chat_template; "
                 f"got {self.config.system_prompt!r}. Write it into the templates."
@@ -102,11 +109,7 @@ class ContextBuilder:
 
         Raises ValueError where the question or the solution is empty, or a prompt is longer than max_prompt_tokens.
         """
-        for name, text in zip(("question", "solution"), problem, strict=True):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(
-                    f"{name}: expected non-empty text; got {text!r}. Leave problems without one out of the data."
-                )
+        self.check(problem)
         prompts = self._prompts(problem)
         limit = self.config.max_prompt_tokens
         if limit is None or max(map(len, prompts)) <= limit:
@@ -135,6 +138,34 @@ class ContextBuilder:
             )
         return built
 
+    def question(self, problem: Problem) -> str | list[dict[str, Any]]:
+        """The student's prompt before it becomes tokens: text, or messages for the chat template."""
+        return self._write(self.config.question_template, problem)
+
+    def check(self, problem: Problem) -> None:
+        """Raise ValueError where question or solution is empty, or a conversation does not end with the user."""
+        question, solution = problem
+        if not isinstance(question, str):
+            if not self._has_template:
+                raise ValueError(
+                    "question: expected text, since this tokenizer has no chat_template; got a conversation. Set "
+                    "tokenizer.chat_template (instruction-tuned models bring one), or write the questions as text."
+                )
+            if not question or question[-1]["role"] != "user":
+                roles = [message["role"] for message in question]
+                raise ValueError(f"question: expected a conversation that ends with the user's message; got {roles}.")
+            question = question[-1]["content"]
+        for name, text in (("question", question), ("solution", solution)):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(
+                    f"{name}: expected non-empty text; got {text!r}. Leave problems without one out of the data."
+                )
+        if not self.tokenizer(solution, add_special_tokens=False)["input_ids"]:
+            raise ValueError(
+                f"solution: expected at least one token; got none from {solution!r}. Without it the teacher knows no "
+                "more than the student; leave the problem out of the data."
+            )
+
     def _prompts(self, problem: Problem) -> Prompts:
         config = self.config
         return Prompts(
@@ -143,17 +174,29 @@ class ContextBuilder:
             self._encode(config.reference_template, problem, config.reference_kwargs),
         )
 
-    def _encode(self, template: str, problem: Problem, chat_template_kwargs: Mapping[str, Any]) -> list[int]:
+    def _write(self, template: str, problem: Problem) -> str | list[dict[str, Any]]:
+        question, history = problem.question, []
+        if not isinstance(question, str):
+            *history, last = ({**message} for message in question)
+            question = last["content"]
+        values = {"{question}": question, "{solution}": problem.solution}
         # One pass over the template: a question that itself contains "{solution}" stays as it is.
-        text = _FIELD.sub(lambda found: getattr(problem, found[0][1:-1]), template)
-        if not self._chat:
-            return list(self.tokenizer(text)["input_ids"])
-        messages = [{"role": "user", "content": text}]
-        if self.config.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": self.config.system_prompt})
+        text = _FIELD.sub(lambda found: values[found[0]], template)
+        if isinstance(problem.question, str) and not self._text_as_chat:
+            return text
+        if "{question}" not in template:  # what the user and the model said before is part of the question
+            history = [message for message in history if message["role"] == "system"]
+        if self.config.system_prompt is not None and not any(message["role"] == "system" for message in history):
+            history.insert(0, {"role": "system", "content": self.config.system_prompt})
+        return [*history, {"role": "user", "content": text}]
+
+    def _encode(self, template: str, problem: Problem, chat_template_kwargs: Mapping[str, Any]) -> list[int]:
+        written = self._write(template, problem)
+        if isinstance(written, str):
+            return list(self.tokenizer(written)["input_ids"])
         return list(
             self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **chat_template_kwargs
+                written, add_generation_prompt=True, tokenize=True, return_dict=False, **chat_template_kwargs
             )
         )
 
@@ -169,6 +212,19 @@ class ContextBuilder:
                 return None
             prompts = self._prompts(Problem(problem.question, solution))
         return prompts
+
+
+def thinking_states(tokenizer: Any, prompts: Prompts) -> dict[str, str]:
+    """How each prompt ends: "open" in a <think> block, "closed" after one, "none" otherwise.
+
+    The same completion follows all three. Where they differ, its first tokens (``<think>`` or the answer) mean something
+    else in each context, and the divergence there is of the templates' making.
+    """
+    ends = {name: tokenizer.decode(ids[-8:]).rstrip() for name, ids in prompts._asdict().items()}
+    return {
+        name: "open" if end.endswith("<think>") else "closed" if end.endswith("</think>") else "none"
+        for name, end in ends.items()
+    }
 
 
 class Packed(NamedTuple):

@@ -1,10 +1,9 @@
 """Head and last hidden states of any Hugging Face causal language model, without computing its logits.
 
 What a model does between the projection and its logits is read from its configuration. The names are the models' own,
-and one of
-them has two meanings: ``logits_scaling`` divides in Granite and MiniCPM, multiplies in HyperCLOVA X. ``check_head``
-compares the result with the model's own logits, so that an architecture nobody looked at is refused rather than trained
-wrongly.
+and one of them has two meanings: ``logits_scaling`` divides in Granite and MiniCPM, multiplies in HyperCLOVA X.
+``check_head`` compares the result with the model's own logits, so that an architecture nobody looked at is refused
+rather than trained wrongly.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial
 
 from popsd import Head
 
@@ -133,6 +133,28 @@ def check_head(model: nn.Module, *, tolerance: float = 1e-2) -> None:
         )
 
 
+def gathered(head: Head, dtype: torch.dtype) -> Head:
+    """The head as plain tensors: under FSDP2 one whose module is sharded apart is gathered here, once, in ``dtype``.
+
+    Its gradient goes back as the mean over the ranks, which is how FSDP2 reduces every other parameter's.
+    """
+    if not isinstance(head.weight, DTensor):
+        return head
+    bias = None if head.bias is None else _full(head.bias)
+    return Head(_full(head.weight).to(dtype), bias, head.logit_scale, head.softcap)
+
+
+def _full(parameter: torch.Tensor) -> torch.Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    # Each rank's gradient is of its own tokens, hence Partial; full_tensor() alone takes it to be the same everywhere.
+    full: torch.Tensor = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda gradient: gradient / mesh.size())
+    return full
+
+
 def same_head(a: Head, b: Head) -> bool:
     """Whether two heads are the same tensors with the same transforms: then one projection serves both."""
     return (
@@ -143,8 +165,10 @@ def same_head(a: Head, b: Head) -> bool:
 
 
 def _same_tensor(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None or b is None:
+    if a is None or b is None or a is b:
         return a is b
+    if isinstance(a, DTensor) or isinstance(b, DTensor):
+        return False
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from popsd import HiddenStates, PurifiedConfig, PurifiedOPSDLoss
+from popsd import PurifiedConfig, PurifiedOPSDLoss
 from popsd.epistemic import EpistemicMarkers
 from popsd_integrations.checkpoint import (
     random_state,
@@ -37,7 +37,8 @@ from popsd_integrations.checkpoint import (
 )
 from popsd_integrations.contexts import Prompts, pack
 from popsd_integrations.frozen import FrozenWeights, eval_mode, frozen_states, frozen_weights
-from popsd_integrations.heads import causal_model, check_head, head_from_model, hidden_states, same_head
+from popsd_integrations.heads import causal_model, check_head
+from popsd_integrations.objective import needed_contexts, student_loss
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -204,9 +205,7 @@ def _backward(
     """Accumulate the gradient of the whole batch's mean loss per completion token; return the means of the metrics."""
     tokens = sum(map(len, completions))
     size = config.micro_batch_size or len(rows)
-    contexts = ["base", "teacher", "reference"] if config.loss_target == "purified" else ["teacher"]
-    if decompose and "reference" not in contexts:
-        contexts.append("reference")
+    contexts = needed_contexts(config.loss_target, decompose)
     totals: dict[str, torch.Tensor] = {}
     for first in range(0, len(rows), size):
         part, ids = rows[first : first + size], completions[first : first + size]
@@ -214,17 +213,7 @@ def _backward(
         frozen = frozen_states(
             source, part, ids, pad_token_id=pad, contexts=contexts, student=student, batched=config.batched_frozen
         )
-        states = hidden_states(model, student.input_ids, student.attention_mask, student.position_ids)
-        head = head_from_model(model)
-        shared = not head.weight.requires_grad and same_head(head, frozen.head)
-        loss, metrics = loss_fn(
-            HiddenStates(student.predicting(states), frozen.base, frozen.teacher, frozen.reference),
-            student_head=head,
-            frozen_head=None if shared else frozen.head,
-            mask=student.completion_mask,
-            num_items=tokens,
-            decompose=decompose,
-        )
+        loss, metrics = student_loss(model, loss_fn, student, frozen, num_items=tokens, decompose=decompose)
         loss.backward()
         weighted = {name: value * (sum(map(len, ids)) / tokens) for name, value in metrics.items() if name != "tokens"}
         weighted["loss"] = loss.detach()
