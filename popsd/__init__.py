@@ -1,17 +1,19 @@
 """popsd: the loss of Purified On-Policy Self-Distillation (arXiv 2607.02234) without full-vocabulary logits."""
 
-from popsd import oracle
-from popsd.config import DivergenceConfig, Impl, PurifiedConfig, Strategy
+from popsd import oracle, presets
+from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy
 from popsd.functional import (
     decompose,
+    head_logits,
     jsd,
     linear_jsd,
     linear_purified_jsd,
     purified_jsd,
     purified_target_logits,
 )
+from popsd.masks import token_weights
 from popsd.modules import PurifiedOPSDLoss
-from popsd.types import Decomposition, Head, HiddenStates, LossOutput
+from popsd.types import Decomposition, Head, HiddenStates, LossOutput, Purification
 
 __version__ = "0.1.0"
 
@@ -22,14 +24,20 @@ __all__ = [
     "HiddenStates",
     "Impl",
     "LossOutput",
+    "MaskConfig",
+    "Method",
+    "Purification",
     "PurifiedConfig",
     "PurifiedOPSDLoss",
     "Strategy",
     "decompose",
+    "head_logits",
     "jsd",
     "linear_jsd",
     "linear_purified_jsd",
     "oracle",
+    "presets",
     "purified_jsd",
     "purified_target_logits",
+    "token_weights",
 ]

@@ -12,11 +12,15 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
-from popsd.config import DivergenceConfig, Impl, PurifiedConfig, Strategy
+from popsd.config import DivergenceConfig, Impl, Method, PurifiedConfig, Strategy
+from popsd.decomposition import FIELDS as DECOMPOSITION_FIELDS
 from popsd.streams import GivenLogits, Problem, ProjectedStreams
 from popsd.tiling import run_tiles
-from popsd.types import Decomposition, Head
+from popsd.types import Decomposition, Head, Purification
 from popsd_kernels.options import RowLoss
+
+COMPOSED = ("pmi_beta", "pmi_clip", "center", "exact_difference", "plausibility", "tail_floor", "tail_cap")
+"""Fields of `PurifiedConfig` beyond those of `DivergenceConfig`, which `Spec` repeats."""
 
 
 class Tensors(NamedTuple):
@@ -49,11 +53,15 @@ class Spec(NamedTuple):
     pmi_clip: float | None
     center: bool
     exact_difference: bool
+    plausibility: float | None
+    tail_floor: float | None
+    tail_cap: float | None
     student_scale: float
     student_softcap: float | None
     frozen_scale: float
     frozen_softcap: float | None
-    decompose: bool
+    decompose: str | None
+    telemetry: bool
     total: bool
     """One scalar loss instead of [N]."""
     with_dhidden: bool
@@ -66,10 +74,18 @@ class Spec(NamedTuple):
     autocast: str | None
 
 
-def divergence(tensors: Tensors, spec: Spec) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(loss [N] or scalar, [*RowLoss, *Decomposition] of [N] each); the loss is differentiable in student and its head."""
+def divergence(tensors: Tensors, spec: Spec) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss [N] or scalar, differentiable in student and its head; and fields of RowLoss, Decomposition, Purification [N]."""
     loss, rows, *_ = torch.ops.popsd.divergence(*tensors, *spec)
-    return loss, list(rows.unbind(0))
+    return loss, dict(zip(_row_names(spec), rows.unbind(0), strict=True))
+
+
+def _row_names(spec: Spec) -> list[str]:
+    names = list(RowLoss._fields)
+    if spec.decompose is not None:
+        known = DECOMPOSITION_FIELDS[Method(spec.decompose)]
+        names += [name for name in Decomposition._fields if name in known]
+    return names + list(Purification._fields if spec.telemetry else ())
 
 
 def _problem(tensors: Tensors, spec: Spec) -> Problem:
@@ -80,7 +96,7 @@ def _problem(tensors: Tensors, spec: Spec) -> Problem:
         if tensors.frozen_weight is not None:
             other = Head(tensors.frozen_weight, tensors.frozen_bias, spec.frozen_scale, spec.frozen_softcap)
         heads = (own, other)
-    composed = {name: getattr(spec, name) for name in ("pmi_beta", "pmi_clip", "center", "exact_difference")}
+    composed = {name: getattr(spec, name) for name in COMPOSED}
     common = {name: getattr(spec, name) for name in ("beta", "temperature", "token_clip", "entry_clip", "vocab_size")}
     purified = tensors.teacher is not None
     return Problem(
@@ -92,7 +108,8 @@ def _problem(tensors: Tensors, spec: Spec) -> Problem:
         PurifiedConfig(**common, **composed) if purified else DivergenceConfig(**common),
         tensors.weights,
         tensors.token_ids,
-        spec.decompose,
+        None if spec.decompose is None else Method(spec.decompose),
+        spec.telemetry,
         None if spec.autocast is None else getattr(torch, spec.autocast),
         Impl(spec.impl),
         Strategy(spec.strategy),
@@ -112,7 +129,8 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     losses = result.rows
     if problem.token_ids is None:  # NaN would make two equal results unequal
         losses = losses._replace(token_logprob=torch.zeros_like(losses.divergence))
-    rows = torch.stack([*losses, *(result.decomposition or ())])
+    extra = (*(result.decomposition or ()), *(result.purification or ()))
+    rows = torch.stack([*losses, *(x for x in extra if x is not None)])
     if problem.weights is not None:
         rows.masked_fill_(problem.weights == 0, 0.0)
     loss = rows[0].clone() if problem.weights is None else rows[0] * problem.weights
@@ -128,13 +146,13 @@ def _fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
     student, nothing = tensors.student, tensors.student.new_empty(0)
     tokens = student.shape[0]
     loss = student.new_empty(() if spec.total else (tokens,), dtype=torch.float32)
-    fields = len(RowLoss._fields) + (len(Decomposition._fields) if spec.decompose else 0)
     heads = [
         nothing.clone() if x is None or not spec.with_dhead else torch.empty_like(x, dtype=torch.float32)
         for x in (tensors.student_weight, tensors.student_bias)
     ]
     dhidden = torch.empty_like(student) if spec.with_dhidden else nothing.clone()
-    return (loss, student.new_empty((fields, tokens), dtype=torch.float32), dhidden, *heads)
+    rows = student.new_empty((len(_row_names(spec)), tokens), dtype=torch.float32)
+    return (loss, rows, dhidden, *heads)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -154,7 +172,8 @@ def _backward(ctx: Any, upstream: torch.Tensor, *_: torch.Tensor) -> tuple[Any, 
         scale = upstream.float().expand(tensors.student.shape[0]).contiguous()
         if tensors.weights is not None:
             scale = torch.where(tensors.weights == 0, 0.0, tensors.weights * scale)
-        spec = ctx.spec._replace(with_dhidden=wanted[0], with_dhead=wanted[1] or wanted[2], total=True, decompose=False)
+        spec = ctx.spec._replace(with_dhidden=wanted[0], with_dhead=wanted[1] or wanted[2], total=True)
+        spec = spec._replace(decompose=None, telemetry=False)
         gradients = torch.ops.popsd.divergence(*tensors._replace(weights=scale), *spec)[2:]
     owners = (tensors.student, tensors.student_weight, tensors.student_bias)
     result: list[torch.Tensor | None] = [None] * (len(Tensors._fields) + len(Spec._fields))

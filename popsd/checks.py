@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from popsd.config import DivergenceConfig, Impl, PurifiedConfig, Strategy
+from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy
 from popsd.streams import comes_apart
 from popsd.types import Head, HiddenStates
 
@@ -135,7 +135,7 @@ def checked_weights(weights: torch.Tensor | None, shape: Sequence[int], device: 
     if weights.requires_grad:
         raise ValueError("weights: expected a tensor without gradient; got requires_grad=True. Detach it.")
     flat = weights.reshape(-1).float()
-    if _may_look(flat) and not torch.isfinite(flat).all():
+    if may_look(flat) and not torch.isfinite(flat).all():
         raise ValueError("weights: expected finite numbers; got NaN or inf. Mask tokens out with 0.")
     return flat
 
@@ -150,7 +150,7 @@ def checked_token_ids(
     if token_ids.dtype != torch.int64:
         raise TypeError(f"token_ids: expected int64; got {token_ids.dtype}. Convert it with .long().")
     flat = token_ids.reshape(-1)
-    if _may_look(flat) and flat.numel() and not -1 <= int(flat.min()) <= int(flat.max()) < vocab_size:
+    if may_look(flat) and flat.numel() and not -1 <= int(flat.min()) <= int(flat.max()) < vocab_size:
         raise ValueError(
             f"token_ids: expected entries in [0, {vocab_size}) or -1 for none; got {int(flat.min())} … {int(flat.max())}."
         )
@@ -170,9 +170,12 @@ def checked_strategy(
     impl: Impl,
     heads: tuple[Head, Head] | None,
     purified: PurifiedConfig | None,
-    decompose: bool,
+    normalisers: bool,
 ) -> Strategy:
-    """A known strategy that can do this case; ``impl`` is resolved, ``purified`` None with two distributions."""
+    """A known strategy that can do this case; ``impl`` is resolved, ``purified`` None with two distributions.
+
+    normalisers: a diagnostic is asked for that needs those of teacher and reference.
+    """
     try:
         strategy = Strategy(strategy)
     except ValueError:
@@ -184,8 +187,13 @@ def checked_strategy(
         obstacle = "Triton kernels: pass impl='triton' on a GPU"
     elif heads is None:
         obstacle = "hidden states and a head, not logits"
-    elif purified is not None and comes_apart(purified, heads[1], decompose):
-        obstacle = "teacher and reference as one difference: no soft cap, centred or without pmi_clip, decompose=False"
+    elif purified is not None and comes_apart(purified, heads[1], normalisers):
+        obstacle = (
+            "teacher and reference as one difference: no soft cap, centred or without pmi_clip, no tail_floor, "
+            "telemetry=False, decompose=False or 'gram'"
+        )
+    elif strategy is Strategy.STREAMING and purified is not None and purified.masks_entries:
+        obstacle = "a configuration without plausibility: it never holds a row's logits to look for the largest"
     elif strategy is Strategy.STREAMING and purified is not None and purified.exact_difference:
         obstacle = "exact_difference=False"
     elif strategy is Strategy.SINGLE_READ and (
@@ -197,6 +205,101 @@ def checked_strategy(
     return strategy
 
 
+def checked_method(
+    decompose: bool | Method | str, heads: tuple[Head, Head] | None, *, argument: str = "decompose"
+) -> Method | None:
+    """How to decompose, None for not at all; GRAM only where one head without soft cap serves all streams."""
+    if isinstance(decompose, bool):
+        return Method.LOGITS if decompose else None
+    try:
+        method = Method(decompose)
+    except ValueError:
+        raise ValueError(f"{argument}: expected one of {[m.value for m in Method]}; got {decompose!r}.") from None
+    if method is Method.GRAM:
+        obstacle = gram_obstacle(heads)
+        if obstacle is not None:
+            raise ValueError(f"{argument}: 'gram' needs {obstacle}. Otherwise use 'logits'.")
+    return method
+
+
+def gram_obstacle(heads: tuple[Head, Head] | None) -> str | None:
+    """Why the decomposition is no quadratic form of hidden states here; None where it is one."""
+    if heads is None:
+        return "hidden states and a head, not logits"
+    own, frozen = heads
+    if own.weight is not frozen.weight or own.bias is not frozen.bias or own.logit_scale != frozen.logit_scale:
+        return "one head for student, teacher and reference, as under LoRA: frozen_head=None"
+    if own.softcap is not None or frozen.softcap is not None:
+        return "a head without soft cap, which is not linear"
+    return None
+
+
+def method_for_masks(method: Method | None, masks: MaskConfig | None, heads: tuple[Head, Head] | None) -> Method | None:
+    """The decomposition asked for, or the cheapest one that the masks can read."""
+    if masks is None or not masks.reads_decomposition:
+        return method
+    if method is None:
+        return Method.GRAM if masks.signal == "centred" and gram_obstacle(heads) is None else Method.LOGITS
+    if method is Method.GRAM and masks.signal != "centred":
+        raise ValueError(
+            f"decompose: expected True, since the masks read the {masks.signal} decomposition; got 'gram', which knows "
+            "the centred one alone. Pass decompose=True, or MaskConfig(signal='centred')."
+        )
+    return method
+
+
+def checked_masks(
+    masks: MaskConfig | None, *, purified: bool, token_ids: torch.Tensor | None, positions: torch.Tensor | None
+) -> MaskConfig | None:
+    """Token masks whose every rule has what it reads."""
+    if masks is None:
+        return None
+    if not isinstance(masks, MaskConfig):
+        raise TypeError(f"masks: expected a popsd.MaskConfig or None; got {type(masks).__name__}.")
+    if masks.reads_decomposition and not purified:
+        raise ValueError(
+            "masks: max_reference_fraction and min_cos_transferable need the streams of a purified loss; got two "
+            "distributions. Use the entropy rules, or compute the weights with popsd.decompose and popsd.token_weights."
+        )
+    if masks.protect_ids and token_ids is None:
+        raise ValueError("masks: protect_ids expected token_ids, the sampled tokens; got None. Pass token_ids.")
+    if masks.skip_first and positions is None:
+        raise ValueError(
+            "masks: skip_first expected completions of shape [B, T], or positions; got flat tokens, which do not tell "
+            "where a completion begins. Pass positions, the place of each token in its completion."
+        )
+    return masks
+
+
+def checked_positions(
+    positions: torch.Tensor | None, shape: Sequence[int], device: torch.device
+) -> torch.Tensor | None:
+    """Flat int64 places in the completion; of [B, T] by default the column, of flat tokens unknown."""
+    if positions is None:
+        if len(shape) != 2:
+            return None
+        return torch.arange(shape[1], device=device).expand(shape[0], -1).reshape(-1)
+    _check_token_tensor("positions", positions, shape, device)
+    if positions.dtype != torch.int64:
+        raise TypeError(f"positions: expected int64; got {positions.dtype}. Convert it with .long().")
+    return positions.reshape(-1)
+
+
+def checked_log_normalisers(
+    normalisers: Sequence[torch.Tensor] | None, shape: Sequence[int], device: torch.device
+) -> list[torch.Tensor] | None:
+    """Flat float32 log-normalisers of student, teacher and reference."""
+    if normalisers is None:
+        return None
+    if len(normalisers) != 3:
+        raise ValueError(
+            f"log_normalisers: expected three tensors, of student, teacher and reference; got {len(normalisers)}."
+        )
+    for x in normalisers:
+        _check_token_tensor("log_normalisers", x, shape, device)
+    return [x.detach().reshape(-1).float() for x in normalisers]
+
+
 def check_workspace(workspace_mib: float | None) -> None:
     if workspace_mib is not None and not 0 < workspace_mib < float("inf"):
         raise ValueError(f"workspace_mib: expected a positive number of MiB or None; got {workspace_mib}.")
@@ -206,7 +309,7 @@ def check_finite(
     streams: Streams, weights: torch.Tensor | None, config: DivergenceConfig, *, minus_infinity: bool = False
 ) -> None:
     """No NaN and no inf in tokens that count. ``minus_infinity``: -inf is an impossible token, not an error."""
-    if not (_may_look(next(iter(streams.values()))) if config.check_finite is None else config.check_finite):
+    if not (may_look(next(iter(streams.values()))) if config.check_finite is None else config.check_finite):
         return
     for name, x in streams.items():
         # a sum is finite exactly when no entry is NaN or inf, short of overflow: one cheap pass when all is well
@@ -227,7 +330,7 @@ def check_finite(
             )
 
 
-def _may_look(tensor: torch.Tensor) -> bool:
+def may_look(tensor: torch.Tensor) -> bool:
     """Whether values can be looked at for free: a GPU would have to be waited for, a compiler's trace has none."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 

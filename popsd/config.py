@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 
 class Impl(StrEnum):
@@ -12,6 +13,17 @@ class Impl(StrEnum):
     AUTO = "auto"
     TRITON = "triton"
     TORCH = "torch"
+
+
+class Method(StrEnum):
+    """How Eq. 4 is measured. LOGITS: every field, from logits of teacher and reference apart, one more matrix product.
+
+    GRAM: the centred fields alone, from hidden states and the head's Gram matrix, no logit; all three streams share a head
+    without soft cap. There is no AUTO: the two do not return the same fields.
+    """
+
+    LOGITS = "logits"
+    GRAM = "gram"
 
 
 class Strategy(StrEnum):
@@ -68,18 +80,107 @@ class PurifiedConfig(DivergenceConfig):
         the log-normalisers of teacher and reference no longer cancel.
     exact_difference: carry teacher − reference as a high and a low part (one more matrix product on 16-bit inputs).
         By default it is taken in float32 and rounded once to the head's dtype. Float32 inputs are always exact.
+
+    Two masks on vocabulary entries, off by default. Where teacher and probe are both near zero, Δ_it is a ratio of two tails
+    that c = 10 never clips: .0085 / .0005 gives +2.8 nats on a token that the base does use.
+    plausibility: in (0, 1] or None; entries whose base probability is below this share of the largest one keep Δ̃ = 0.
+    tail_floor, tail_cap: a probability in (0, 1] and nats > 0, or None both; |Δ̃| is at most tail_cap where teacher and
+        reference are both below tail_floor. They need the log-normalisers: one more matrix product.
     """
 
     pmi_beta: float = 1.0
     pmi_clip: float | None = 10.0
     center: bool = True
     exact_difference: bool = False
+    plausibility: float | None = None
+    tail_floor: float | None = None
+    tail_cap: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive("pmi_beta", self.pmi_beta)
         if self.pmi_clip is not None:
             _require_positive("pmi_clip", self.pmi_clip)
+        for name in ("plausibility", "tail_floor"):
+            _require_between(name, getattr(self, name), 0.0, 1.0, open_below=True)
+        if (self.tail_floor is None) != (self.tail_cap is None):
+            raise ValueError(
+                f"tail_cap: expected with tail_floor or not at all; got tail_floor={self.tail_floor} and "
+                f"tail_cap={self.tail_cap}. The floor says which entries, the cap how far they may move."
+            )
+        if self.tail_cap is not None:
+            _require_positive("tail_cap", self.tail_cap)
+            if self.pmi_clip is not None and self.tail_cap >= self.pmi_clip:
+                raise ValueError(
+                    f"tail_cap: expected less than pmi_clip={self.pmi_clip}, which bounds every entry already; "
+                    f"got {self.tail_cap}."
+                )
+
+    @property
+    def masks_entries(self) -> bool:
+        """Whether some vocabulary entries keep less than their Δ̃."""
+        return self.plausibility is not None or self.tail_floor is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Which completion tokens the loss keeps. Each rule gives a weight in [floor, 1] and the weights multiply; all are off.
+
+    max_reference_fraction: > 0; keeps tokens with ‖Δ_ref‖/‖Δ_total‖ up to this: the share that exists without the question.
+    min_cos_transferable: in [-1, 1]; keeps tokens whose cos(Δ_total, Δ_it) is at least this.
+    signal: which family of `Decomposition` these two read: "raw" is the paper's, and with "weighted" costs a matrix product;
+        "centred" costs next to nothing where one head serves all streams.
+    min_student_entropy, min_target_entropy: nats >= 0; keeps tokens of at least this entropy.
+    top_student_entropy, top_target_entropy: in (0, 1]; keeps this share of the call's tokens, those of highest entropy.
+    skip_first: >= 0; leaves out the first tokens of each completion.
+    protect_ids: leaves out the tokens sampled as one of these, so that no gradient at that place speaks for or against
+        them: epistemic markers, say, see ``EpistemicMarkers.token_ids``.
+    floor: in [0, 1); the weight of what a rule turns down. 0 drops it, more weighs it down.
+    softness: >= 0; width of a logistic step at each threshold, in the units of what is compared; 0 is a hard step.
+    """
+
+    max_reference_fraction: float | None = None
+    min_cos_transferable: float | None = None
+    signal: Literal["raw", "centred", "weighted"] = "raw"
+    min_student_entropy: float | None = None
+    min_target_entropy: float | None = None
+    top_student_entropy: float | None = None
+    top_target_entropy: float | None = None
+    skip_first: int = 0
+    protect_ids: tuple[int, ...] = ()
+    floor: float = 0.0
+    softness: float = 0.0
+
+    def __post_init__(self) -> None:
+        infinity = float("inf")
+        _require_between("max_reference_fraction", self.max_reference_fraction, 0.0, infinity, open_below=True)
+        _require_between("min_cos_transferable", self.min_cos_transferable, -1.0, 1.0)
+        if self.signal not in ("raw", "centred", "weighted"):
+            raise ValueError(f"signal: expected 'raw', 'centred' or 'weighted'; got {self.signal!r}.")
+        for name in ("min_student_entropy", "min_target_entropy", "softness"):
+            _require_between(name, getattr(self, name), 0.0, infinity)
+        for name in ("top_student_entropy", "top_target_entropy"):
+            _require_between(name, getattr(self, name), 0.0, 1.0, open_below=True)
+        if not isinstance(self.skip_first, int) or self.skip_first < 0:
+            raise ValueError(f"skip_first: expected a whole number of tokens, at least 0; got {self.skip_first!r}.")
+        object.__setattr__(self, "protect_ids", tuple(self.protect_ids))
+        if any(not isinstance(token, int) or token < 0 for token in self.protect_ids):
+            raise ValueError(f"protect_ids: expected token ids of at least 0; got {self.protect_ids}.")
+        if not 0.0 <= self.floor < 1.0:
+            raise ValueError(f"floor: expected a weight in [0, 1); got {self.floor}. At 1 no rule would do anything.")
+
+    @property
+    def reads_decomposition(self) -> bool:
+        return self.max_reference_fraction is not None or self.min_cos_transferable is not None
+
+
+def _require_between(name: str, value: float | None, low: float, high: float, *, open_below: bool = False) -> None:
+    if value is None:
+        return
+    if not (low < value if open_below else low <= value) or not value <= high or value == float("inf"):
+        bracket = "(" if open_below else "["
+        closing = ")" if high == float("inf") else "]"
+        raise ValueError(f"{name}: expected a number in {bracket}{low:g}, {high:g}{closing}, or None; got {value}.")
 
 
 def _require_positive(name: str, value: float) -> None:

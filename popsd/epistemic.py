@@ -7,6 +7,7 @@ R1-Distill-7B (71K → 115K), while the purified target keeps them near 70K: a n
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,12 @@ class Decoder(Protocol):
     """What is needed of a tokenizer; every Hugging Face tokenizer fits."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+
+
+class Vocabulary(Decoder, Protocol):
+    """The same, and its number of tokens."""
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,32 @@ class EpistemicMarkers:
         # The longest alternative first, so that "wait a moment" is not counted as "wait".
         words = sorted(self.words, key=len, reverse=True)
         return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, words)) + r")(?!\w)", re.IGNORECASE)
+
+    def token_ids(self, tokenizer: Vocabulary) -> dict[str, tuple[int, ...]]:
+        """Of each marker, all tokens that are this word alone: any case, with spaces or punctuation around it.
+
+        For probabilities of markers and for ``MaskConfig.protect_ids``. A marker that the tokenizer writes in several
+        pieces has none, since its first piece begins other words too: a warning names it. Raises ValueError where no
+        marker has any.
+        """
+        found: dict[str, list[int]] = {word: [] for word in self.words}
+        for token in range(len(tokenizer)):
+            text = tokenizer.decode([token], skip_special_tokens=True).strip().lower()
+            word = text if text in found else re.sub(r"^\W+|\W+$", "", text)
+            if word in found:
+                found[word].append(token)
+        missing = [word for word, tokens in found.items() if not tokens]
+        if len(missing) == len(found):
+            raise ValueError(
+                f"words: expected a marker that is one token of this tokenizer; got {list(self.words)}, none of which is. "
+                "Choose markers it has, or count in text with count_ids."
+            )
+        if missing:
+            warnings.warn(
+                f"EpistemicMarkers: no single token for {', '.join(missing)}; left out here, though count_ids finds them.",
+                stacklevel=2,
+            )
+        return {word: tuple(tokens) for word, tokens in found.items() if tokens}
 
     def count_text(self, texts: Sequence[str]) -> MarkerCounts:
         """Counts over a list of completions given as text. Raises TypeError for a bare string."""

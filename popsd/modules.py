@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from popsd.config import Impl, PurifiedConfig, Strategy
+from popsd.config import Impl, MaskConfig, Method, PurifiedConfig, Strategy
 from popsd.functional import decompose, linear_jsd, linear_purified_jsd
 from popsd.types import Head, HiddenStates, LossOutput
 
@@ -23,6 +23,8 @@ class PurifiedOPSDLoss(torch.nn.Module):
             ``hidden.base`` and ``hidden.reference`` may be None.
         reduction: "token_mean" divides the sum over tokens by ``num_items``; "sequence_mean" averages each row of [B, T]
             over its own tokens and divides the sum over rows by ``num_items``, the number of rows with a token.
+        masks: which of the counted tokens the loss keeps, see `MaskConfig`. They weigh tokens down and renormalise nothing:
+            the divisor stays ``num_items``, so that the split into micro-batches matters to a top share alone.
         impl, workspace_mib, strategy: see `popsd.linear_purified_jsd`.
     """
 
@@ -32,6 +34,7 @@ class PurifiedOPSDLoss(torch.nn.Module):
         *,
         loss_target: LossTarget = "purified",
         reduction: Averaging = "token_mean",
+        masks: MaskConfig | None = None,
         impl: Impl | str = Impl.AUTO,
         workspace_mib: float | None = None,
         strategy: Strategy | str = Strategy.CHUNKED,
@@ -44,7 +47,7 @@ class PurifiedOPSDLoss(torch.nn.Module):
             if value not in valid:
                 raise ValueError(f"{name}: expected one of {list(valid)}; got {value!r}.")
         self.config = PurifiedConfig() if config is None else config
-        self.loss_target, self.reduction = loss_target, reduction
+        self.loss_target, self.reduction, self.masks = loss_target, reduction, masks
         self.impl, self.workspace_mib, self.strategy = impl, workspace_mib, strategy
 
     def forward(
@@ -56,13 +59,14 @@ class PurifiedOPSDLoss(torch.nn.Module):
         mask: torch.Tensor | None = None,
         num_items: int | float | torch.Tensor | None = None,
         token_ids: torch.Tensor | None = None,
-        decompose: bool = False,
+        decompose: bool | Method | str = False,
+        telemetry: bool = False,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss over the tokens of ``mask``.
 
         Args:
             hidden: streams [B, T, D] or [N, D], at the positions that predict each completion token.
-            student_head, frozen_head, token_ids, decompose: see `popsd.linear_purified_jsd`.
+            student_head, frozen_head, token_ids, decompose, telemetry: see `popsd.linear_purified_jsd`.
             mask: [B, T] or [N], true (or a weight > 0) where a token counts; None: everywhere. Masked tokens are dropped
                 before any projection, at the price of one host synchronisation.
             num_items: what to divide by; the count of this call by default. Under gradient accumulation or data
@@ -70,8 +74,8 @@ class PurifiedOPSDLoss(torch.nn.Module):
 
         Returns: the scalar loss, and a dict of detached 0-dim tensors. Means over the counted tokens of this call:
         divergence, student_kl, target_kl, student_entropy, target_entropy, clip_fraction, token_clipped,
-        argmax_agreement, and with ``decompose`` decomposition/<field>; ``tokens`` is their number. With ``token_ids``
-        also token_logprob.
+        argmax_agreement, and with ``decompose`` decomposition/<field>, with ``telemetry`` purification/<field>; ``tokens``
+        is their number. With ``token_ids`` also token_logprob, with masks kept_share: the share of weight they keep.
 
         Raises: ValueError, TypeError as `popsd.linear_purified_jsd`; ValueError for "sequence_mean" without [B, T].
         """
@@ -93,53 +97,69 @@ class PurifiedOPSDLoss(torch.nn.Module):
             items = (lengths > 0).sum()
         else:
             items = weights.sum()
+        positions = None if self.masks is None or weights.ndim != 2 else (weights != 0).long().cumsum(dim=1) - 1
         if mask is not None:
             index = weights.flatten().nonzero()[:, 0]
             hidden = HiddenStates(*(None if x is None else x.flatten(0, -2)[index] for x in hidden))  # type: ignore[arg-type]
             weights = weights.flatten()[index]
             token_ids = None if token_ids is None else token_ids.flatten()[index]
-        output = self._divergence(hidden, student_head, frozen_head, weights, token_ids, decompose)
+            positions = None if positions is None else positions.flatten()[index]
+        common: dict[str, Any] = {"weights": weights, "token_ids": token_ids, "positions": positions}
+        output = self._divergence(hidden, student_head, frozen_head, common, decompose, telemetry)
         divisor = items if num_items is None else num_items
         if isinstance(divisor, torch.Tensor):
             divisor = divisor.to(output.loss.device).clamp_min(1)
-        return output.loss / divisor, _metrics(output)
+        metrics = _metrics(output, weights)
+        if self.masks is not None:
+            metrics["kept_share"] = output.weights.sum() / weights.sum().clamp_min(1e-9)
+        return output.loss / divisor, metrics
 
     def _divergence(
         self,
         hidden: HiddenStates,
         student_head: Head,
         frozen_head: Head | None,
-        weights: torch.Tensor,
-        token_ids: torch.Tensor | None,
-        with_decomposition: bool,
+        common: dict[str, Any],
+        method: bool | Method | str,
+        telemetry: bool,
     ) -> LossOutput:
-        common: dict[str, Any] = {
+        common |= {
             "config": self.config,
-            "weights": weights,
-            "token_ids": token_ids,
+            "masks": self.masks,
             "reduction": "sum",
             "impl": self.impl,
             "workspace_mib": self.workspace_mib,
             "strategy": self.strategy,
         }
         if self.loss_target == "purified":
-            return linear_purified_jsd(hidden, student_head, frozen_head, decompose=with_decomposition, **common)
+            return linear_purified_jsd(
+                hidden, student_head, frozen_head, decompose=method, telemetry=telemetry, **common
+            )
+        if telemetry:
+            raise ValueError("telemetry: expected False for loss_target='opsd', whose target is the teacher; got True.")
         output = linear_jsd(hidden.student, student_head, hidden.teacher, frozen_head, **common)
-        if not with_decomposition:
+        if not method:
             return output
         parts = decompose(
-            hidden, student_head, frozen_head, config=self.config, impl=self.impl, workspace_mib=self.workspace_mib
+            hidden,
+            student_head,
+            frozen_head,
+            config=self.config,
+            method=Method.LOGITS if method is True else method,
+            impl=self.impl,
+            workspace_mib=self.workspace_mib,
         )
         return output._replace(decomposition=parts)
 
 
-def _metrics(output: LossOutput) -> dict[str, torch.Tensor]:
-    """Means over the tokens of positive weight, without a host synchronisation."""
-    counted = (output.weights != 0).float()
+def _metrics(output: LossOutput, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Means over the tokens of positive weight, masked ones included, without a host synchronisation."""
+    counted = (weights != 0).float()
     tokens = counted.sum()
     fields = {name: getattr(output, name) for name in _AVERAGED if getattr(output, name) is not None}
-    if output.decomposition is not None:
-        fields |= {f"decomposition/{name}": x for name, x in output.decomposition._asdict().items()}
+    for group, parts in (("decomposition", output.decomposition), ("purification", output.purification)):
+        if parts is not None:
+            fields |= {f"{group}/{name}": x for name, x in parts._asdict().items() if x is not None}
     metrics = {name: (x * counted).sum() / tokens.clamp_min(1.0) for name, x in fields.items()}
     return metrics | {"tokens": tokens}
 

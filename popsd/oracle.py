@@ -11,7 +11,7 @@ import math
 import torch
 
 from popsd.config import DivergenceConfig, PurifiedConfig
-from popsd.types import Decomposition, Head
+from popsd.types import Decomposition, Head, Purification
 
 
 def head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
@@ -32,15 +32,49 @@ def purified_target_logits(
     base: torch.Tensor, teacher: torch.Tensor, reference: torch.Tensor, config: PurifiedConfig
 ) -> torch.Tensor:
     """Unnormalised log target, Eq. 13-17. Entries outside the support of teacher or reference carry no signal: Δ̃ = 0."""
+    log_base, log_teacher, log_reference = (log_probs(x, config) for x in (base, teacher, reference))
+    delta = centred_difference(teacher, reference, config)
+    if config.pmi_clip is not None:
+        delta = config.pmi_clip * torch.tanh(delta / config.pmi_clip)  # Eq. 15
+    if config.tail_floor is not None and config.tail_cap is not None:
+        faint = (log_teacher < math.log(config.tail_floor)) & (log_reference < math.log(config.tail_floor))
+        delta = torch.where(faint, delta.clamp(-config.tail_cap, config.tail_cap), delta)
+    if config.plausibility is not None:
+        delta = torch.where(log_base < log_base.amax(-1, keepdim=True) + math.log(config.plausibility), 0.0, delta)
+    return log_base + delta / config.pmi_beta  # Eq. 16
+
+
+def centred_difference(teacher: torch.Tensor, reference: torch.Tensor, config: PurifiedConfig) -> torch.Tensor:
+    """Δ̄ of raw logits [..., V], Eq. 13 and 14; 0 outside the support."""
     log_teacher, log_reference = log_probs(teacher, config), log_probs(reference, config)
     support = torch.isfinite(log_teacher) & torch.isfinite(log_reference)
     delta = torch.where(support, log_teacher, 0.0) - torch.where(support, log_reference, 0.0)  # Eq. 13
     if config.center:
         delta = delta - delta.sum(-1, keepdim=True) / support.sum(-1, keepdim=True)  # Eq. 14
-    if config.pmi_clip is not None:
-        delta = config.pmi_clip * torch.tanh(delta / config.pmi_clip)  # Eq. 15
-    delta = torch.where(support, delta, 0.0)
-    return log_probs(base, config) + delta / config.pmi_beta  # Eq. 16
+    return torch.where(support, delta, 0.0)
+
+
+def purification(
+    base: torch.Tensor, teacher: torch.Tensor, reference: torch.Tensor, config: PurifiedConfig
+) -> Purification:
+    """The fields of `Purification` from raw logits [..., V], per token."""
+    target_logits = purified_target_logits(base, teacher, reference, config)
+    log_target = torch.log_softmax(target_logits, dim=-1)
+    log_base, log_teacher = log_probs(base, config), log_probs(teacher, config)
+    size = centred_difference(teacher, reference, config).abs()
+    ordered, vocab, target = size.sort(dim=-1).values, size.shape[-1], log_target.exp()
+    clip = math.inf if config.pmi_clip is None else config.pmi_clip
+    return Purification(
+        (size > clip).double().mean(-1),
+        ordered[..., math.ceil(0.5 * vocab) - 1],
+        ordered[..., math.ceil(0.9 * vocab) - 1],
+        ordered[..., math.ceil(0.99 * vocab) - 1],
+        ordered[..., -1],
+        _times(target, log_target - log_teacher).sum(-1),
+        _times(target, log_target - log_base).sum(-1),
+        0.5 * (target - log_base.exp()).abs().sum(-1),
+        (target_logits.argmax(-1) != log_base.argmax(-1)).double(),
+    )
 
 
 def divergence(log_p: torch.Tensor, log_q: torch.Tensor, config: DivergenceConfig) -> torch.Tensor:
@@ -83,14 +117,25 @@ def entropy(log_p: torch.Tensor) -> torch.Tensor:
 def decompose(
     student: torch.Tensor, teacher: torch.Tensor, reference: torch.Tensor, config: DivergenceConfig
 ) -> Decomposition:
-    """Eq. 4 from raw logits [..., V]: norms and cosines over the vocabulary of Δ_total = Δ_ref + Δ_it, per token."""
+    """Eq. 4 from raw logits [..., V]: norms and cosines over the vocabulary of Δ_total = Δ_ref + Δ_it, per token.
+
+    Then the same of every Δ less its mean over the vocabulary, and with each entry weighted by π_θ.
+    """
     log_student, log_teacher, log_reference = (log_probs(x, config) for x in (student, teacher, reference))
     outside = torch.isinf(log_student) | torch.isinf(log_teacher) | torch.isinf(log_reference)
     total = (log_teacher - log_student).masked_fill(outside, 0.0)
     induced = (log_reference - log_student).masked_fill(outside, 0.0)
     transferable = (log_teacher - log_reference).masked_fill(outside, 0.0)
+    signals = (total, induced, transferable)
+    count = (~outside).sum(-1, keepdim=True)
+    centred = ((x - x.sum(-1, keepdim=True) / count).masked_fill(outside, 0.0) for x in signals)
+    weighted = (x * log_student.exp().sqrt() for x in signals)
+    return Decomposition(*_parts(*signals), *_parts(*centred), *_parts(*weighted))
+
+
+def _parts(total: torch.Tensor, induced: torch.Tensor, transferable: torch.Tensor) -> tuple[torch.Tensor, ...]:
     total_norm, induced_norm, transferable_norm = (x.norm(dim=-1) for x in (total, induced, transferable))
-    return Decomposition(
+    return (
         total_norm,
         induced_norm,
         transferable_norm,

@@ -4,8 +4,11 @@ Projection stacks the streams so that one matrix product with float32 output ser
 
     [student; base; teacher − reference] · Wᵀ  →  [3C, V]        (METHOD identities 1 and 2)
 
-and G·W turns the student's logit gradient into d loss / d hidden. Where the identities do not hold (soft cap, uncentred Δ,
-a decomposition that needs both normalisers) teacher and reference are projected apart, [4C, V]. Two distributions: [2C, V].
+and G·W turns the student's logit gradient into d loss / d hidden. A decomposition adds the reference, [4C, V], whose sum with
+the difference is the teacher. Where the identities do not hold (soft cap, uncentred Δ, masks and telemetry that need the
+normalisers first) teacher and reference are projected apart, [4C, V]. Two distributions: [2C, V].
+Without a tanh the target's logits are linear in the hidden states, so base + (teacher − reference)/pmi_beta is one stream and
+the purified target costs what two distributions cost.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from popsd.config import DivergenceConfig, Impl, PurifiedConfig, Strategy
+from popsd.config import DivergenceConfig, Impl, Method, PurifiedConfig, Strategy
 from popsd.types import Head, mean_row
 from popsd_kernels.options import LOGIT_FLOOR, LogitTransform, RowOptions
 
@@ -37,7 +40,8 @@ class Problem:
     config: DivergenceConfig
     weights: torch.Tensor | None = None
     token_ids: torch.Tensor | None = None
-    decompose: bool = False
+    decompose: Method | None = None
+    telemetry: bool = False
     autocast_dtype: torch.dtype | None = None
     impl: Impl = Impl.AUTO
     strategy: Strategy = Strategy.CHUNKED
@@ -56,7 +60,7 @@ class Problem:
     @property
     def apart(self) -> bool:
         """Whether teacher and reference need their own logits, because the identities of METHOD.md do not hold."""
-        return self.purified is not None and comes_apart(self.purified, self.heads and self.heads[1], self.decompose)
+        return self.purified is not None and comes_apart(self.purified, self.heads and self.heads[1], self.telemetry)
 
     def row_options(self) -> RowOptions:
         config, (student, frozen) = self.config, self.heads or (None, None)
@@ -74,9 +78,9 @@ class Problem:
         return replace(options, pmi_beta=self.purified.pmi_beta, pmi_clip=self.purified.pmi_clip)
 
 
-def comes_apart(config: PurifiedConfig, frozen_head: Head | None, decompose: bool) -> bool:
+def comes_apart(config: PurifiedConfig, frozen_head: Head | None, normalisers: bool) -> bool:
     """Whether Δ_it needs the logits of teacher and reference apart: given logits, a soft cap, or their normalisers."""
-    if frozen_head is None or frozen_head.softcap is not None or decompose:
+    if frozen_head is None or frozen_head.softcap is not None or normalisers or config.tail_floor is not None:
         return True
     # without a tanh the softmax absorbs any constant, so an uncentred Δ_it needs no normalisers either
     return not config.center and config.pmi_clip is not None
@@ -117,12 +121,15 @@ class ProjectedStreams:
         vocab, student = problem.vocab_size, problem.student
         self.problem, self.vocab, self.options = problem, vocab, problem.row_options()
         self.keep = None if problem.weights is None else (problem.weights != 0)[:, None]
-        self.student_weight = _operand(student_head.weight[:vocab], student, problem.autocast_dtype)
+        self.student_weight = operand(student_head.weight[:vocab], student, problem.autocast_dtype)
         self.frozen_weight = self.student_weight
         if student_head.weight is not frozen_head.weight:
-            self.frozen_weight = _operand(frozen_head.weight[:vocab], problem.target, problem.autocast_dtype)
+            self.frozen_weight = operand(frozen_head.weight[:vocab], problem.target, problem.autocast_dtype)
         self.student_bias, self.target_bias = _bias(student_head, vocab), _bias(frozen_head, vocab)
-        self.mean_row = None if problem.purified is None or problem.apart else mean_row(frozen_head, vocab)
+        self.with_reference = problem.decompose is Method.LOGITS and not problem.apart
+        self.mixed = self._is_one_stream()
+        difference = problem.purified is not None and not problem.apart and not self.mixed
+        self.mean_row = mean_row(frozen_head, vocab) if difference else None
         self.with_gradient = with_dhidden or with_dhead
         self.dhidden = torch.empty_like(student) if with_dhidden else None
         self.dweight = self.dbias = None
@@ -133,7 +140,9 @@ class ProjectedStreams:
 
     @property
     def streams(self) -> int:
-        return 2 if self.problem.purified is None else 4 if self.problem.apart else 3
+        if self.problem.purified is None or self.mixed:
+            return 2
+        return 4 if self.problem.apart or self.with_reference else 3
 
     @property
     def bytes_per_row(self) -> tuple[int, int]:
@@ -157,14 +166,18 @@ class ProjectedStreams:
         frozen, low, offset = [self._rows(problem.target, start, stop)], None, None
         if problem.teacher is not None and problem.reference is not None:
             pair = [self._rows(x, start, stop) for x in (problem.teacher, problem.reference)]
-            if self.mean_row is None:
+            if self.mixed:
+                assert problem.purified is not None
+                difference = pair[0].float() - pair[1].float()
+                frozen = [frozen[0].float().add(difference, alpha=1.0 / problem.purified.pmi_beta)]
+            elif self.mean_row is None:
                 frozen += pair
             else:
                 high, low = self._difference(*pair)
                 # the mean of the very rows that the product reads, or centring would be off by their rounding
                 exact = high.float() if low is None else high.float() + low.float()
                 offset = (exact @ self.mean_row).mul_(self.options.delta_scale * self.options.inv_temperature)
-                frozen.append(high)
+                frozen += [high, pair[1]] if self.with_reference else [high]
         return HiddenRows(student, [x.to(self.frozen_weight.dtype) for x in frozen], low, offset)
 
     def load(self, start: int, stop: int) -> Chunk:
@@ -172,16 +185,17 @@ class ProjectedStreams:
         student, frozen, low, offset = self.hidden_rows(start, stop)
         stacked = torch.cat(frozen)
         if self.frozen_weight is self.student_weight:
-            _project(torch.cat([student, stacked]), self.student_weight, self.logits[: self.streams * n])
+            project(torch.cat([student, stacked]), self.student_weight, self.logits[: self.streams * n])
         else:
-            _project(student, self.student_weight, self.logits[:n])
-            _project(stacked, self.frozen_weight, self.logits[n : self.streams * n])
+            project(student, self.student_weight, self.logits[:n])
+            project(stacked, self.frozen_weight, self.logits[n : self.streams * n])
         views = [self.logits[k * n : (k + 1) * n] for k in range(self.streams)]
         if low is not None:
-            _project(low, self.frozen_weight, views[2], accumulate=True)
+            project(low, self.frozen_weight, views[2], accumulate=True)
         if self.problem.apart:
             return Chunk(views[0], views[1], delta=views[2], teacher=views[2], reference=views[3])
-        return Chunk(views[0], views[1], delta=views[2] if len(views) == 3 else None, offset=offset)
+        reference = views[3] if self.with_reference else None
+        return Chunk(views[0], views[1], views[2] if self.streams > 2 else None, offset, reference=reference)
 
     def gradient(self, first: int, start: int, stop: int) -> torch.Tensor | None:
         if not self.with_gradient:
@@ -199,7 +213,7 @@ class ProjectedStreams:
             self.dhidden[first:last] = gradient @ self.student_weight
         if self.dweight is not None:
             hidden = self._rows(self.problem.student, first, last).to(gradient.dtype)
-            _project(gradient.t(), hidden.t(), self.dweight[: self.vocab], accumulate=True)
+            project(gradient.t(), hidden.t(), self.dweight[: self.vocab], accumulate=True)
         if self.dbias is not None:
             self.dbias[: self.vocab] += gradient.sum(dim=0, dtype=torch.float32)
 
@@ -207,6 +221,21 @@ class ProjectedStreams:
         """Rows of a stream, masked ones as zeros: padding may hold NaN, and 0 · NaN would reach dW."""
         rows = tensor.detach()[start:stop]
         return rows if self.keep is None else torch.where(self.keep[start:stop], rows, 0.0)
+
+    def _is_one_stream(self) -> bool:
+        """Whether the purified target is linear in the hidden states. Only where products are float32: a mix rounded to 16
+        bits is off by 2⁻⁹ of the base's own logits, a difference by 2⁻⁹ of the difference.
+        """
+        config = self.problem.purified
+        return (
+            config is not None
+            and config.pmi_clip is None
+            and not config.masks_entries
+            and not self.problem.apart
+            and not self.with_reference
+            and self.problem.strategy is Strategy.CHUNKED
+            and self.frozen_weight.dtype == torch.float32
+        )
 
     def _difference(self, teacher: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Teacher − reference, taken in float32 and rounded once; on request with what the rounding lost."""
@@ -257,7 +286,7 @@ def _bias(head: Head, vocab: int) -> torch.Tensor | None:
     return None if head.bias is None else head.bias.detach()[:vocab].float().clamp_min(LOGIT_FLOOR)
 
 
-def _operand(weight: torch.Tensor, hidden: torch.Tensor, autocast: torch.dtype | None) -> torch.Tensor:
+def operand(weight: torch.Tensor, hidden: torch.Tensor, autocast: torch.dtype | None) -> torch.Tensor:
     """The head in the dtype of the matrix products: float32 on CPU, which has no 16-bit product with float32 output."""
     weight = weight.detach()
     if weight.device.type != "cuda":
@@ -265,7 +294,7 @@ def _operand(weight: torch.Tensor, hidden: torch.Tensor, autocast: torch.dtype |
     return weight.to(autocast or torch.promote_types(weight.dtype, hidden.dtype))
 
 
-def _project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:
+def project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:
     """out = hidden · weightᵀ, or out += it, in float32 whatever the operands."""
     wide: dict[str, Any] = {} if hidden.dtype == torch.float32 else {"out_dtype": torch.float32}
     if accumulate:

@@ -4,24 +4,28 @@ no formula; the sweeps are Triton kernels or the torch bodies of the same signat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
 from popsd import torch_tiles
-from popsd.config import Impl, Strategy
-from popsd.decomposition import decompose_rows
+from popsd.config import Impl, Method, Strategy
+from popsd.decomposition import decompose_hidden, decompose_rows, gather
+from popsd.masks import mask_entries
 from popsd.streams import Chunk, GivenLogits, Problem, ProjectedStreams
-from popsd.types import Decomposition
-from popsd_kernels.options import RowLoss, RowStatistics
+from popsd.telemetry import purification_rows
+from popsd.types import Decomposition, Purification
+from popsd_kernels.options import LogitTransform, RowLoss, RowStatistics
 
 SWEEP_ELEMENTS = 1 << 17
 """Elements per stream that a torch body sees at once: 0.5 MiB of float32, so that its temporaries stay in the L2 cache."""
 
 CPU_WORKSPACE_MIB = 64.0
 GPU_WORKSPACE_MIB = 2048.0
+DIAGNOSTIC_ELEMENTS = 1 << 24
+"""Elements per stream that a diagnostic in plain torch sees at once: 64 MiB per temporary, beside the workspace."""
 GPU_GRADIENT_ROWS = 2048
 """Rows of one G·W product on a GPU: 128 tiles of 128x256 at D = 2048, which occupy 97 % of 132 multiprocessors."""
 
@@ -40,6 +44,7 @@ class TileResult(NamedTuple):
 
     rows: RowLoss
     decomposition: Decomposition | None
+    purification: Purification | None
 
 
 def resolve_impl(impl: Impl, device: torch.device) -> Impl:
@@ -64,17 +69,19 @@ def run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> TileR
     with torch.autocast(problem.student.device.type, enabled=False):  # precision is decided here, stream by stream
         if problem.strategy is Strategy.STREAMING:
             assert isinstance(source, ProjectedStreams)
-            return _stream(problem, source)
-        return _run_tiles(problem, source)
+            result = TileResult(_stream(problem, source), None, None)
+        else:
+            result = _run_tiles(problem, source)
+        return result._replace(decomposition=_gram(problem)) if problem.decompose is Method.GRAM else result
 
 
-def _stream(problem: Problem, source: ProjectedStreams) -> TileResult:
+def _stream(problem: Problem, source: ProjectedStreams) -> RowLoss:
     """No chunks and no logits: tile kernels project and fold in one."""
     from popsd_kernels import stream_divergence
 
     student, frozen, _, offset = source.hidden_rows(0, problem.student.shape[0])
     vocab = problem.vocab_size
-    rows = stream_divergence(
+    return stream_divergence(
         student,
         frozen[0],
         frozen[1] if len(frozen) > 1 else None,
@@ -90,7 +97,6 @@ def _stream(problem: Problem, source: ProjectedStreams) -> TileResult:
         dweight=None if source.dweight is None else source.dweight[:vocab],
         dbias=None if source.dbias is None else source.dbias[:vocab],
     )
-    return TileResult(rows, None)
 
 
 def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> TileResult:
@@ -101,6 +107,7 @@ def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> Tile
     empty = problem.student.new_empty(0, dtype=torch.float32)
     losses = [RowLoss(*[empty] * len(RowLoss._fields))]
     decompositions = [Decomposition(*[empty] * len(Decomposition._fields))]
+    purifications = [Purification(*[empty] * len(Purification._fields))]
     for first in range(0, tokens, gradient_rows):
         last = min(first + gradient_rows, tokens)
         for start in range(first, last, chunk_rows):
@@ -113,13 +120,17 @@ def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> Tile
                 j = min(i + step, stop - start)
                 rows = slice(start + i, start + j)
                 part = chunk.rows(i, j)
-                if problem.decompose:
-                    decompositions.append(_decompose(problem, source, part))
+                for piece in _pieces(problem, part):
+                    if problem.decompose is Method.LOGITS:
+                        decompositions.append(_decompose(problem, source, piece))
+                    if problem.telemetry:
+                        purifications.append(_purification(problem, source, piece))
                 losses.append(_sweep(problem, source, bodies, part, rows, gradient, slice(i, j)))
         source.fold(first, last)
     return TileResult(
         RowLoss(*map(torch.cat, zip(*losses, strict=True))),
-        Decomposition(*map(torch.cat, zip(*decompositions, strict=True))) if problem.decompose else None,
+        gather(decompositions) if problem.decompose is Method.LOGITS else None,
+        Purification(*map(torch.cat, zip(*purifications, strict=True))) if problem.telemetry else None,
     )
 
 
@@ -129,10 +140,8 @@ def target_logits(problem: Problem) -> torch.Tensor:
     source, options = GivenLogits(problem, with_gradient=False), problem.row_options()
     source.allocate(problem.student.shape[0], 0)
     chunk = source.load(0, problem.student.shape[0])
-    assert problem.purified is not None and chunk.delta is not None
-    offset = bodies.logit_difference(
-        chunk.teacher, chunk.reference, out=chunk.delta, options=options, center=problem.purified.center
-    )
+    assert chunk.delta is not None
+    offset = _difference(problem, source, bodies, chunk)
     bodies.row_statistics(chunk.student, chunk.target, chunk.delta, offset, options=options, target_out=chunk.delta)
     return chunk.delta
 
@@ -165,16 +174,8 @@ def _sweep(
     gradient: torch.Tensor | None,
     local: slice,
 ) -> RowLoss:
-    options, offset, target = problem.row_options(), chunk.offset, chunk.target
-    if problem.purified is not None and problem.apart:
-        offset = bodies.logit_difference(
-            chunk.teacher,
-            chunk.reference,
-            out=chunk.delta,
-            bias=source.target_bias,
-            options=options,
-            center=problem.purified.center,
-        )
+    options, target = problem.row_options(), chunk.target
+    offset = _difference(problem, source, bodies, chunk)
     token_ids = None if problem.token_ids is None else problem.token_ids[rows]
     row_scale = None if problem.weights is None else problem.weights[rows]
     if problem.strategy is Strategy.SINGLE_READ and gradient is not None:
@@ -207,11 +208,101 @@ def _sweep(
     )
 
 
+def _difference(
+    problem: Problem, source: ProjectedStreams | GivenLogits, bodies: Bodies, chunk: Chunk
+) -> torch.Tensor | None:
+    """The finished difference in ``chunk.delta``, masks on its entries applied; returns its offset [n]."""
+    config, options, offset = problem.purified, problem.row_options(), chunk.offset
+    if config is None or chunk.delta is None:
+        return offset
+    frozen = (
+        _tempered_frozen(problem, source, chunk) if config.masks_entries else None
+    )  # before delta takes their place
+    if problem.apart:
+        offset = bodies.logit_difference(
+            chunk.teacher,
+            chunk.reference,
+            out=chunk.delta,
+            bias=source.target_bias,
+            options=options,
+            center=config.center,
+        )
+    if frozen is not None:
+        assert offset is not None
+        mask_entries(chunk.delta, offset, options.delta_scale * options.inv_temperature, *frozen, config)
+    return offset
+
+
+def _pieces(problem: Problem, chunk: Chunk) -> Iterator[Chunk]:
+    """Few enough rows for a diagnostic in plain torch."""
+    if problem.decompose is not Method.LOGITS and not problem.telemetry:
+        return
+    step = max(1, DIAGNOSTIC_ELEMENTS // problem.vocab_size)
+    for start in range(0, chunk.student.shape[0], step):
+        yield chunk.rows(start, start + step)
+
+
 def _decompose(problem: Problem, source: ProjectedStreams | GivenLogits, chunk: Chunk) -> Decomposition:
     options = problem.row_options()
-    assert chunk.teacher is not None and chunk.reference is not None
-    return decompose_rows(
-        torch_tiles.tempered_logits(chunk.student, source.student_bias, options.student, options),
-        torch_tiles.tempered_logits(chunk.teacher, source.target_bias, options.target, options),
-        torch_tiles.tempered_logits(chunk.reference, source.target_bias, options.target, options),
+    assert chunk.reference is not None
+    student, reference = chunk.student, chunk.reference
+    teacher, own, other, *free = torch_tiles.scratch(student, 7)
+    masked = problem.heads is None or source.student_bias is not None or source.target_bias is not None
+    if masked or (options.student, options.target, options.inv_temperature) != (_PLAIN, _PLAIN, 1.0):
+        student = torch_tiles.tempered_logits(student, source.student_bias, options.student, options, out=own)
+        reference = torch_tiles.tempered_logits(reference, source.target_bias, options.target, options, out=other)
+    if chunk.teacher is None:
+        assert chunk.delta is not None
+        torch.add(reference, chunk.delta, alpha=options.delta_scale * options.inv_temperature, out=teacher)
+    else:
+        torch_tiles.tempered_logits(chunk.teacher, source.target_bias, options.target, options, out=teacher)
+    return decompose_rows(student, teacher, reference, free, masked=masked)
+
+
+_PLAIN = LogitTransform()
+
+
+def _gram(problem: Problem) -> Decomposition:
+    """From hidden states, a few rows at a time, beside whatever the sweeps do."""
+    assert problem.heads is not None and problem.teacher is not None and problem.reference is not None
+    head, tokens = problem.heads[0], problem.student.shape[0]
+    step = max(1, DIAGNOSTIC_ELEMENTS // head.weight.shape[1])
+    parts = [
+        decompose_hidden(
+            problem.student[start : start + step],
+            problem.teacher[start : start + step],
+            problem.reference[start : start + step],
+            head,
+            vocab_size=problem.vocab_size,
+            temperature=problem.config.temperature,
+        )
+        for start in range(0, max(tokens, 1), step)
+    ]
+    return gather(parts)
+
+
+def _purification(problem: Problem, source: ProjectedStreams | GivenLogits, chunk: Chunk) -> Purification:
+    options, config = problem.row_options(), problem.purified
+    base, teacher, reference = _tempered_frozen(problem, source, chunk)
+    assert config is not None and chunk.teacher is not None and chunk.reference is not None and teacher is not None
+    delta, scale = torch.empty_like(base), options.inv_temperature
+    offset = torch_tiles.logit_difference(
+        chunk.teacher, chunk.reference, out=delta, bias=source.target_bias, options=options, center=config.center
     )
+    centred = scale * delta - offset[:, None]
+    mask_entries(delta, offset, scale, base, teacher, reference, config)
+    target = base + torch_tiles.purified_shift(delta, offset, options, out=delta)
+    return purification_rows(centred, base, teacher, target, config.pmi_clip)
+
+
+def _tempered_frozen(
+    problem: Problem, source: ProjectedStreams | GivenLogits, chunk: Chunk
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Tempered float32 logits of base, and of teacher and reference where they come apart."""
+    options = problem.row_options()
+    base, teacher, reference = (
+        None if x is None else torch_tiles.tempered_logits(x, source.target_bias, options.target, options)
+        for x in (chunk.target, chunk.teacher, chunk.reference)
+    )
+    assert base is not None
+    return base, teacher, reference

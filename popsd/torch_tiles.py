@@ -31,16 +31,14 @@ def row_statistics(
     target stream is the base policy, and the purified logits b + Δ̃/pmi_beta (Eq. 13-17) go to ``target_out`` [C, V]
     float32, which may be ``target`` or ``delta`` itself. Returns four [C] float32 normalisers.
     """
-    logits, free = _scratch(student, 2)
+    logits, free = scratch(student, 2)
     target_logits = tempered_logits(target, target_bias, options.target, options, out=logits)
     if delta is not None:
         assert delta_offset is not None and target_out is not None
-        target_logits = torch.add(
-            target_logits, _purified_shift(delta, delta_offset, options, out=free), out=target_out
-        )
-    normalisers = _normaliser(target_logits, free)
+        target_logits = torch.add(target_logits, purified_shift(delta, delta_offset, options, out=free), out=target_out)
+    normalisers = normaliser(target_logits, free)
     student_logits = tempered_logits(student, student_bias, options.student, options, out=logits)
-    return RowStatistics(*_normaliser(student_logits, free), *normalisers)
+    return RowStatistics(*normaliser(student_logits, free), *normalisers)
 
 
 def row_loss_gradient(
@@ -62,7 +60,7 @@ def row_loss_gradient(
     token_ids: [C] int64, -1 for none. row_scale: [C]; a row of scale 0 gets an exactly zero gradient.
     gradient: [C, V] of any floating dtype, or None for no gradient work; it may share memory with ``target``.
     """
-    s, u, t, p, q, free, more = _scratch(student, _BUFFERS)
+    s, u, t, p, q, free, more = scratch(student, _BUFFERS)
     s = tempered_logits(student, student_bias, options.student, options, out=s)
     u = target if purified else tempered_logits(target, target_bias, options.target, options, out=u)
     student_max, student_logsum, target_max, target_logsum = (x[:, None] for x in statistics)
@@ -75,9 +73,15 @@ def row_loss_gradient(
         token_logprob = torch.full_like(statistics.student_max, float("nan"))
     else:
         token_logprob = log_p.gather(1, token_ids.clamp_min(0)[:, None])[:, 0].where(token_ids >= 0, float("nan"))
-    student_entropy = _entropy(log_p, free)
-    target_entropy = _entropy(log_q.sub_(target_logsum), free)
-    divergence, student_kl, target_kl, clip_fraction, form = _divergence(p.exp_(), q.exp_(), t, options, free, more)
+    p, q, free = (
+        torch.exp(log_p, out=free),
+        log_p,
+        log_q,
+    )  # each buffer is taken over as soon as its tensor is done with
+    student_entropy = -log_p.mul_(p).sum(dim=1)
+    torch.exp(log_q.sub_(target_logsum), out=q)
+    target_entropy = -log_q.mul_(q).sum(dim=1)
+    divergence, student_kl, target_kl, clip_fraction, form = _divergence(p, q, t, options, free, more)
     token_clipped = torch.zeros_like(divergence)
     if options.token_clip is not None:
         token_clipped = (divergence > options.token_clip).float()
@@ -118,16 +122,17 @@ def logit_difference(
     Δ̄ = inv_temperature · out − offset, with the offset the vocabulary mean (Eq. 14) or, uncentred, the difference of the
     log-normalisers. Entries outside the support of either get the value that makes Δ̄ zero. ``out`` may be either input.
     """
-    z_teacher, z_reference = (tempered_logits(x, bias, options.target, options) for x in (teacher, reference))
+    z_teacher, z_reference, free = scratch(teacher, 3)
+    tempered_logits(teacher, bias, options.target, options, out=z_teacher)
+    tempered_logits(reference, bias, options.target, options, out=z_reference)
     floor = 0.5 * LOGIT_FLOOR * options.target.scale * options.inv_temperature
-    support = (z_teacher > floor) & (z_reference > floor)
-    difference = (z_teacher - z_reference).masked_fill_(~support, 0.0)
-    if center:
-        offset = difference.sum(dim=1) / support.sum(dim=1)
-    else:
-        offset = torch.logsumexp(z_teacher, dim=1) - torch.logsumexp(z_reference, dim=1)
-    torch.where(support, difference, offset[:, None], out=difference)
-    out.copy_(difference.div_(options.inv_temperature))
+    outside = torch.minimum(z_teacher, z_reference, out=free) <= floor
+    offset = None if center else torch.logsumexp(z_teacher, dim=1) - torch.logsumexp(z_reference, dim=1)
+    difference = z_teacher.sub_(z_reference).masked_fill_(outside, 0.0)
+    if offset is None:
+        offset = difference.sum(dim=1) / (outside.shape[1] - outside.sum(dim=1))
+    torch.where(outside, offset[:, None], difference, out=difference)
+    torch.mul(difference, 1.0 / options.inv_temperature, out=out)
     return offset
 
 
@@ -141,8 +146,10 @@ def tempered_logits(
 ) -> torch.Tensor:
     """Raw projections → tempered float32 logits in ``out``, floored so that -inf never meets -inf."""
     z = torch.empty_like(raw, dtype=torch.float32) if out is None else out
-    z.copy_(raw) if bias is None else torch.add(raw, bias, out=z)
-    z.clamp_min_(LOGIT_FLOOR)
+    if bias is None and raw.dtype == torch.float32:
+        torch.clamp_min(raw, LOGIT_FLOOR, out=z)
+    else:
+        (z.copy_(raw) if bias is None else torch.add(raw, bias, out=z)).clamp_min_(LOGIT_FLOOR)
     if transform.softcap is not None:
         z.mul_(transform.scale / transform.softcap).tanh_().mul_(transform.softcap * options.inv_temperature)
     elif transform.scale * options.inv_temperature != 1.0:
@@ -150,25 +157,24 @@ def tempered_logits(
     return z
 
 
-def _purified_shift(
+def purified_shift(
     delta: torch.Tensor, offset: torch.Tensor, options: RowOptions, *, out: torch.Tensor
 ) -> torch.Tensor:
     """Δ̃ / pmi_beta from raw differences, Eq. 14-16."""
-    centred = torch.mul(delta, options.delta_scale * options.inv_temperature, out=out).sub_(offset[:, None])
-    if options.pmi_clip is None:
-        return centred.div_(options.pmi_beta)
     # c·tanh(x/c) as 2c·σ(2x/c) − c: vectorised tanh takes six times as long as sigmoid in torch 2.13 on AVX-512
-    centred.mul_(2.0 / options.pmi_clip).sigmoid_()
-    return centred.mul_(2.0 * options.pmi_clip / options.pmi_beta).sub_(options.pmi_clip / options.pmi_beta)
+    gain = 1.0 / options.pmi_beta if options.pmi_clip is None else 2.0 / options.pmi_clip
+    scaled = torch.mul(delta, gain * options.delta_scale * options.inv_temperature, out=out).sub_(
+        gain * offset[:, None]
+    )
+    if options.pmi_clip is None:
+        return scaled
+    limit = options.pmi_clip / options.pmi_beta
+    return scaled.sigmoid_().mul_(2.0 * limit).sub_(limit)
 
 
-def _normaliser(logits: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normaliser(logits: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     maximum = logits.amax(dim=1)
     return maximum, torch.sub(logits, maximum[:, None], out=free).exp_().sum(dim=1).log_()
-
-
-def _entropy(log_p: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
-    return -torch.linalg.vecdot(torch.exp(log_p, out=free), log_p)
 
 
 def _divergence(
@@ -179,7 +185,11 @@ def _divergence(
     f are the contributions per entry and f' = ∂f/∂log p; the gradient over the logits is f' − p·Σf' (METHOD.md). It is
     formed only when called for. All tensors handed in are overwritten.
     """
-    beta, dot = options.beta, torch.linalg.vecdot
+    beta = options.beta
+
+    def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.mul(x, y, out=free).sum(dim=1)  # vecdot would allocate this product anew
+
     clip_fraction = student_kl = target_kl = p.new_zeros(p.shape[0])
     if 0.0 < beta < 1.0:
         # log(m/p) = max(t, 0) + log1p(c·expm1(−|t|)), c = 1 − beta for t > 0 and beta below: no overflow, and full
@@ -187,22 +197,29 @@ def _divergence(
         weight = 0.5 if beta == 0.5 else torch.where(t > 0, 1.0 - beta, beta)
         tail = torch.abs(t, out=free).neg_().expm1_().mul_(weight).log1p_()
         log_q_over_m = torch.clamp_max(t, 0.0, out=more).sub_(tail)
-        slope = log_m_over_p = t.clamp_min_(0.0).add_(tail)
+        log_m_over_p = t.clamp_min_(0.0).add_(tail)
         student_kl, target_kl = -dot(p, log_m_over_p), dot(q, log_q_over_m)
         divergence, excess = beta * target_kl + (1.0 - beta) * student_kl, clip_fraction
     else:
         # Σ(p − q) is 0; formed from the same t it cancels the first-order effect of a rounded normaliser on a KL
         # (7e-5 → 5e-6 relative at KL 2e-3). In a JSD those effects cancel by themselves.
-        slope = difference = _difference(p, q, t, free, more)
+        difference = _difference(p, q, t, free, more)
         excess = difference.sum(dim=1) if beta == 0.0 else -difference.sum(dim=1)
-        divergence = (dot(q, t) if beta == 0.0 else -dot(p, t)) + excess
+        log_ratio_mean = dot(q if beta == 0.0 else p, t)
+        divergence = (log_ratio_mean if beta == 0.0 else -log_ratio_mean) + excess
         student_kl, target_kl = (student_kl, divergence) if beta == 0.0 else (divergence, target_kl)
     if options.entry_clip is None:
         if beta == 0.0:
             return divergence, student_kl, target_kl, clip_fraction, lambda: difference
-        # f' = p·slope; in reverse KL f' = p·(1 − t), and the constant 1 leaves no trace in f' − p·Σf'
-        slope, sign = (t, -1.0) if beta == 1.0 else (slope, beta - 1.0)
-        return divergence, student_kl, target_kl, clip_fraction, lambda: _centre(p, slope.mul_(sign))
+        # f' = p·slope with its sum known; in reverse KL f' = p·(1 − t), whose 1 leaves no trace in f' − p·Σf'
+        slope, factor, mean = (t, -1.0, log_ratio_mean) if beta == 1.0 else (log_m_over_p, beta - 1.0, -student_kl)
+        return (
+            divergence,
+            student_kl,
+            target_kl,
+            clip_fraction,
+            lambda: slope.sub_(mean[:, None]).mul_(p).mul_(factor),
+        )
     if beta == 0.0:
         entries, slopes = q * t, -q
     elif beta == 1.0:
@@ -216,11 +233,6 @@ def _divergence(
     clip_fraction = capped.sum(dim=1) / capped.shape[1]
     total = slopes.sum(dim=1)[:, None]
     return divergence, student_kl, target_kl, clip_fraction, lambda: slopes.addcmul_(p, total, value=-1.0)
-
-
-def _centre(p: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """p·slope − p·Σ p·slope."""
-    return slope.sub_(torch.linalg.vecdot(p, slope)[:, None]).mul_(p)
 
 
 def _difference(
@@ -242,7 +254,7 @@ def _chain(logits: torch.Tensor, gradient: torch.Tensor, options: RowOptions) ->
 _pool = threading.local()
 
 
-def _scratch(like: torch.Tensor, count: int) -> list[torch.Tensor]:
+def scratch(like: torch.Tensor, count: int) -> list[torch.Tensor]:
     """``count`` float32 buffers of a shape, kept between calls of a thread: fresh pages for temporaries cost more than the
     arithmetic on them (one multiplication of 2^17 elements: 61 µs into fresh memory, 6 µs in place, glibc 2.36).
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,17 +49,46 @@ def mean_row(head: Head, vocab_size: int) -> torch.Tensor:
     Centring (Eq. 14) needs the mean logit over the vocabulary, and the mean of a projection is the projection by the mean
     row (METHOD identity 2). Kept for as long as the weight lives, until it is written to again.
     """
+    return _remembered(_mean_rows, head, vocab_size, _mean_row)
+
+
+def centred_gram(head: Head, vocab_size: int) -> torch.Tensor:
+    """G = W_cᵀ·W_c of the same rows less their mean, [D, D] float32: Σ_v ((x·W_v) − x·w̄)² = xᵀGx. Kept like `mean_row`.
+
+    It costs V·D² multiplications once per weight: D/(4·N) of one call's four products.
+    """
+    return _remembered(_grams, head, vocab_size, _centred_gram)
+
+
+def _mean_row(head: Head, vocab_size: int) -> torch.Tensor:
+    rows = head.weight.detach()[:vocab_size]
+    if head.bias is None:
+        return rows.mean(dim=0, dtype=torch.float32)
+    kept = torch.isfinite(head.bias.detach()[:vocab_size])
+    return torch.where(kept[:, None], rows, 0.0).sum(dim=0, dtype=torch.float32) / kept.sum()
+
+
+def _centred_gram(head: Head, vocab_size: int) -> torch.Tensor:
+    mean, width = mean_row(head, vocab_size), head.weight.shape[1]
+    gram = torch.zeros(width, width, device=mean.device)
+    for start in range(0, vocab_size, _GRAM_ROWS):  # centred before it is squared: a common row would cost its digits
+        stop = min(start + _GRAM_ROWS, vocab_size)
+        rows = head.weight.detach()[start:stop].float() - mean
+        if head.bias is not None:
+            rows = torch.where(torch.isfinite(head.bias.detach()[start:stop])[:, None], rows, 0.0)
+        gram.addmm_(rows.t(), rows)
+    return gram
+
+
+def _remembered(
+    cache: WeakIdKeyDictionary, head: Head, vocab_size: int, compute: Callable[[Head, int], torch.Tensor]
+) -> torch.Tensor:
     weight, bias = head.weight, head.bias
     key = (vocab_size, *(None if x is None or x.is_inference() else x._version for x in (weight, bias)))
-    known = _mean_rows.get(weight)
+    known = cache.get(weight)
     if known is None or known[0] != key or known[1]() is not bias:
-        rows = weight.detach()[:vocab_size]
-        if bias is None:
-            row = rows.mean(dim=0, dtype=torch.float32)
-        else:
-            kept = torch.isfinite(bias.detach()[:vocab_size])
-            row = torch.where(kept[:, None], rows, 0.0).sum(dim=0, dtype=torch.float32) / kept.sum()
-        known = _mean_rows[weight] = (key, _no_bias if bias is None else weakref.ref(bias), row)
+        value = compute(head, vocab_size)
+        known = cache[weight] = (key, _no_bias if bias is None else weakref.ref(bias), value)
     return known[2]
 
 
@@ -67,6 +97,9 @@ def _no_bias() -> None:
 
 
 _mean_rows: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_grams: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_GRAM_ROWS = 8192
+"""Rows of the head in float32 at a time: 128 MiB at D = 4096."""
 
 
 class HiddenStates(NamedTuple):
@@ -88,15 +121,54 @@ class Decomposition(NamedTuple):
 
     total_norm = ‖log π_T − log π_θ‖, reference_norm = ‖log π_ref − log π_θ‖, transferable_norm = ‖log π_T − log π_ref‖,
     the two cosines of Δ_total with the parts, and reference_fraction = reference_norm / total_norm. A ratio with a zero
-    denominator is 0.
+    denominator is 0. The first six are the paper's. The same six follow twice more:
+
+    centred_*: every Δ less its mean over the vocabulary, so that no normaliser enters. weighted_*: each entry weighted by
+    π_θ, so that a norm is the root mean square of the log-ratio under the student; in the raw fields a token that is never
+    used counts as much as any other.
+
+    ``method="gram"`` knows the centred fields alone (the raw ones too where the log-normalisers are given); the others are
+    None.
     """
 
-    total_norm: torch.Tensor
-    reference_norm: torch.Tensor
-    transferable_norm: torch.Tensor
-    cos_total_reference: torch.Tensor
-    cos_total_transferable: torch.Tensor
-    reference_fraction: torch.Tensor
+    total_norm: torch.Tensor | None
+    reference_norm: torch.Tensor | None
+    transferable_norm: torch.Tensor | None
+    cos_total_reference: torch.Tensor | None
+    cos_total_transferable: torch.Tensor | None
+    reference_fraction: torch.Tensor | None
+    centred_total_norm: torch.Tensor | None = None
+    centred_reference_norm: torch.Tensor | None = None
+    centred_transferable_norm: torch.Tensor | None = None
+    centred_cos_total_reference: torch.Tensor | None = None
+    centred_cos_total_transferable: torch.Tensor | None = None
+    centred_reference_fraction: torch.Tensor | None = None
+    weighted_total_norm: torch.Tensor | None = None
+    weighted_reference_norm: torch.Tensor | None = None
+    weighted_transferable_norm: torch.Tensor | None = None
+    weighted_cos_total_reference: torch.Tensor | None = None
+    weighted_cos_total_transferable: torch.Tensor | None = None
+    weighted_reference_fraction: torch.Tensor | None = None
+
+
+class Purification(NamedTuple):
+    """What the purified target does to each token, each [N] float32; on request (``telemetry=True``).
+
+    saturation: share of the vocabulary with |Δ̄| above c, where the tanh of Eq. 15 has lost most of its slope; 0 without
+    one. delta_median, delta_q90, delta_q99, delta_max: of |Δ̄| in nats over the vocabulary, each the smallest value that
+    the share does not exceed. target_teacher_kl, target_base_kl: KL(target‖teacher), KL(target‖base) in nats.
+    mass_moved: total variation ½·Σ|target − base|. argmax_changed: 1 where target and base differ in their likeliest entry.
+    """
+
+    saturation: torch.Tensor
+    delta_median: torch.Tensor
+    delta_q90: torch.Tensor
+    delta_q99: torch.Tensor
+    delta_max: torch.Tensor
+    target_teacher_kl: torch.Tensor
+    target_base_kl: torch.Tensor
+    mass_moved: torch.Tensor
+    argmax_changed: torch.Tensor
 
 
 class LossOutput(NamedTuple):
@@ -107,8 +179,8 @@ class LossOutput(NamedTuple):
     (with beta 0 or 1 the mixture is one of the two and its own KL is 0). student_entropy, target_entropy: nats.
     clip_fraction: share of vocabulary entries capped by ``entry_clip``. token_clipped: 1 where ``token_clip`` capped.
     argmax_agreement: 1 where student and target agree on the likeliest entry.
-    token_logprob: log π_θ of ``token_ids``, None without them. decomposition: None unless asked for.
-    weights: the weights actually used.
+    token_logprob: log π_θ of ``token_ids``, None without them. decomposition, purification: None unless asked for.
+    weights: the weights actually used, masks included.
     """
 
     loss: torch.Tensor
@@ -123,6 +195,7 @@ class LossOutput(NamedTuple):
     token_logprob: torch.Tensor | None
     decomposition: Decomposition | None
     weights: torch.Tensor
+    purification: Purification | None = None
 
 
 def _require_matrix(name: str, tensor: torch.Tensor) -> None:

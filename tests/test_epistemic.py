@@ -69,3 +69,27 @@ def test_bad_arguments_are_named():
         EpistemicMarkers().count_text("wait")
     with pytest.raises(ValueError, match=r"marker: .*'well'.*Add it to EpistemicMarkers"):
         MarkerCounts({"wait": 1}, 1).per_completion("well")
+
+
+class WordTokenizer(LetterTokenizer):
+    """One token per entry."""
+
+    words = ("<pad>", "Wait", " wait", "WAIT,", "waiter", " may", "be", " maybe", "。check", "\n\nBut ")
+
+    def __len__(self):
+        return len(self.words)
+
+    def decode(self, token_ids, *, skip_special_tokens):
+        return "".join(self.words[token] for token in token_ids)
+
+
+def test_token_ids_are_all_forms_of_a_word_alone():
+    markers = EpistemicMarkers(("wait", "maybe", "check", "but"))
+    assert markers.token_ids(WordTokenizer()) == {"wait": (1, 2, 3), "maybe": (7,), "check": (8,), "but": (9,)}
+
+
+def test_markers_without_a_token_are_named():
+    with pytest.warns(UserWarning, match=r"no single token for hmm"):
+        assert EpistemicMarkers(("wait", "hmm")).token_ids(WordTokenizer()) == {"wait": (1, 2, 3)}
+    with pytest.raises(ValueError, match=r"words: expected a marker that is one token .*\['hmm'\]"):
+        EpistemicMarkers(("hmm",)).token_ids(WordTokenizer())

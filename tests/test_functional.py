@@ -307,3 +307,12 @@ def test_repeated_backward_and_gradcheck_of_upstream():
     torch.testing.assert_close(rows.sum(0), first)
     for i, j in itertools.permutations(range(8), 2):
         assert (rows[i, j] == 0).all()
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_logits(kind, dtype):
+    hidden, head = make_hidden(9, D, 0.4, dtype=dtype).student, head_of(kind, dtype=dtype)
+    assert relative_l2(popsd.head_logits(hidden, head), oracle.head_logits(hidden, head)) < 1e-5
+    with pytest.raises(ValueError, match=r"hidden: expected shape \[N, 24\]"):
+        popsd.head_logits(hidden[:, 1:], head)

@@ -1,0 +1,93 @@
+"""What the diagnostics cost beside the loss on CPU, and how exact the two ways to decompose are.
+
+    python benchmarks/cpu_decompose.py [--n 512 --vocab 32768 --width 512 --repeats 9 --json out.json]
+
+Forward and backward in float32 with a frozen head, each in turns within one process, ratios to the plain loss round by
+round. Errors are relative L2 per field against the float64 oracle, over several distances of student and teacher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from cpu_torch import CONFIG, Streams, make_streams, time_rounds, versions
+
+import popsd
+from popsd import oracle
+from popsd.testing import relative_l2
+
+TARGETS = {"decompose=True": 1.3, "decompose='gram'": 1.05}
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "decompose=True": {"decompose": True},
+    "decompose='gram'": {"decompose": "gram"},
+    "telemetry=True": {"telemetry": True},
+    "masks by entropy": {"masks": popsd.MaskConfig(top_student_entropy=0.2)},
+    "plausibility": {"config": popsd.PurifiedConfig(plausibility=0.1)},
+}
+
+
+def run(streams: Streams, **options: Any) -> None:
+    streams.hidden.student.grad = None
+    options = {"config": CONFIG} | options
+    popsd.linear_purified_jsd(streams.hidden, streams.head, reduction="sum", impl="torch", **options).loss.backward()
+
+
+def errors(streams: Streams, rows: int = 32) -> dict[str, dict[str, float]]:
+    """Largest relative error over the fields of a family, by method and by the share that separates the streams."""
+    base, found = streams.hidden.base[:rows], {}
+    for spread in (0.001, 0.1, 1.0):
+        apart = [base + spread * base.std() * torch.randn_like(base) for _ in range(3)]
+        hidden = popsd.HiddenStates(apart[0], None, apart[1], apart[2])
+        truth = oracle.decompose(*(oracle.head_logits(x, streams.head) for x in apart), CONFIG)
+        for method in ("logits", "gram"):
+            parts = popsd.decompose(hidden, streams.head, config=CONFIG, method=method)
+            worst: dict[str, float] = {}
+            for name, value in parts._asdict().items():
+                if value is not None:
+                    family = name.split("_")[0] if name.startswith(("centred", "weighted")) else "raw"
+                    worst[family] = max(worst.get(family, 0.0), relative_l2(value, getattr(truth, name)))
+            found[f"{method}, {spread:g}"] = worst
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=512, help="tokens")
+    parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=9, help="rounds")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="also write everything measured here")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    streams = make_streams(options.n, options.vocab, options.width)
+    print(f"N={options.n} V={options.vocab} D={options.width} float32, {versions()}\n\nrelative error, worst field:")
+    found = errors(streams)
+    for case, families in found.items():
+        print(f"  {case:14}" + "".join(f"  {family} {error:.1e}" for family, error in families.items()))
+    runs = {name: lambda way=way: run(streams, **way) for name, way in WAYS.items()}
+    seconds = time_rounds(runs, streams.hidden.student, options.repeats)
+    rows = {}
+    print("\nof the plain loss, median of rounds (range):")
+    for name in list(WAYS)[1:]:
+        ratios = [a / b for a, b in zip(seconds[name], seconds["plain"], strict=True)]
+        ratio, most = statistics.median(ratios), TARGETS.get(name)
+        rows[name] = {"ratio": ratio, "low": min(ratios), "high": max(ratios)}
+        verdict = "" if most is None else f"  <= {most} {'met' if ratio <= most else 'MISSED'}"
+        print(f"  {name:18} {ratio:.3f} ({min(ratios):.3f}-{max(ratios):.3f}){verdict}")
+    if options.json:
+        content = {"versions": versions(), "shape": [options.n, options.vocab, options.width]}
+        options.json.write_text(json.dumps(content | {"errors": found, "ratios": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The method family by name: configurations, targets as one mixed hidden state, and token weights.
+
+| method | how |
+|---|---|
+| purified OPSD, arXiv 2607.02234 | ``PurifiedConfig()``, the default |
+| OPSD, arXiv 2601.18734 | `opsd` with ``popsd.linear_jsd`` on the teacher |
+| β-OPSD, arXiv 2607.28582 | `beta_opsd` with ``reference=hidden.base`` |
+| contrastive hints (RLCSD, arXiv 2606.11709) | `contrastive_hints`, the right hint as teacher, the wrong one as reference |
+| any geometric mix, DemoPSD (arXiv 2607.02502) among them | `geometric_mix` with ``popsd.linear_jsd`` |
+| position weights (PW-OPSD, arXiv 2605.21606) | `position_weights` as ``weights=`` |
+
+Not here: arithmetic mixes (AD-OPSD, arXiv 2607.10805) are no single set of logits, and top-k targets (SDPO, arXiv 2601.20802)
+need no full vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from popsd.config import DivergenceConfig, PurifiedConfig
+from popsd.types import Head
+
+
+def opsd(**changes: Any) -> DivergenceConfig:
+    """Standard OPSD, arXiv 2601.18734: the teacher is the target; JSD 0.5, each entry capped at 0.05, temperature 1.1.
+
+    changes: fields of `DivergenceConfig` to set otherwise (the paper also uses forward KL, beta = 0, and a cap of 0.06).
+    """
+    return DivergenceConfig(**({"beta": 0.5, "entry_clip": 0.05, "temperature": 1.1} | changes))
+
+
+def beta_opsd(strength: float, **changes: Any) -> PurifiedConfig:
+    """β-OPSD, arXiv 2607.28582: target ∝ π_0^(1−1/β)·π_T^(1/β), β = ``strength`` > 0; 1 is the teacher, ∞ the base.
+
+    It is the purified target without a tanh and with the base as reference: pass
+    ``HiddenStates(student, base=h_0, teacher=h_T, reference=h_0)``. changes: fields of `PurifiedConfig` to set otherwise.
+    """
+    return PurifiedConfig(**({"pmi_beta": strength, "pmi_clip": None} | changes))
+
+
+def contrastive_hints(strength: float = 1.0, **changes: Any) -> PurifiedConfig:
+    """Contrast of two hints: target ∝ π_0·(π_right/π_wrong)^(1/β), β = ``strength`` > 0, without a tanh.
+
+    Pass the context with the right hint as ``teacher`` and the one with the wrong hint as ``reference``. It is RLCSD's contrast
+    (arXiv 2606.11709) at α = 1 with the base as prior; their floor under the wrong hint is ``tail_floor`` here, which
+    caps instead. changes: fields of `PurifiedConfig` to set otherwise.
+    """
+    return PurifiedConfig(**({"pmi_beta": strength, "pmi_clip": None} | changes))
+
+
+def geometric_mix(streams: Sequence[torch.Tensor], powers: Sequence[float | torch.Tensor], head: Head) -> torch.Tensor:
+    """Hidden states [..., D] of target ∝ Π_k π_k^{a_k}: logits are linear in them, so any such mix is one stream.
+
+    With ``popsd.linear_jsd`` it costs two products forward, where streams projected apart cost one each. DemoPSD (arXiv
+    2607.02502) is the mix of teacher and detached student with powers 1 − α and α, α from their divergence per token.
+
+    Args:
+        streams: hidden states [..., D] of one width, all of them ``head``'s.
+        powers: a_k, a number or a tensor [...] with one per token. They sum to 1 where the head has a bias.
+        head: the head they share; without soft cap.
+
+    Returns: float32 [..., D]. Keep it so: rounded to 16 bits the mix would be off by 2⁻⁹ of the logits themselves.
+
+    Raises: ValueError for unequal counts or shapes, a soft cap, or a bias that would not be counted exactly once.
+    """
+    if len(streams) != len(powers) or not streams:
+        raise ValueError(f"powers: expected one per stream and at least one; got {len(powers)} for {len(streams)}.")
+    if any(x.shape != streams[0].shape for x in streams):
+        raise ValueError(f"streams: expected equal shapes; got {[list(x.shape) for x in streams]}.")
+    if head.softcap is not None:
+        raise ValueError(
+            f"head: expected no soft cap, under which logits are not linear; got softcap={head.softcap}. "
+            "Mix the logits and use popsd.jsd."
+        )
+    if head.bias is not None and not _sum_to_one(powers):
+        raise ValueError("powers: expected numbers that sum to 1, for the head has a bias; got others. Normalise them.")
+    mix = torch.zeros_like(streams[0], dtype=torch.float32)
+    for stream, power in zip(streams, powers, strict=True):
+        mix = mix + stream.detach().float() * (power.float()[..., None] if isinstance(power, torch.Tensor) else power)
+    return mix
+
+
+def position_weights(mask: torch.Tensor, *, first: float = 0.0, power: float = 1.0) -> torch.Tensor:
+    """Weights that increase along each completion from ``first`` to 1: w = first + (1 − first)·(t/(T−1))^power, [B, T].
+
+    PW-OPSD (arXiv 2605.21606) finds the place in a completion the best predictor of whether a teacher's token can be relied
+    on, and weighs later tokens more; this ramp is ours, with the two numbers that set it. mask: [B, T], true where
+    there is a completion token; weights are 0 elsewhere, 1 in a completion of one token. Raises ValueError out of range.
+    """
+    if mask.ndim != 2:
+        raise ValueError(f"mask: expected shape [B, T], a row per completion; got {list(mask.shape)}.")
+    if not 0.0 <= first <= 1.0:
+        raise ValueError(f"first: expected a weight in [0, 1]; got {first}.")
+    if not 0.0 < power < float("inf"):
+        raise ValueError(f"power: expected a positive finite number; got {power}.")
+    counted = (mask != 0).float()
+    last = counted.sum(dim=1, keepdim=True) - 1
+    share = torch.where(last > 0, (counted.cumsum(dim=1) - 1).clamp_min(0) / last.clamp_min(1), 1.0)
+    return (first + (1.0 - first) * share**power) * counted
+
+
+def _sum_to_one(powers: Sequence[float | torch.Tensor]) -> bool:
+    total = sum(torch.as_tensor(power, dtype=torch.float64).cpu() for power in powers)
+    return bool((torch.as_tensor(total) - 1.0).abs().max() < 1e-6)
