@@ -14,7 +14,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="popsd", description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands.add_parser("demo", help="watch OPSD destroy a small reasoner and the purified loss keep it"))
-    options = parser.parse_args(arguments)
+    _add_diagnose(commands.add_parser("diagnose", help="what the purified target would change, before any training"))
+    train = commands.add_parser(
+        "train", help="train a model on your data with TRL; see popsd train --help", add_help=False
+    )
+    train.set_defaults(run=_train)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.run is not _train:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
@@ -30,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
-_EXTRA_OF = dict.fromkeys(("transformers", "tokenizers", "peft", "trl", "tqdm"), "trl") | {"matplotlib": "plots"}
+_TRAINING = ("transformers", "tokenizers", "peft", "trl", "accelerate", "datasets", "tqdm")
+_EXTRA_OF = dict.fromkeys(_TRAINING, "trl") | {"matplotlib": "plots"}
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +80,25 @@ def _demo(options: argparse.Namespace) -> int:
     written = ", ".join(str(output / name) for name in ("results.json", "report.html", *(path.name for path in plots)))
     print(f"{results['seconds']['total']:.0f} s. Written: {written}")
     return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from popsd_integrations import train_command
+
+    return train_command.main(options.rest)
+
+
+def _add_diagnose(parser: argparse.ArgumentParser) -> None:
+    from popsd_integrations.diagnose_command import add_arguments
+
+    add_arguments(parser)
+    parser.set_defaults(run=_diagnose)
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    from popsd_integrations import diagnose_command
+
+    return diagnose_command.run(options, options.cache_dir or _cache_dir())
 
 
 def _cache_dir() -> Path:
