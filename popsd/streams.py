@@ -151,7 +151,7 @@ class ProjectedStreams:
         return 4 * self.streams * self.vocab, self.student_weight.element_size() * self.vocab if separate else 0
 
     def allocate(self, rows: int, gradient_rows: int) -> None:
-        pitch = -(-self.vocab // 16) * 16  # an odd leading dimension costs cuBLAS and vector loads their aligned paths
+        pitch = row_pitch(self.vocab)
         device = self.problem.student.device
         self.logits = torch.empty(self.streams * rows, pitch, device=device)[:, : self.vocab]
         self.gradients = None
@@ -280,6 +280,16 @@ class GivenLogits:
 
     def fold(self, first: int, last: int) -> None:
         return
+
+
+def row_pitch(vocab: int) -> int:
+    """Entries from one row of logits to the next.
+
+    An odd one costs cuBLAS and vector loads their aligned paths; a multiple of 4 KiB sends all rows to the same cache sets
+    (projection onto V = 32768 in chunks of 256 tokens, MKL on two cores: 0.31 s against 0.29 s with 16 entries more).
+    """
+    pitch = -(-vocab // 16) * 16
+    return pitch + 16 if pitch % 1024 == 0 else pitch
 
 
 def _bias(head: Head, vocab: int) -> torch.Tensor | None:

@@ -66,20 +66,19 @@ def row_loss_gradient(
     student_max, student_logsum, target_max, target_logsum = (x[:, None] for x in statistics)
     # log q - log p through the logits: log_q - log_p would round at |log p| where student and target nearly agree
     torch.sub(u, s, out=t).sub_((target_max - student_max) + (target_logsum - student_logsum))
-    log_p, log_q = torch.sub(s, student_max, out=p), torch.sub(u, target_max, out=q)
-    agreement = torch.add(log_p, log_q, out=free).amax(dim=1) == 0  # 0 only where both have their maximum
-    log_p.sub_(student_logsum)
+    log_p = torch.sub(s, student_max, out=p).sub_(student_logsum)
+    log_q = torch.add(log_p, t, out=q)
+    # the likeliest entry is a common one where log p + log q reaches the sum of both maxima, up to rounding
+    most = torch.add(log_p, log_q, out=free).amax(dim=1)
+    agreement = most + statistics.student_logsum + statistics.target_logsum >= -1e-5
     if token_ids is None:
         token_logprob = torch.full_like(statistics.student_max, float("nan"))
     else:
         token_logprob = log_p.gather(1, token_ids.clamp_min(0)[:, None])[:, 0].where(token_ids >= 0, float("nan"))
-    p, q, free = (
-        torch.exp(log_p, out=free),
-        log_p,
-        log_q,
-    )  # each buffer is taken over as soon as its tensor is done with
+    # each buffer is taken over as soon as its tensor is done with
+    p = torch.exp(log_p, out=free)
     student_entropy = -log_p.mul_(p).sum(dim=1)
-    torch.exp(log_q.sub_(target_logsum), out=q)
+    q, free = torch.exp(log_q, out=log_p), log_q
     target_entropy = -log_q.mul_(q).sum(dim=1)
     divergence, student_kl, target_kl, clip_fraction, form = _divergence(p, q, t, options, free, more)
     token_clipped = torch.zeros_like(divergence)
@@ -91,8 +90,7 @@ def row_loss_gradient(
         chain = _chain(s, grad, options) * (1.0 - token_clipped)
         if row_scale is not None:
             chain = chain * row_scale
-        grad.mul_(chain[:, None])
-        gradient.copy_(grad)
+        torch.mul(grad, chain[:, None], out=gradient)
         if row_scale is not None:  # 0 · NaN is NaN, and a masked row may hold anything
             gradient[row_scale == 0] = 0
     return RowLoss(
@@ -195,9 +193,9 @@ def _divergence(
         # log(m/p) = max(t, 0) + log1p(c·expm1(−|t|)), c = 1 − beta for t > 0 and beta below: no overflow, and full
         # relative accuracy where student and target nearly agree
         weight = 0.5 if beta == 0.5 else torch.where(t > 0, 1.0 - beta, beta)
-        tail = torch.abs(t, out=free).neg_().expm1_().mul_(weight).log1p_()
-        log_q_over_m = torch.clamp_max(t, 0.0, out=more).sub_(tail)
-        log_m_over_p = t.clamp_min_(0.0).add_(tail)
+        below, above = torch.clamp_max(t, 0.0, out=more), t.clamp_min_(0.0)  # their difference is −|t|
+        tail = torch.sub(below, above, out=free).expm1_().mul_(weight).log1p_()
+        log_q_over_m, log_m_over_p = below.sub_(tail), above.add_(tail)
         student_kl, target_kl = -dot(p, log_m_over_p), dot(q, log_q_over_m)
         divergence, excess = beta * target_kl + (1.0 - beta) * student_kl, clip_fraction
     else:
@@ -266,4 +264,4 @@ def scratch(like: torch.Tensor, count: int) -> list[torch.Tensor]:
     return [buffers[i, : like.numel()].view(like.shape) for i in range(count)]
 
 
-_BUFFERS, _POOLED_ELEMENTS = 7, 1 << 18
+_BUFFERS, _POOLED_ELEMENTS = 7, 1 << 19

@@ -7,7 +7,7 @@ from accuracy import make_head, make_hidden, relative_l2
 import popsd
 from popsd.config import Impl
 from popsd.streams import Problem
-from popsd.tiling import plan_rows, resolve_impl
+from popsd.tiling import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB, plan_rows, resolve_impl
 from popsd.types import mean_row
 
 
@@ -24,7 +24,7 @@ def test_the_plan_keeps_to_its_budget(tokens, device, mib, vocab):
     logit_bytes, gradient_bytes = 12 * vocab, 2 * vocab
     chunk, rows = plan_rows(problem(tokens, device, mib), logit_bytes, gradient_bytes)
     assert 1 <= chunk <= tokens and rows >= chunk and rows % chunk == 0
-    budget = (mib or (64 if device == "cpu" else 2048)) * 2**20
+    budget = (mib or (CPU_WORKSPACE_MIB if device == "cpu" else GPU_WORKSPACE_MIB)) * 2**20
     assert chunk == 1 or chunk * logit_bytes + min(rows, tokens) * gradient_bytes <= budget
 
 
