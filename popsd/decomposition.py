@@ -48,13 +48,13 @@ def decompose_rows(
     (top_teacher, logsum_teacher), (top_reference, logsum_reference) = (
         normaliser(z, more) for z in (teacher, reference)
     )
-    top = student.amax(dim=1)
-    torch.sub(student, top[:, None], out=root).mul_(0.5).exp_()  # √π_θ but for its norm
-    mass = torch.mul(root, root, out=more).sum(dim=1)
+    top, logsum = normaliser(student, root)  # by the same arithmetic as the others: equal policies differ by exactly 0
+    mass = logsum.exp()
+    root.sqrt_()  # √π_θ but for its norm
     total, total_mean = _centred(teacher.sub_(student), outside, count)
     induced, induced_mean = _centred(torch.sub(reference, student, out=induced), outside, count)
-    a = total_mean - ((top_teacher - top) + (logsum_teacher - mass.log()))
-    b = induced_mean - ((top_reference - top) + (logsum_reference - mass.log()))
+    a = total_mean - ((top_teacher - top) + (logsum_teacher - logsum))
+    b = induced_mean - ((top_reference - top) + (logsum_reference - logsum))
     centred = _moments(total, induced, torch.sub(total, induced, out=more), spare)
     if outside is not None:
         root.masked_fill_(outside, 0.0)

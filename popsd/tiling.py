@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,7 +35,7 @@ class Bodies(NamedTuple):
     """An implementation of the row sweeps, and how many elements a stream should have per call (None: a whole chunk)."""
 
     row_statistics: Callable[..., RowStatistics]
-    row_loss_gradient: Callable[..., RowLoss]
+    row_sweeps: Callable[..., RowLoss]
     logit_difference: Callable[..., torch.Tensor]
     sweep_elements: int | None
 
@@ -57,12 +57,37 @@ def resolve_impl(impl: Impl, device: torch.device) -> Impl:
 
 def bodies_for(impl: Impl) -> Bodies:
     if impl is Impl.TORCH:
-        return Bodies(
-            torch_tiles.row_statistics, torch_tiles.row_loss_gradient, torch_tiles.logit_difference, SWEEP_ELEMENTS
-        )
+        return Bodies(torch_tiles.row_statistics, torch_tiles.row_sweeps, torch_tiles.logit_difference, SWEEP_ELEMENTS)
     import popsd_kernels
 
-    return Bodies(popsd_kernels.row_statistics, popsd_kernels.row_loss_gradient, popsd_kernels.logit_difference, None)
+    return Bodies(popsd_kernels.row_statistics, _two_sweeps, popsd_kernels.logit_difference, None)
+
+
+def _two_sweeps(
+    student: torch.Tensor,
+    target: torch.Tensor,
+    delta: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    *,
+    token_ids: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+    gradient: torch.Tensor | None,
+    **common: Any,
+) -> RowLoss:
+    """Both Triton sweeps; a composed target takes the place of its difference between them."""
+    from popsd_kernels import row_loss_gradient, row_statistics
+
+    statistics = row_statistics(student, target, delta, offset, **common, target_out=delta)
+    return row_loss_gradient(
+        student,
+        target if delta is None else delta,
+        statistics,
+        **common,
+        purified=delta is not None,
+        token_ids=token_ids,
+        row_scale=row_scale,
+        gradient=gradient,
+    )
 
 
 def run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> TileResult:
@@ -191,17 +216,14 @@ def _sweep(
             row_scale=row_scale,
             gradient=gradient[local],
         )[1]
-    biases = {"student_bias": source.student_bias, "target_bias": source.target_bias}
-    statistics = bodies.row_statistics(
-        chunk.student, target, chunk.delta, offset, **biases, options=options, target_out=chunk.delta
-    )
-    return bodies.row_loss_gradient(
+    return bodies.row_sweeps(
         chunk.student,
-        target if chunk.delta is None else chunk.delta,
-        statistics,
-        **biases,
+        target,
+        chunk.delta,
+        offset,
+        student_bias=source.student_bias,
+        target_bias=source.target_bias,
         options=options,
-        purified=chunk.delta is not None,
         token_ids=token_ids,
         row_scale=row_scale,
         gradient=None if gradient is None else gradient[local],

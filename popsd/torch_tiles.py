@@ -1,4 +1,4 @@
-"""Torch bodies of the row sweeps, with the exact signatures of `popsd_kernels`: for CPU, MPS and machines without Triton.
+"""Torch bodies of the row sweeps, with the arguments of the launchers in `popsd_kernels`: for CPU, MPS, or without Triton.
 
 They see a few rows at a time (`tiling.py` decides how many, so that temporaries stay in cache) and compute in float32.
 The derivation is in kernels/README.md; the mathematics they must reproduce is `oracle.py`.
@@ -41,45 +41,48 @@ def row_statistics(
     return RowStatistics(*normaliser(student_logits, free), *normalisers)
 
 
-def row_loss_gradient(
+def row_sweeps(
     student: torch.Tensor,
     target: torch.Tensor,
-    statistics: RowStatistics,
+    delta: torch.Tensor | None = None,
+    delta_offset: torch.Tensor | None = None,
     *,
     student_bias: torch.Tensor | None = None,
     target_bias: torch.Tensor | None = None,
     options: RowOptions,
-    purified: bool,
     token_ids: torch.Tensor | None = None,
     row_scale: torch.Tensor | None = None,
     gradient: torch.Tensor | None = None,
 ) -> RowLoss:
-    """Sweep 2: per-token results and, into ``gradient``, d divergence / d student raw projection times ``row_scale``.
+    """Both sweeps: per-token results and, into ``gradient``, d divergence / d student raw projection times ``row_scale``.
 
-    target: [C, V]; with ``purified`` the finished logits that sweep 1 left in ``target_out``, else raw projections.
+    The first four arguments are those of `row_statistics`. Rows that fit a cache need no second read, and one exponential
+    per entry and stream serves the normaliser and the probability.
     token_ids: [C] int64, -1 for none. row_scale: [C]; a row of scale 0 gets an exactly zero gradient.
     gradient: [C, V] of any floating dtype, or None for no gradient work; it may share memory with ``target``.
     """
     s, u, t, p, q, free, more = scratch(student, _BUFFERS)
     s = tempered_logits(student, student_bias, options.student, options, out=s)
-    u = target if purified else tempered_logits(target, target_bias, options.target, options, out=u)
-    student_max, student_logsum, target_max, target_logsum = (x[:, None] for x in statistics)
+    u = tempered_logits(target, target_bias, options.target, options, out=u)
+    if delta is not None:
+        assert delta_offset is not None
+        u.add_(purified_shift(delta, delta_offset, options, out=free))
+    student_max, student_logsum = (x[:, None] for x in normaliser(s, p))
+    target_max, target_logsum = (x[:, None] for x in normaliser(u, q))
+    # p and q hold exp(logit − max) by now
+    p.mul_(torch.exp(-student_logsum)), q.mul_(torch.exp(-target_logsum))
     # log q - log p through the logits: log_q - log_p would round at |log p| where student and target nearly agree
     torch.sub(u, s, out=t).sub_((target_max - student_max) + (target_logsum - student_logsum))
-    log_p = torch.sub(s, student_max, out=p).sub_(student_logsum)
-    log_q = torch.add(log_p, t, out=q)
+    log_p = torch.sub(s, student_max, out=free).sub_(student_logsum)
     # the likeliest entry is a common one where log p + log q reaches the sum of both maxima, up to rounding
-    most = torch.add(log_p, log_q, out=free).amax(dim=1)
-    agreement = most + statistics.student_logsum + statistics.target_logsum >= -1e-5
+    most = torch.add(t, log_p, alpha=2.0, out=more).amax(dim=1)
+    agreement = most + student_logsum[:, 0] + target_logsum[:, 0] >= -1e-5
     if token_ids is None:
-        token_logprob = torch.full_like(statistics.student_max, float("nan"))
+        token_logprob = torch.full_like(most, float("nan"))
     else:
         token_logprob = log_p.gather(1, token_ids.clamp_min(0)[:, None])[:, 0].where(token_ids >= 0, float("nan"))
-    # each buffer is taken over as soon as its tensor is done with
-    p = torch.exp(log_p, out=free)
+    target_entropy = -torch.add(log_p, t, out=more).mul_(q).sum(dim=1)
     student_entropy = -log_p.mul_(p).sum(dim=1)
-    q, free = torch.exp(log_q, out=log_p), log_q
-    target_entropy = -log_q.mul_(q).sum(dim=1)
     divergence, student_kl, target_kl, clip_fraction, form = _divergence(p, q, t, options, free, more)
     token_clipped = torch.zeros_like(divergence)
     if options.token_clip is not None:
