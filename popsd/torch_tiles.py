@@ -267,4 +267,4 @@ def scratch(like: torch.Tensor, count: int) -> list[torch.Tensor]:
     return [buffers[i, : like.numel()].view(like.shape) for i in range(count)]
 
 
-_BUFFERS, _POOLED_ELEMENTS = 7, 1 << 19
+_BUFFERS, _POOLED_ELEMENTS = 7, 3 << 17

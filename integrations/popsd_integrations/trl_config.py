@@ -55,7 +55,7 @@ class PurifiedOPSDConfig(DistillationConfig):
     skip_first_tokens: int = _option(0, "Leave the first tokens of every completion out of the loss.")
     impl: str = _option("auto", "Who computes the loss: 'auto', 'triton' or 'torch'.")
     strategy: str = _option("chunked", "How logits come and go: 'chunked', 'single_read' or 'streaming'.")
-    workspace_mib: float | None = _option(None, "Memory for logits in the loss. None: 80 MiB on CPU, 2 GiB on a GPU.")
+    workspace_mib: float | None = _option(None, "Memory for logits in the loss. None: 96 MiB on CPU, 2 GiB on a GPU.")
 
     question_template: str = _option(ContextConfig.question_template, "The student's prompt; holds {question}.")
     teacher_template: str = _option(ContextConfig.teacher_template, "Holds {question} and {solution}.")
