@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from accuracy import make_head, make_hidden, relative_l2
 
 import popsd
 from popsd import Head, HiddenStates, PurifiedConfig
+from popsd.testing import make_head, make_hidden, relative_l2
 from popsd.types import mean_row
 
 V, D, N = 53, 12, 10

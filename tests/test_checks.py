@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from accuracy import make_head, make_hidden
 
 import popsd
 from popsd import Head, HiddenStates, PurifiedConfig, PurifiedOPSDLoss, linear_purified_jsd
+from popsd.testing import make_head, make_hidden
 
 N, V, D = 6, 23, 8
 HIDDEN, HEAD = make_hidden(N, D, 0.3), make_head(V, D)

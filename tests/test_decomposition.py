@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from accuracy import make_head, make_hidden, relative_l2
 
 import popsd
 from popsd import Head, HiddenStates, PurifiedConfig, oracle
+from popsd.testing import make_head, make_hidden, relative_l2
 
 
 @pytest.mark.parametrize("head", [{}, {"logit_scale": 0.5}, {"softcap": 6.0}])

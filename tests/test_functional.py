@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from accuracy import make_head, make_hidden, relative_l2, true_purified
 
 import popsd
 from popsd import Head, HiddenStates, PurifiedConfig, oracle
+from popsd.testing import make_head, make_hidden, relative_l2, true_purified
 
 V, D = 211, 24
 HEADS = {

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from accuracy import make_head, make_hidden, relative_l2
 
 import popsd
 from popsd import HiddenStates, PurifiedConfig, PurifiedOPSDLoss
+from popsd.testing import make_head, make_hidden, relative_l2
 
 B, T, D, V = 4, 9, 16, 101
 HEAD = make_head(V, D)

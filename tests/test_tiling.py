@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from accuracy import make_head, make_hidden, relative_l2
 
 import popsd
 from popsd.config import Impl
 from popsd.streams import Problem
+from popsd.testing import make_head, make_hidden, relative_l2
 from popsd.tiling import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB, plan_rows, resolve_impl
 from popsd.types import mean_row
 

@@ -1,1 +1,0 @@
-from popsd.testing import *  # noqa: F403
