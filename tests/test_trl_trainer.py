@@ -142,7 +142,10 @@ def test_accumulation_does_not_change_a_step(tmp_path, lora):
         for row, other in zip(logs(whole), logs(trainer), strict=True):
             assert comparable(row) == pytest.approx(comparable(other), rel=1e-4, abs=1e-6)
         for name, parameter in parameters.items():
-            torch.testing.assert_close(others[name], parameter, rtol=1e-3, atol=1e-5)
+            # Adam makes a step of rounding in an entry whose gradient is all but zero, so the update counts as a whole:
+            # 1e-4 of what three steps can move this tensor, 3e-6 in the root mean square over its entries
+            reach = trainer.args.learning_rate * 3 * parameter.numel() ** 0.5
+            assert (others[name] - parameter).norm() < 1e-4 * reach, name
 
 
 @pytest.mark.parametrize("lora", [False, True])
