@@ -70,7 +70,8 @@ def row_sweeps(
     student_max, student_logsum = (x[:, None] for x in normaliser(s, p))
     target_max, target_logsum = (x[:, None] for x in normaliser(u, q))
     # p and q hold exp(logit − max) by now
-    p.mul_(torch.exp(-student_logsum)), q.mul_(torch.exp(-target_logsum))
+    p.mul_(torch.exp(-student_logsum))
+    q.mul_(torch.exp(-target_logsum))
     # log q - log p through the logits: log_q - log_p would round at |log p| where student and target nearly agree
     torch.sub(u, s, out=t).sub_((target_max - student_max) + (target_logsum - student_logsum))
     log_p = torch.sub(s, student_max, out=free).sub_(student_logsum)
