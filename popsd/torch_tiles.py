@@ -32,10 +32,9 @@ def row_statistics(
     float32, which may be ``target`` or ``delta`` itself. Returns four [C] float32 normalisers.
     """
     logits, free = scratch(student, 2)
-    target_logits = tempered_logits(target, target_bias, options.target, options, out=logits)
-    if delta is not None:
-        assert delta_offset is not None and target_out is not None
-        target_logits = torch.add(target_logits, purified_shift(delta, delta_offset, options, out=free), out=target_out)
+    target_logits = _target_logits(target, target_bias, delta, delta_offset, options, logits, free)
+    if target_out is not None:
+        target_out.copy_(target_logits)
     normalisers = normaliser(target_logits, free)
     student_logits = tempered_logits(student, student_bias, options.student, options, out=logits)
     return RowStatistics(*normaliser(student_logits, free), *normalisers)
@@ -63,10 +62,7 @@ def row_sweeps(
     """
     s, u, t, p, q, free, more = scratch(student, _BUFFERS)
     s = tempered_logits(student, student_bias, options.student, options, out=s)
-    u = tempered_logits(target, target_bias, options.target, options, out=u)
-    if delta is not None:
-        assert delta_offset is not None
-        u.add_(purified_shift(delta, delta_offset, options, out=free))
+    u = _target_logits(target, target_bias, delta, delta_offset, options, u, free)
     student_max, student_logsum = (x[:, None] for x in normaliser(s, p))
     target_max, target_logsum = (x[:, None] for x in normaliser(u, q))
     # p and q hold exp(logit − max) by now
@@ -157,6 +153,23 @@ def tempered_logits(
     elif transform.scale * options.inv_temperature != 1.0:
         z.mul_(transform.scale * options.inv_temperature)
     return z
+
+
+def _target_logits(
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    delta: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    options: RowOptions,
+    out: torch.Tensor,
+    free: torch.Tensor,
+) -> torch.Tensor:
+    """The target's tempered logits in ``out``: its own or, with ``delta`` and ``offset``, composed on the base's."""
+    tempered_logits(target, bias, options.target, options, out=out)
+    if delta is None:
+        return out
+    assert offset is not None
+    return out.add_(purified_shift(delta, offset, options, out=free))
 
 
 def purified_shift(

@@ -115,14 +115,14 @@ def diagnose(
     generate: as in ``torch_loop.train``; None: ``hf_generate``. Raises ValueError where there is no problem, no completion
     with a token, no marker that is a token of ``tokenizer``, or a model whose head popsd would get wrong.
     """
-    from popsd_integrations.torch_loop import _special_tokens, hf_generate
+    from popsd_integrations.torch_loop import hf_generate, special_tokens
 
     config = config or DiagnoseConfig()
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one problem; got none. Build them with ContextBuilder.build_all.")
     markers = config.markers.token_ids(tokenizer)
     check_head(model)
-    eos, pad = _special_tokens(model, tokenizer)
+    eos, pad = special_tokens(model, tokenizer)
     chosen = list(prompts[: config.completions])
     tokens: list[dict[str, Any]] = []
     with eval_mode(model), torch.no_grad(), torch.random.fork_rng():

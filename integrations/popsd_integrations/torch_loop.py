@@ -135,7 +135,7 @@ def train(
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one problem; got none. Build them with ContextBuilder.build_all.")
     output = Path(output_dir)
-    eos, pad = _special_tokens(model, tokenizer)
+    eos, pad = special_tokens(model, tokenizer)
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     fingerprint = run_fingerprint(options, model, prompts)
     checkpoint = read_checkpoint(output / CHECKPOINT, fingerprint, resume)
@@ -281,7 +281,7 @@ def _rows(step: int, config: TrainConfig, count: int) -> list[int]:
     return [orders[place // count][place % count] for place in places]
 
 
-def _special_tokens(model: nn.Module, tokenizer: Any) -> tuple[list[int], int]:
+def special_tokens(model: nn.Module, tokenizer: Any) -> tuple[list[int], int]:
     """End-of-sequence ids (a chat model often has several, in its generation_config) and the padding id."""
     eos = getattr(getattr(causal_model(model), "generation_config", None), "eos_token_id", None)
     eos = tokenizer.eos_token_id if eos is None else eos
