@@ -268,7 +268,7 @@ def _decompose(problem: Problem, source: ProjectedStreams | GivenLogits, chunk: 
     options = problem.row_options()
     assert chunk.reference is not None
     student, reference = chunk.student, chunk.reference
-    teacher, own, other, *free = torch_tiles.scratch(student, 7)
+    teacher, own, other, *free = torch_tiles.scratch(student, 6)
     masked = problem.heads is None or source.student_bias is not None or source.target_bias is not None
     if masked or (options.student, options.target, options.inv_temperature) != (_PLAIN, _PLAIN, 1.0):
         student = torch_tiles.tempered_logits(student, source.student_bias, options.student, options, out=own)
