@@ -19,7 +19,7 @@ from popsd.config import Method
 from popsd.types import Decomposition, Head, centred_gram, mean_row
 from popsd_kernels.options import LOGIT_FLOOR
 
-Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """‖Δ_total‖², ‖Δ_ref‖², ‖Δ_it‖², Δ_total·Δ_ref, Δ_total·Δ_it, [C] each."""
 
 FAMILY = 6
@@ -31,8 +31,8 @@ FIELDS = {Method.LOGITS: Decomposition._fields, Method.GRAM: Decomposition._fiel
 
 def decompose_rows(
     student: torch.Tensor, teacher: torch.Tensor, reference: torch.Tensor, free: list[torch.Tensor], *, masked: bool
-) -> Decomposition:
-    """All fields, [C] each, from tempered float32 logits [C, V], with a floor for impossible tokens.
+) -> torch.Tensor:
+    """Moments [13, C] of all fields, see `fields_of`, from tempered float32 logits [C, V], with a floor for impossible tokens.
 
     masked: whether there may be any. ``teacher`` and ``free``, three more of their shape, are overwritten.
     """
@@ -53,13 +53,22 @@ def decompose_rows(
     induced, induced_mean = _centred(torch.sub(reference, student, out=induced), outside, count)
     a = total_mean - ((top_teacher - top) + (logsum_teacher - logsum))
     b = induced_mean - ((top_reference - top) + (logsum_reference - logsum))
-    centred = _moments(total, induced, more)
+    centred = _products(total, induced, more)
     if outside is not None:
         root.masked_fill_(outside, 0.0)
     total.add_(a[:, None]).mul_(root)
     induced.add_(b[:, None]).mul_(root)
-    weighted = _moments(total, induced, more)
-    return Decomposition(*_fields(*_raw(centred, a, b, count)), *_fields(*centred), *_fields(*weighted))
+    weighted = _products(total, induced, more)
+    return torch.stack([*centred, *weighted, a, b, count])
+
+
+def fields_of(moments: torch.Tensor) -> Decomposition:
+    """All fields, [N] each, from centred products, weighted products, mean log-ratios of teacher and reference to the
+    student, and how many entries they are the means of: [13, N]. Once per call, since it is 100 operations on small vectors.
+    """
+    a, b, count = moments[10:]
+    centred = moments[:5].unbind()
+    return Decomposition(*_fields(*_raw(centred, a, b, count)), *_fields(*centred), *_fields(*moments[5:10]))
 
 
 def decompose_hidden(
@@ -116,7 +125,7 @@ def _normaliser(logits: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, 
     return logits.amax(dim=1), -torch.softmax(logits, dim=1, out=out).amax(dim=1).log()
 
 
-def _moments(total: torch.Tensor, induced: torch.Tensor, free: torch.Tensor) -> Moments:
+def _products(total: torch.Tensor, induced: torch.Tensor, free: torch.Tensor) -> Products:
     """The norms each from its own entries: ‖x‖² − 2x·y + ‖y‖² cancels where the question adds little.
 
     Δ_total·Δ_ref is left over of them. Not `vecdot`, whose product goes into fresh memory: 240 µs against 25 µs for 2^17
@@ -129,13 +138,12 @@ def _moments(total: torch.Tensor, induced: torch.Tensor, free: torch.Tensor) -> 
     return squares[0], squares[1], transferable, squares[0] - with_transferable, with_transferable
 
 
-def _raw(centred: Moments, a: torch.Tensor, b: torch.Tensor, count: torch.Tensor | int) -> Moments:
-    """Moments of the log-ratios themselves, whose means over ``count`` entries are a, b and a − b."""
+def _raw(
+    centred: Sequence[torch.Tensor], a: torch.Tensor, b: torch.Tensor, count: torch.Tensor | int
+) -> Sequence[torch.Tensor]:
+    """Products of the log-ratios themselves, whose means over ``count`` entries are a, b and a − b."""
     shifts = (a * a, b * b, (a - b) * (a - b), a * b, a * (a - b))
-    total, induced, transferable, with_reference, with_transferable = (
-        x + count * y for x, y in zip(centred, shifts, strict=True)
-    )
-    return total, induced, transferable, with_reference, with_transferable
+    return [x + count * y for x, y in zip(centred, shifts, strict=True)]
 
 
 def _fields(

@@ -12,7 +12,7 @@ import torch
 
 from popsd import torch_tiles
 from popsd.config import Impl, Method, Strategy
-from popsd.decomposition import decompose_hidden, decompose_rows, gather
+from popsd.decomposition import decompose_hidden, decompose_rows, fields_of, gather
 from popsd.masks import mask_entries
 from popsd.streams import Chunk, GivenLogits, Problem, ProjectedStreams
 from popsd.telemetry import purification_rows
@@ -132,7 +132,7 @@ def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> Tile
     source.allocate(min(chunk_rows, tokens), min(gradient_rows, tokens) if source.bytes_per_row[1] else 0)
     empty = problem.student.new_empty(0, dtype=torch.float32)
     losses = [RowLoss(*[empty] * len(RowLoss._fields))]
-    decompositions = [Decomposition(*[empty] * len(Decomposition._fields))]
+    moments = [empty.expand(13, 0)]
     purifications = [Purification(*[empty] * len(Purification._fields))]
     for first in range(0, tokens, gradient_rows):
         last = min(first + gradient_rows, tokens)
@@ -148,14 +148,14 @@ def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> Tile
                 part = chunk.rows(i, j)
                 for piece in _pieces(problem, part):
                     if problem.decompose is Method.LOGITS:
-                        decompositions.append(_decompose(problem, source, piece))
+                        moments.append(_moments(problem, source, piece))
                     if problem.telemetry:
                         purifications.append(_purification(problem, source, piece))
                 losses.append(_sweep(problem, source, bodies, part, rows, gradient, slice(i, j)))
         source.fold(first, last)
     return TileResult(
         RowLoss(*map(torch.cat, zip(*losses, strict=True))),
-        gather(decompositions) if problem.decompose is Method.LOGITS else None,
+        fields_of(torch.cat(moments, dim=1)) if problem.decompose is Method.LOGITS else None,
         Purification(*map(torch.cat, zip(*purifications, strict=True))) if problem.telemetry else None,
     )
 
@@ -264,7 +264,7 @@ def _pieces(problem: Problem, chunk: Chunk) -> Iterator[Chunk]:
         yield chunk.rows(start, start + step)
 
 
-def _decompose(problem: Problem, source: ProjectedStreams | GivenLogits, chunk: Chunk) -> Decomposition:
+def _moments(problem: Problem, source: ProjectedStreams | GivenLogits, chunk: Chunk) -> torch.Tensor:
     options = problem.row_options()
     assert chunk.reference is not None
     student, reference = chunk.student, chunk.reference
