@@ -62,6 +62,21 @@ class Problem:
         """Whether teacher and reference need their own logits, because the identities of METHOD.md do not hold."""
         return self.purified is not None and comes_apart(self.purified, self.heads and self.heads[1], self.telemetry)
 
+    @property
+    def relative(self) -> bool:
+        """Whether the base (or target) is projected as its difference to the student, which one head makes possible.
+
+        A product rounds at the size of its result: of logits, 1e-6, or of what student and target differ by, where a KL of
+        1e-3 means 0.04. Float32 products only: rounded to 16 bits the difference would be off by 2⁻⁹ of itself, the logits
+        are not. Masks on entries and telemetry want the base itself.
+        """
+        if self.heads is None or self.heads[0] is not self.heads[1] or self.heads[0].softcap is not None:
+            return False
+        if self.apart or (self.purified is not None and self.purified.masks_entries):
+            return False
+        dtype = operand_dtype(self.heads[0].weight, self.student, self.autocast_dtype)
+        return self.strategy is Strategy.CHUNKED and dtype == torch.float32
+
     def row_options(self) -> RowOptions:
         config, (student, frozen) = self.config, self.heads or (None, None)
         options = RowOptions(
@@ -72,6 +87,7 @@ class Problem:
             student=LogitTransform() if student is None else LogitTransform(student.logit_scale, student.softcap),
             target=LogitTransform() if frozen is None else LogitTransform(frozen.logit_scale, frozen.softcap),
             delta_scale=1.0 if self.apart or frozen is None else frozen.logit_scale,
+            relative=self.relative,
         )
         if self.purified is None:
             return options
@@ -178,6 +194,8 @@ class ProjectedStreams:
                 exact = high.float() if low is None else high.float() + low.float()
                 offset = (exact @ self.mean_row).mul_(self.options.delta_scale * self.options.inv_temperature)
                 frozen += [high, pair[1]] if self.with_reference else [high]
+        if self.options.relative:
+            frozen[0] = frozen[0].float() - student
         return HiddenRows(student, [x.to(self.frozen_weight.dtype) for x in frozen], low, offset)
 
     def load(self, start: int, stop: int) -> Chunk:
@@ -297,11 +315,15 @@ def _bias(head: Head, vocab: int) -> torch.Tensor | None:
 
 
 def operand(weight: torch.Tensor, hidden: torch.Tensor, autocast: torch.dtype | None) -> torch.Tensor:
-    """The head in the dtype of the matrix products: float32 on CPU, which has no 16-bit product with float32 output."""
-    weight = weight.detach()
+    """The head in the dtype of the matrix products."""
+    return weight.detach().to(operand_dtype(weight, hidden, autocast))
+
+
+def operand_dtype(weight: torch.Tensor, hidden: torch.Tensor, autocast: torch.dtype | None) -> torch.dtype:
+    """That of the matrix products: float32 on CPU, which has no 16-bit product with float32 output."""
     if weight.device.type != "cuda":
-        return weight.float()
-    return weight.to(autocast or torch.promote_types(weight.dtype, hidden.dtype))
+        return torch.float32
+    return autocast or torch.promote_types(weight.dtype, hidden.dtype)
 
 
 def project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:

@@ -29,15 +29,17 @@ def row_statistics(
 
     student, target: [C, V] raw projections, any floating dtype. With ``delta`` [C, V] and ``delta_offset`` [C] float32 the
     target stream is the base policy, and the purified logits b + Δ̃/pmi_beta (Eq. 13-17) go to ``target_out`` [C, V]
-    float32, which may be ``target`` or ``delta`` itself. Returns four [C] float32 normalisers.
+    float32, which may be ``target`` or ``delta`` itself; the target's difference to the student where ``options.relative``.
+    Returns four [C] float32 normalisers.
     """
-    logits, free = scratch(student, 2)
-    target_logits = _target_logits(target, target_bias, delta, delta_offset, options, logits, free)
+    s, u, free = scratch(student, 3)
+    tempered_logits(student, student_bias, options.student, options, out=s)
+    _target_logits(target, target_bias, delta, delta_offset, options, u, free)
     if target_out is not None:
-        target_out.copy_(target_logits)
-    normalisers = normaliser(target_logits, free)
-    student_logits = tempered_logits(student, student_bias, options.student, options, out=logits)
-    return RowStatistics(*normaliser(student_logits, free), *normalisers)
+        target_out.copy_(u)
+    if options.relative:
+        u.add_(s)
+    return RowStatistics(*_normaliser(s, free), *_normaliser(u, free))
 
 
 def row_sweeps(
@@ -61,16 +63,23 @@ def row_sweeps(
     gradient: [C, V] of any floating dtype, or None for no gradient work; it may share memory with ``target``.
     """
     s, u, t, p, q, free, more = scratch(student, _BUFFERS)
-    s = tempered_logits(student, student_bias, options.student, options, out=s)
-    u = _target_logits(target, target_bias, delta, delta_offset, options, u, free)
-    student_max, student_logsum = (x[:, None] for x in normaliser(s, p))
-    target_max, target_logsum = (x[:, None] for x in normaliser(u, q))
-    # p and q hold exp(logit − max) by now
+    tempered_logits(student, student_bias, options.student, options, out=s)
+    own = t if options.relative else u
+    _target_logits(target, target_bias, delta, delta_offset, options, own, free)
+    if not options.relative:  # through the logits: log_q - log_p would round at |log p| where the two nearly agree
+        torch.sub(u, s, out=t)
+    student_max = s.amax(dim=1, keepdim=True)
+    s.sub_(student_max)
+    if options.relative:  # with the maximum gone nothing that matters is large, and the normaliser rounds at |t|
+        torch.add(s, t, out=u)
+    target_max = u.amax(dim=1, keepdim=True)
+    student_logsum = torch.exp(s, out=p).sum(dim=1, keepdim=True).log_()
+    target_logsum = torch.exp(u.sub_(target_max), out=q).sum(dim=1, keepdim=True).log_()
     p.mul_(torch.exp(-student_logsum))
     q.mul_(torch.exp(-target_logsum))
-    # log q - log p through the logits: log_q - log_p would round at |log p| where student and target nearly agree
-    torch.sub(u, s, out=t).sub_((target_max - student_max) + (target_logsum - student_logsum))
-    log_p = torch.sub(s, student_max, out=free).sub_(student_logsum)
+    shift = target_max if options.relative else target_max - student_max
+    t.sub_(shift + (target_logsum - student_logsum))
+    log_p = torch.sub(s, student_logsum, out=free)
     # the likeliest entry is a common one where log p + log q reaches the sum of both maxima, up to rounding
     most = torch.add(t, log_p, alpha=2.0, out=more).amax(dim=1)
     agreement = most + student_logsum[:, 0] + target_logsum[:, 0] >= -1e-5
@@ -87,7 +96,7 @@ def row_sweeps(
         divergence = divergence.clamp_max(options.token_clip)
     if gradient is not None:
         grad = form()
-        chain = _chain(s, grad, options) * (1.0 - token_clipped)
+        chain = _chain(s, student_max, grad, options) * (1.0 - token_clipped)
         if row_scale is not None:
             chain = chain * row_scale
         torch.mul(grad, chain[:, None], out=gradient)
@@ -163,13 +172,13 @@ def _target_logits(
     options: RowOptions,
     out: torch.Tensor,
     free: torch.Tensor,
-) -> torch.Tensor:
-    """The target's tempered logits in ``out``: its own or, with ``delta`` and ``offset``, composed on the base's."""
-    tempered_logits(target, bias, options.target, options, out=out)
-    if delta is None:
-        return out
-    assert offset is not None
-    return out.add_(purified_shift(delta, offset, options, out=free))
+) -> None:
+    """The target's tempered logits: its own or, with ``delta`` and ``offset``, composed on the base's. Where
+    ``options.relative``, less the student's."""
+    tempered_logits(target, None if options.relative else bias, options.target, options, out=out)
+    if delta is not None:
+        assert offset is not None
+        out.add_(purified_shift(delta, offset, options, out=free))
 
 
 def purified_shift(
@@ -187,7 +196,7 @@ def purified_shift(
     return scaled.sigmoid_().mul_(2.0 * limit).sub_(limit)
 
 
-def normaliser(logits: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _normaliser(logits: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     maximum = logits.amax(dim=1)
     return maximum, torch.sub(logits, maximum[:, None], out=free).exp_().sum(dim=1).log_()
 
@@ -258,10 +267,13 @@ def _difference(
     return out.mul_(torch.sign(t, out=free))
 
 
-def _chain(logits: torch.Tensor, gradient: torch.Tensor, options: RowOptions) -> torch.Tensor:
-    """Factor [C] from logits back to raw projections; the soft cap's derivative, which varies, goes into ``gradient``."""
+def _chain(logits: torch.Tensor, maximum: torch.Tensor, gradient: torch.Tensor, options: RowOptions) -> torch.Tensor:
+    """Factor [C] from logits back to raw projections; the soft cap's derivative, which varies, goes into ``gradient``.
+
+    logits: less their ``maximum`` [C, 1]; overwritten.
+    """
     if options.student.softcap is not None:
-        share = logits.div_(options.student.softcap * options.inv_temperature)
+        share = logits.add_(maximum).div_(options.student.softcap * options.inv_temperature)
         gradient.mul_(share.square_().neg_().add_(1.0).clamp_min_(0.0))
     return gradient.new_full((gradient.shape[0],), options.student.scale * options.inv_temperature)
 

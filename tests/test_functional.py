@@ -103,6 +103,21 @@ def test_sixteen_bit_gradients_are_accurate_at_every_distance(dtype, spread, bet
     assert (error <= 2e-3 * truth.loss.abs() + 1e-6).all()
 
 
+@pytest.mark.parametrize(("std", "spread"), [(3.0, 0.008), (10.0, 0.004), (30.0, 0.0025)])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("options", [{}, {"pmi_clip": None}, {"temperature": 0.7, "pmi_beta": 2.0}], ids=str)
+def test_float32_is_accurate_where_student_and_target_nearly_agree(std, spread, beta, options):
+    """Projected apart, student and base would round at the size of their logits: 2e-5, 6e-5 and 9e-5 at these deviations."""
+    hidden, head = make_hidden(130, 64, spread), make_head(1003, 64, std, bias=True)
+    logits = [oracle.head_logits(x, head) for x in hidden]
+    assert 4e-4 < oracle.purified_jsd(*logits, PurifiedConfig(beta=0.0)).mean() < 2e-3
+    config, upstream = PurifiedConfig(beta=beta, **options), torch.ones(130)
+    truth = true_purified(hidden, (head, head), config, upstream)
+    output, dhidden = run(hidden, head, None, config, upstream)
+    assert relative_l2(output.loss, truth.loss) < 2e-5
+    assert relative_l2(dhidden, truth.dhidden) < 2e-5
+
+
 def test_telemetry_matches_the_oracle():
     hidden, head, config = make_hidden(40, D, 0.4), head_of("plain"), PurifiedConfig(beta=0.3, temperature=1.2)
     ids = torch.arange(40) * 5

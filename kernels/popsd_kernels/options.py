@@ -37,6 +37,8 @@ class RowOptions:
     token_clip: upper bound on the token's loss; a capped token has zero gradient.
     student, target: logit transforms of the student and of the base (or, with two distributions, target) stream.
     delta_scale: multiplies the difference of raw teacher and reference projections, before the temperature.
+    relative: the base (or target) stream holds its difference to the student, target − student, without bias or soft cap: the
+        log-ratio that decides loss and gradient is then rounded relative to itself, not to the logits.
     """
 
     beta: float = 0.5
@@ -48,6 +50,7 @@ class RowOptions:
     student: LogitTransform = LogitTransform()
     target: LogitTransform = LogitTransform()
     delta_scale: float = 1.0
+    relative: bool = False
 
 
 class RowStatistics(NamedTuple):
