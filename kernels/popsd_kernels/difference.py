@@ -23,7 +23,7 @@ from popsd_kernels.launch import (
 )
 from popsd_kernels.logits import load_logit, projection_stream
 from popsd_kernels.options import RowOptions
-from popsd_kernels.primitives import LOGIT_FLOOR, lane_sum, lse_finish, lse_fold
+from popsd_kernels.primitives import LOGIT_FLOOR, NOTHING, lane_sum, lse_finish, lse_fold
 
 
 def logit_difference(
@@ -122,8 +122,8 @@ def logit_difference_kernel(
     out_ptr += row.to(tl.int64) * out_row_stride
     total = tl.zeros([BLOCK // VEC], tl.float32)
     missing = tl.zeros([BLOCK // VEC], tl.float32)
-    teacher_top = tl.full([BLOCK // VEC], LOGIT_FLOOR, tl.float32)
-    reference_top = tl.full([BLOCK // VEC], LOGIT_FLOOR, tl.float32)
+    teacher_top = tl.full([BLOCK // VEC], NOTHING, tl.float32)
+    reference_top = tl.full([BLOCK // VEC], NOTHING, tl.float32)
     teacher_total = tl.zeros([BLOCK // VEC], tl.float32)
     reference_total = tl.zeros([BLOCK // VEC], tl.float32)
     # Masked throughout: off the fast path, and a compare per vector is cheap beside 12 bytes per entry.
@@ -139,17 +139,17 @@ def logit_difference_kernel(
         total += lane_sum(tl.where(inside, difference, 0.0), VEC)
         missing += lane_sum((absent & inside).to(tl.float32), VEC)
         if not CENTER:
-            z_teacher = tl.where(inside, z_teacher * inv_temperature, float("-inf"))
-            z_reference = tl.where(inside, z_reference * inv_temperature, float("-inf"))
-            teacher_top, teacher_total = lse_fold(z_teacher, teacher_top, teacher_total, VEC)
-            reference_top, reference_total = lse_fold(z_reference, reference_top, reference_total, VEC)
+            z_teacher = tl.where(inside, z_teacher, float("-inf"))
+            z_reference = tl.where(inside, z_reference, float("-inf"))
+            teacher_top, teacher_total = lse_fold(z_teacher, teacher_top, teacher_total, VEC, inv_temperature)
+            reference_top, reference_total = lse_fold(z_reference, reference_top, reference_total, VEC, inv_temperature)
     missing_count = tl.sum(missing, axis=0)
     if CENTER:
         fill = tl.sum(total, axis=0) / tl.maximum(V - missing_count, 1.0)
         tl.store(offset_ptr + row, fill * inv_temperature)
     else:
-        teacher_max, teacher_logsum = lse_finish(teacher_top, teacher_total, V)
-        reference_max, reference_logsum = lse_finish(reference_top, reference_total, V)
+        teacher_max, teacher_logsum = lse_finish(teacher_top, teacher_total, V, inv_temperature)
+        reference_max, reference_logsum = lse_finish(reference_top, reference_total, V, inv_temperature)
         offset = (teacher_max - reference_max) + (teacher_logsum - reference_logsum)
         tl.store(offset_ptr + row, offset)
         fill = offset / inv_temperature

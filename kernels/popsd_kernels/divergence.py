@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from popsd_kernels.primitives import LN2, log2
+from popsd_kernels.primitives import LN2, fma, log2, negative
 
 FORWARD = tl.constexpr(0)
 REVERSE = tl.constexpr(1)
@@ -53,10 +53,10 @@ def divergence_terms(p, q, t, beta, MODE: tl.constexpr, FAST: tl.constexpr):
     if MODE == FORWARD:
         return tl.zeros_like(p), q * t
     elif MODE == REVERSE:  # noqa: RET505 -- Triton compiles both branches of a constexpr `if` without an else
-        return -p * t, tl.zeros_like(p)
+        return negative(p) * t, tl.zeros_like(p)
     else:
         t, log_m_over_p = mixture_log_ratio(t, beta, FAST)
-        return -p * log_m_over_p, q * (t - log_m_over_p)
+        return negative(p) * log_m_over_p, q * (t - log_m_over_p)
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def probability_difference(p, q, t):
 
     The plain difference inherits the rounding of log p and log q, 1e-6 relative each at |log p| = 20; t has 1e-7.
     """
-    return tl.where(t > 1.0, p - q, p * (1.0 - tl.exp2(t)))
+    return tl.where(t > 1.0, p - q, fma(negative(p), tl.exp2(t), p))
 
 
 @triton.jit

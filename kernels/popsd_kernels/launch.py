@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import triton
 
-from popsd_kernels.primitives import soft_clip
+from popsd_kernels import primitives
 
-INTERPRETED = not isinstance(soft_clip, triton.JITFunction)
+INTERPRETED = bool(primitives.INTERPRETED.value)
 """Whether this process runs kernels in Triton's interpreter: fixed by TRITON_INTERPRET when they were decorated."""
 
 AUTOTUNE_VARIABLE = "POPSD_KERNELS_AUTOTUNE"

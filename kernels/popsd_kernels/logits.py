@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from popsd_kernels.options import LogitTransform
-from popsd_kernels.primitives import LOGIT_FLOOR, soft_clip
+from popsd_kernels.primitives import LOGIT_FLOOR, soft_clip_linear
 
 
 class Stream(NamedTuple):
@@ -55,24 +55,37 @@ def load_entries(ptr, row, row_stride, columns, V: tl.constexpr, MASKED: tl.cons
 @triton.jit
 def load_logit(stream, row, columns, V: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr):
     """Tempered logits of one row, not yet floored; beyond the vocabulary (MASKED) the value is unspecified."""
-    return temper(
-        stream, load_entries(stream.ptr, row, stream.row_stride, columns, V, MASKED), columns, V, MASKED, FAST
-    )
+    return load_scaled(stream, row, columns, V, MASKED, FAST) * stream_gain(stream)
+
+
+@triton.jit
+def load_scaled(stream, row, columns, V: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr):
+    """As `load_logit` but for `stream_gain`, which costs nothing in a product that comes anyway."""
+    x = load_entries(stream.ptr, row, stream.row_stride, columns, V, MASKED)
+    return temper(stream, x, columns, V, MASKED, FAST)
 
 
 @triton.jit
 def temper(stream, x, columns, V: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr):
-    """Raw projections to tempered logits; ``columns`` broadcasts against x."""
+    """Raw projections to tempered logits but for `stream_gain`; ``columns`` broadcasts against x."""
     if stream.bias_ptr is not None:
         if MASKED:
             x += tl.load(stream.bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)
         else:
             x += tl.load(stream.bias_ptr + columns).to(tl.float32)
-    if stream.gain is not None:
-        x *= tl.cast(stream.gain, tl.float32)
     if stream.cap is not None:
-        x = soft_clip(x, tl.cast(stream.cap, tl.float32), FAST)
+        cap = tl.cast(stream.cap, tl.float32)
+        x = soft_clip_linear(x, tl.cast(stream.gain, tl.float32), 0.0, cap, cap, FAST)
     return x
+
+
+@triton.jit
+def stream_gain(stream):
+    """What is left to multiply with after `temper`, positive; under a soft cap the gain is inside the tanh."""
+    if stream.gain is None or stream.cap is not None:
+        return 1.0
+    else:  # noqa: RET505
+        return tl.cast(stream.gain, tl.float32)
 
 
 @triton.jit

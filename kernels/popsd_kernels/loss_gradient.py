@@ -208,7 +208,7 @@ def row_loss_gradient_kernel(
     full: tl.constexpr = V // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        entries = row_entries(student, target, scalars, row, columns, V, False, FAST)
+        entries = row_entries(student, target, scalars, row, columns, V, False, FAST, MODE != FORWARD)
         sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST)
         if one_read:
             store_gradient(
@@ -216,7 +216,7 @@ def row_loss_gradient_kernel(
             )  # fmt: skip
     if full < V:
         columns = full + tl.arange(0, BLOCK)
-        entries = row_entries(student, target, scalars, row, columns, V, True, FAST)
+        entries = row_entries(student, target, scalars, row, columns, V, True, FAST, MODE != FORWARD)
         sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST)
         if one_read:
             store_gradient(
@@ -234,14 +234,14 @@ def row_loss_gradient_kernel(
         elif not one_read:
             for start in range(0, full, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
-                entries = row_entries(student, target, scalars, row, columns, V, False, FAST)
+                entries = row_entries(student, target, scalars, row, columns, V, False, FAST, MODE != FORWARD)
                 store_gradient(
                     gradient, student, entries, slope_sum, row_scale, beta, entry_clip, row, columns,
                     V, MODE, False, FAST,
                 )  # fmt: skip
             if full < V:
                 columns = full + tl.arange(0, BLOCK)
-                entries = row_entries(student, target, scalars, row, columns, V, True, FAST)
+                entries = row_entries(student, target, scalars, row, columns, V, True, FAST, MODE != FORWARD)
                 store_gradient(
                     gradient, student, entries, slope_sum, row_scale, beta, entry_clip, row, columns,
                     V, MODE, True, FAST,
@@ -298,6 +298,13 @@ def finish_row(
 ):
     """Stores the row's nine results; returns (sum of slopes, row_scale or 0 where token_clip capped)."""
     student_kl, target_kl = tl.sum(sums.student_kl, axis=0) * LN2, tl.sum(sums.target_kl, axis=0) * LN2
+    student_entropy, target_entropy = tl.sum(sums.student_entropy, axis=0), tl.sum(sums.target_entropy, axis=0)
+    if MODE == FORWARD:
+        # entries were not EXACT: what that costs is a factor of each sum
+        p_rounding, q_rounding = scalars.student_line.rounding, scalars.target_line.rounding
+        target_kl *= tl.exp2(q_rounding)
+        student_entropy = tl.exp2(p_rounding) * student_entropy - p_rounding
+        target_entropy = tl.exp2(q_rounding) * target_entropy - q_rounding
     divergence, clip_fraction = combine(student_kl, target_kl, beta, MODE), 0.0
     slope_sum = unclipped_slope_sum(student_kl, beta, MODE)
     if entry_clip is not None:
@@ -311,8 +318,9 @@ def finish_row(
         row_scale = tl.where(divergence > limit, 0.0, row_scale)
         divergence = tl.where(divergence > limit, limit, divergence)
     # log p + log q peaks at the two maxima exactly where they share an entry, up to the rounding of the logits
-    rounding = 2.4e-7 * (tl.abs(scalars.student_max) + tl.abs(scalars.target_max))
-    agreement = tl.max(sums.top, axis=0) >= -(scalars.student_log2sum + scalars.target_log2sum) - rounding
+    log2sums = scalars.student_log2sum + scalars.target_log2sum
+    rounding = 2.4e-7 * (tl.abs(scalars.student_max) + tl.abs(scalars.target_max) + log2sums)
+    agreement = tl.max(sums.top, axis=0) >= -log2sums - rounding
     token_logprob = float("nan")
     if token_ids_ptr is not None:
         token = tl.load(token_ids_ptr + row)
@@ -325,8 +333,8 @@ def finish_row(
     tl.store(out_ptr, divergence)
     tl.store(out_ptr + out_row_stride, student_kl)
     tl.store(out_ptr + 2 * out_row_stride, target_kl)
-    tl.store(out_ptr + 3 * out_row_stride, tl.sum(sums.student_entropy, axis=0) * LN2)
-    tl.store(out_ptr + 4 * out_row_stride, tl.sum(sums.target_entropy, axis=0) * LN2)
+    tl.store(out_ptr + 3 * out_row_stride, student_entropy * LN2)
+    tl.store(out_ptr + 4 * out_row_stride, target_entropy * LN2)
     tl.store(out_ptr + 5 * out_row_stride, clip_fraction)
     tl.store(out_ptr + 6 * out_row_stride, token_clipped)
     tl.store(out_ptr + 7 * out_row_stride, agreement.to(tl.float32))
@@ -365,8 +373,7 @@ def projection_gradient(
     if entry_clip is not None:
         student_kl, target_kl = divergence_terms(p, q, t, beta, MODE, FAST)
         capped = combine(student_kl, target_kl, beta, MODE) * LN2 > tl.cast(entry_clip, tl.float32)
-    g = entry_gradient(p, q, t, beta, capped, slope_sum, MODE, FAST)
-    return g * (row_scale * logit_slope(student, entries.s))
+    return entry_gradient(p, q, t, beta, capped, slope_sum, MODE, FAST) * (row_scale * logit_slope(student, entries.s))
 
 
 @triton.jit

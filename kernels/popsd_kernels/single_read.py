@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from popsd_kernels.divergence import divergence_mode
+from popsd_kernels.divergence import FORWARD, divergence_mode
 from popsd_kernels.entries import entries_from, scalars_from
 from popsd_kernels.launch import (
     INTERPRETED,
@@ -32,7 +32,7 @@ from popsd_kernels.launch import (
 from popsd_kernels.logits import floor_logit, load_logit, projection_stream
 from popsd_kernels.loss_gradient import Gradient, Sums, accumulate, finish_row, store_block, store_gradient, zero_sums
 from popsd_kernels.options import RowLoss, RowOptions, RowStatistics
-from popsd_kernels.primitives import LOG2E, LOGIT_FLOOR, lse_finish
+from popsd_kernels.primitives import LOG2E, LOGIT_FLOOR, NOTHING, fma, lse_finish
 from popsd_kernels.target import Difference, load_target_logit
 
 PARTIALS = 12
@@ -183,7 +183,7 @@ def row_single_read_kernel(
             _arrive_and_wait(counters_ptr + 1 + 2 * row, slices)
     if PHASE != 1:
         scalars = _merge_normalisers(mine - part, out_ptr + row, out_row_stride, V, slices)
-        entries = entries_from(s, u, scalars, columns, V, masked)
+        entries = entries_from(s, u, scalars, columns, V, masked, 1.0, MODE != FORWARD)
         if PHASE != 3:
             sums = accumulate(zero_sums(SLICE // 4), entries, beta, clips[0], 4, MODE, FAST)
             _store_sums(mine + 4 * slices, sums, slices)
@@ -220,9 +220,9 @@ def _arrive_and_wait(counter_ptr, COUNT: tl.constexpr):
 def _store_normaliser(pointer, x, columns, V: tl.constexpr, STRIDE: tl.constexpr):
     """A slice's (max, sum of exp(x - max)). Every slice has an entry inside the vocabulary."""
     x = tl.where(columns < V, x, float("-inf"))
-    top = tl.maximum(tl.max(x, axis=0), LOGIT_FLOOR)
+    top = tl.maximum(tl.max(x, axis=0), NOTHING)
     tl.store(pointer, top)
-    tl.store(pointer + STRIDE, tl.sum(tl.exp2((x - top) * LOG2E), axis=0))
+    tl.store(pointer + STRIDE, tl.sum(tl.exp2(fma(x, LOG2E, -top * LOG2E)), axis=0))
 
 
 @triton.jit

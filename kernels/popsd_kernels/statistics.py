@@ -25,10 +25,10 @@ from popsd_kernels.launch import (
     fast_instructions,
     result_rows,
 )
-from popsd_kernels.logits import load_logit, projection_stream
+from popsd_kernels.logits import load_scaled, projection_stream, stream_gain
 from popsd_kernels.options import RowOptions, RowStatistics
-from popsd_kernels.primitives import LOGIT_FLOOR, lse_finish, lse_fold
-from popsd_kernels.target import Difference, load_target_logit
+from popsd_kernels.primitives import NOTHING, lse_finish, lse_fold
+from popsd_kernels.target import Difference, load_target_logit, target_gain
 
 
 def row_statistics(
@@ -150,30 +150,31 @@ def row_statistics_kernel(
 ):
     """One program per token. Full blocks run unmasked; a vocabulary that BLOCK does not divide has one masked tail."""
     row = tl.program_id(0)
-    student_top = tl.full([BLOCK // VEC], LOGIT_FLOOR, tl.float32)
-    target_top = tl.full([BLOCK // VEC], LOGIT_FLOOR, tl.float32)
+    student_top = tl.full([BLOCK // VEC], NOTHING, tl.float32)
+    target_top = tl.full([BLOCK // VEC], NOTHING, tl.float32)
     student_total = tl.zeros([BLOCK // VEC], tl.float32)
     target_total = tl.zeros([BLOCK // VEC], tl.float32)
+    s_gain, u_gain = stream_gain(student), target_gain(target, difference)
     offset = 0.0
     if difference is not None:
         offset = tl.load(offset_ptr + row)
     full: tl.constexpr = V // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
+    for start in tl.range(0, full, BLOCK, loop_unroll_factor=4):
         s, u = _logits(
             student, target, difference, offset, target_out_ptr, target_out_row_stride, pmi_beta, pmi_clip,
             row, start + tl.arange(0, BLOCK), V, False, FAST,
         )  # fmt: skip
-        student_top, student_total = lse_fold(s, student_top, student_total, VEC)
-        target_top, target_total = lse_fold(u, target_top, target_total, VEC)
+        student_top, student_total = lse_fold(s, student_top, student_total, VEC, s_gain)
+        target_top, target_total = lse_fold(u, target_top, target_total, VEC, u_gain)
     if full < V:
         s, u = _logits(
             student, target, difference, offset, target_out_ptr, target_out_row_stride, pmi_beta, pmi_clip,
             row, full + tl.arange(0, BLOCK), V, True, FAST,
         )  # fmt: skip
-        student_top, student_total = lse_fold(s, student_top, student_total, VEC)
-        target_top, target_total = lse_fold(u, target_top, target_total, VEC)
-    student_max, student_logsum = lse_finish(student_top, student_total, V)
-    target_max, target_logsum = lse_finish(target_top, target_total, V)
+        student_top, student_total = lse_fold(s, student_top, student_total, VEC, s_gain)
+        target_top, target_total = lse_fold(u, target_top, target_total, VEC, u_gain)
+    student_max, student_logsum = lse_finish(student_top, student_total, V, s_gain)
+    target_max, target_logsum = lse_finish(target_top, target_total, V, u_gain)
     tl.store(out_ptr + row, student_max)
     tl.store(out_ptr + out_row_stride + row, student_logsum)
     tl.store(out_ptr + 2 * out_row_stride + row, target_max)
@@ -196,8 +197,8 @@ def _logits(
     MASKED: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """A block of student and target logits, -inf beyond the vocabulary; the composed target is stored on the way."""
-    s = load_logit(student, row, columns, V, MASKED, FAST)
+    """A block of student and target logits but for their gains, -inf beyond the vocabulary; the composed target is stored on the way."""
+    s = load_scaled(student, row, columns, V, MASKED, FAST)
     u = load_target_logit(target, difference, offset, pmi_beta, pmi_clip, row, columns, V, MASKED, FAST)
     if difference is not None:
         pointers = target_out_ptr + row.to(tl.int64) * target_out_row_stride + columns

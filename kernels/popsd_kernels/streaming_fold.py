@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from popsd_kernels.divergence import FORWARD
 from popsd_kernels.entries import entries_from, row_scalars
 from popsd_kernels.loss_gradient import Sums, accumulate, finish_row, projection_gradient
 from popsd_kernels.primitives import LN2, LOGIT_FLOOR
@@ -121,7 +122,7 @@ def stream_fold_kernel(
             s, u = tile_logits(
                 streams, raw_s[quarter], raw_u[quarter], raw_delta[quarter], columns, offset, V, MASKED, FAST
             )  # fmt: skip
-            entries = entries_from(s, u, scalars, columns[None, :], V, MASKED)
+            entries = entries_from(s, u, scalars, columns[None, :], V, MASKED, 1.0, MODE != FORWARD)
             if sums_out is not None:
                 sums = _add_tile(sums, entries, beta, entry_clip, MODE, FAST)
                 if token_ids_ptr is not None:

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from popsd_kernels import launch
-from popsd_kernels.logits import Stream, floor_logit, temper
-from popsd_kernels.primitives import LOGIT_FLOOR, lse_finish, lse_fold
+from popsd_kernels.logits import Stream, floor_logit, stream_gain, temper
+from popsd_kernels.primitives import LOGIT_FLOOR, NOTHING, lse_finish, lse_fold
 from popsd_kernels.target import Difference, purified_logit
 
 UPCAST = tl.constexpr(launch.INTERPRETED)
@@ -183,8 +183,8 @@ def quarter_columns(tile, quarter, BLOCK_V: tl.constexpr):
 @triton.jit
 def tile_logits(streams, s, u, delta, columns, offset, V: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr):
     """Tempered, floored logits of student and target from raw projections; LOGIT_FLOOR beyond the vocabulary."""
-    s = temper(streams.student, s, columns[None, :], V, MASKED, FAST)
-    u = temper(streams.target, u, columns[None, :], V, MASKED, FAST)
+    s = temper(streams.student, s, columns[None, :], V, MASKED, FAST) * stream_gain(streams.student)
+    u = temper(streams.target, u, columns[None, :], V, MASKED, FAST) * stream_gain(streams.target)
     if streams.difference is not None:
         gain, pmi_beta = tl.cast(streams.difference.gain, tl.float32), tl.cast(streams.pmi_beta, tl.float32)
         u = purified_logit(u, delta, offset, gain, pmi_beta, streams.pmi_clip, FAST)
@@ -214,8 +214,8 @@ def stream_statistics_kernel(
     row = token_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.minimum(row, tokens - 1)
     offset = load_offsets(streams, rows)
-    student_top, student_total = tl.full([BLOCK_M], LOGIT_FLOOR, tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    target_top, target_total = tl.full([BLOCK_M], LOGIT_FLOOR, tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    student_top, student_total = tl.full([BLOCK_M], NOTHING, tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    target_top, target_total = tl.full([BLOCK_M], NOTHING, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for tile in range(begin, end):
         raw_s, raw_u, raw_delta = project(streams, tokens, token_tile, tile, V, D, FROZEN_D, BLOCK_M, BLOCK_V, BLOCK_D)
         for quarter in tl.static_range(4):

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from popsd_kernels.logits import floor_logit, load_entries, load_logit
-from popsd_kernels.primitives import soft_clip
+from popsd_kernels.logits import floor_logit, load_entries, load_scaled, stream_gain
+from popsd_kernels.primitives import fma, soft_clip_linear
 
 
 class Difference(NamedTuple):
@@ -22,15 +22,18 @@ class Difference(NamedTuple):
 
 
 @triton.jit
-def purified_logit(base, difference, offset, gain, pmi_beta, pmi_clip, FAST: tl.constexpr):
-    """base + clip(gain * difference - offset) / pmi_beta, Eq. 14-16, up to a constant of the row.
+def purified_logit(base, difference, offset, gain, pmi_beta, pmi_clip, FAST: tl.constexpr, base_gain=1.0):
+    """base_gain * base + clip(gain * difference - offset) / pmi_beta, Eq. 14-16, up to a constant of the row.
 
     The log-normalisers of teacher and reference are constants of the row too: centring removes them, so raw logits do.
     """
-    centred = difference * gain - offset
-    if pmi_clip is not None:
-        centred = soft_clip(centred, tl.cast(pmi_clip, tl.float32), FAST)
-    return base + centred * (1.0 / pmi_beta)
+    strength = 1.0 / pmi_beta
+    if pmi_clip is None:  # noqa: SIM108 -- a constexpr `if`: only one branch exists
+        shift = fma(difference, gain * strength, -offset * strength)
+    else:
+        bound = tl.cast(pmi_clip, tl.float32)
+        shift = soft_clip_linear(difference, gain, offset, bound, bound * strength, FAST)
+    return fma(base, base_gain, shift)
 
 
 @triton.jit
@@ -46,11 +49,21 @@ def load_target_logit(
     MASKED: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """A block of target logits: ``target``'s own, not floored, or with ``difference`` composed on it as base, floored."""
-    u = load_logit(target, row, columns, V, MASKED, FAST)
+    """A block of target logits but for `target_gain`: ``target``'s own, not floored, or with ``difference`` composed on it
+    as base, floored."""
+    u = load_scaled(target, row, columns, V, MASKED, FAST)
     if difference is not None:
         delta = load_entries(difference.ptr, row, difference.row_stride, columns, V, MASKED)
-        gain = tl.cast(difference.gain, tl.float32)
-        u = purified_logit(u, delta, offset, gain, tl.cast(pmi_beta, tl.float32), pmi_clip, FAST)
+        gain, base_gain = tl.cast(difference.gain, tl.float32), stream_gain(target)
+        u = purified_logit(u, delta, offset, gain, tl.cast(pmi_beta, tl.float32), pmi_clip, FAST, base_gain)
         u = floor_logit(u, columns, V, MASKED)
     return u
+
+
+@triton.jit
+def target_gain(target, difference):
+    """What is left to multiply with after `load_target_logit`."""
+    if difference is None:
+        return stream_gain(target)
+    else:  # noqa: RET505 -- Triton compiles both branches of a constexpr `if` that ends without an else
+        return 1.0
