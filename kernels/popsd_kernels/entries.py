@@ -86,25 +86,30 @@ def row_entries(
     MASKED: tl.constexpr,
     FAST: tl.constexpr,
     EXACT: tl.constexpr = True,
+    RELATIVE: tl.constexpr = False,
 ):
-    """A block of both distributions, loaded."""
+    """A block of both distributions, loaded. RELATIVE: ``target`` holds u - s."""
     if target.gain is None:  # finished logits, floored already
         s, gain = load_scaled(student, row, columns, V, MASKED, FAST), stream_gain(student)
         u = load_logit(target, row, columns, V, MASKED, FAST)
     else:  # both rounded alike, so that equal distributions differ by exactly 0
         s, gain = load_logit(student, row, columns, V, MASKED, FAST), 1.0
         u = floor_logit(load_logit(target, row, columns, V, MASKED, FAST), columns, V, MASKED)
-    return entries_from(floor_logit(s, columns, V, MASKED), u, scalars, columns, V, MASKED, gain, EXACT)
+    s, difference = floor_logit(s, columns, V, MASKED), None
+    if RELATIVE:
+        u, difference = fma(s, gain, u), u
+    return entries_from(s, u, scalars, columns, V, MASKED, gain, EXACT, difference)
 
 
 @triton.jit
 def entries_from(
-    s, u, scalars, columns, V: tl.constexpr, MASKED: tl.constexpr, gain=1.0, EXACT: tl.constexpr = True
+    s, u, scalars, columns, V: tl.constexpr, MASKED: tl.constexpr, gain=1.0, EXACT: tl.constexpr = True, difference=None
 ):
     """A block of both distributions from their floored logits gain * s and u; beyond the vocabulary p = q = 0.
 
     t comes from the difference of the logits, not of the log-probabilities: s and u nearly agree where it matters, and
-    their difference is then exact (loss error 3-6e-6 against 4-8e-7 in float32, float64 reference). The shift is taken from
+    their difference is then exact (loss error 3-6e-6 against 4-8e-7 in float32, float64 reference); where it is known
+    apart from them (``difference``) it has no rounding of theirs at all. The shift is taken from
     it before any product: where one entry has nearly all the mass, t is what is left of the two.
     Not EXACT: without the `Line`s' rounding, an instruction less per logarithm. Where Σ p·(...) is taken from an entry's own
     value (reverse KL, JSD) its factor would show: one entry in a thousand has nothing else left.
@@ -119,4 +124,6 @@ def entries_from(
     if MASKED:  # a row that is LOGIT_FLOOR throughout is uniform, and the floor beyond the vocabulary would count
         p = tl.where(columns < V, p, 0.0)
         q = tl.where(columns < V, q, 0.0)
-    return Entries(p, q, log_p, log_q, (fma(s, -gain, u) - scalars.shift) * LOG2E, s)
+    if difference is None:
+        difference = fma(s, -gain, u)
+    return Entries(p, q, log_p, log_q, (difference - scalars.shift) * LOG2E, s)

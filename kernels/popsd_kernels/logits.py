@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from popsd_kernels.options import LogitTransform
+from popsd_kernels.options import LogitTransform, RowOptions
 from popsd_kernels.primitives import LOGIT_FLOOR, soft_clip_linear
 
 
@@ -35,6 +35,11 @@ def projection_stream(
     """Raw projections [C, V] that ``transform`` and the temperature turn into logits."""
     cap = None if transform.softcap is None else float(transform.softcap) * float(inv_temperature)
     return Stream(tensor, tensor.stride(0), bias, float(transform.scale) * float(inv_temperature), cap)
+
+
+def target_stream(tensor: torch.Tensor, bias: torch.Tensor | None, options: RowOptions) -> Stream:
+    """Raw projections [C, V] of the base or target stream. A bias cancels in the difference to the student."""
+    return projection_stream(tensor, None if options.relative else bias, options.target, float(options.inv_temperature))
 
 
 def logit_stream(tensor: torch.Tensor) -> Stream:

@@ -37,7 +37,7 @@ from popsd_kernels.launch import (
     fast_instructions,
     result_rows,
 )
-from popsd_kernels.logits import load_logit, logit_slope, logit_stream, projection_stream
+from popsd_kernels.logits import load_logit, logit_slope, logit_stream, projection_stream, target_stream
 from popsd_kernels.options import RowLoss, RowOptions, RowStatistics
 from popsd_kernels.primitives import LN2, LOGIT_FLOOR, lane_max, lane_sum
 
@@ -125,7 +125,7 @@ def plan(
     inv_temperature = float(options.inv_temperature)
     finished = logit_stream(target)
     if not purified:
-        finished = projection_stream(target, target_bias, options.target, inv_temperature)
+        finished = target_stream(target, target_bias, options)
     return Launch(
         row_loss_gradient_kernel,
         student.shape[0],
@@ -145,6 +145,7 @@ def plan(
             "BLOCK": config.block,
             "VEC": config.vec,
             "MODE": divergence_mode(options.beta),
+            "RELATIVE": options.relative,
             "FAST": fast,
         },
         config,
@@ -194,6 +195,7 @@ def row_loss_gradient_kernel(
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
     MODE: tl.constexpr,
+    RELATIVE: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """One program per token: once over the row for the sums, then once more for the gradient unless ``one_read``."""
@@ -208,7 +210,7 @@ def row_loss_gradient_kernel(
     full: tl.constexpr = V // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        entries = row_entries(student, target, scalars, row, columns, V, False, FAST, MODE != FORWARD)
+        entries = row_entries(student, target, scalars, row, columns, V, False, FAST, MODE != FORWARD, RELATIVE)
         sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST)
         if one_read:
             store_gradient(
@@ -216,7 +218,7 @@ def row_loss_gradient_kernel(
             )  # fmt: skip
     if full < V:
         columns = full + tl.arange(0, BLOCK)
-        entries = row_entries(student, target, scalars, row, columns, V, True, FAST, MODE != FORWARD)
+        entries = row_entries(student, target, scalars, row, columns, V, True, FAST, MODE != FORWARD, RELATIVE)
         sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST)
         if one_read:
             store_gradient(
@@ -234,14 +236,14 @@ def row_loss_gradient_kernel(
         elif not one_read:
             for start in range(0, full, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
-                entries = row_entries(student, target, scalars, row, columns, V, False, FAST, MODE != FORWARD)
+                entries = row_entries(student, target, scalars, row, columns, V, False, FAST, MODE != FORWARD, RELATIVE)
                 store_gradient(
                     gradient, student, entries, slope_sum, row_scale, beta, entry_clip, row, columns,
                     V, MODE, False, FAST,
                 )  # fmt: skip
             if full < V:
                 columns = full + tl.arange(0, BLOCK)
-                entries = row_entries(student, target, scalars, row, columns, V, True, FAST, MODE != FORWARD)
+                entries = row_entries(student, target, scalars, row, columns, V, True, FAST, MODE != FORWARD, RELATIVE)
                 store_gradient(
                     gradient, student, entries, slope_sum, row_scale, beta, entry_clip, row, columns,
                     V, MODE, True, FAST,

@@ -122,7 +122,22 @@ def lse_fold(x, top, total, VEC: tl.constexpr, gain=1.0):
     x = tl.reshape(x, [x.shape[0] // VEC, VEC])
     new = tl.maximum(top, tl.max(x, axis=1))
     origin = rounded_product(new, unit)
-    total = total * tl.exp2(rounded_product(top, unit) - origin) + tl.sum(tl.exp2(fma(x, unit, negative(origin)[:, None])), axis=1)
+    total = total * tl.exp2(rounded_product(top, unit) - origin) + tl.sum(
+        tl.exp2(fma(x, unit, negative(origin)[:, None])), axis=1
+    )
+    return new, total
+
+
+@triton.jit
+def lse_fold_sum(x, step, top, total, VEC: tl.constexpr, gain, step_gain):
+    """`lse_fold` of gain * x + step_gain * step, which is rounded for ``top`` alone: the exponents take the two apart, since
+    a step of 0.04 beside a logit of 100 would be off by 1e-4 of itself."""
+    sums = tl.reshape(fma(x, gain, step * step_gain), [x.shape[0] // VEC, VEC])
+    new = tl.maximum(top, tl.max(sums, axis=1))
+    origin = rounded_product(new, LOG2E)
+    exponents = fma(tl.reshape(x, sums.shape), gain * LOG2E, negative(origin)[:, None])
+    exponents = fma(tl.reshape(step, sums.shape), step_gain * LOG2E, exponents)
+    total = total * tl.exp2(rounded_product(top, LOG2E) - origin) + tl.sum(tl.exp2(exponents), axis=1)
     return new, total
 
 

@@ -25,9 +25,9 @@ from popsd_kernels.launch import (
     fast_instructions,
     result_rows,
 )
-from popsd_kernels.logits import load_scaled, projection_stream, stream_gain
+from popsd_kernels.logits import load_scaled, projection_stream, stream_gain, target_stream
 from popsd_kernels.options import RowOptions, RowStatistics
-from popsd_kernels.primitives import NOTHING, lse_finish, lse_fold
+from popsd_kernels.primitives import NOTHING, lse_finish, lse_fold, lse_fold_sum
 from popsd_kernels.target import Difference, load_target_logit, target_gain
 
 
@@ -48,8 +48,8 @@ def row_statistics(
         only, but for the aliasing below. Biases: [V], contiguous, any of those dtypes.
     delta: None, and ``target`` is the target; or [C, V] raw teacher - reference projections, and ``target`` is the base
         policy. delta_offset: [C] float32, subtracted from inv_temperature * delta_scale * delta.
-    target_out: with ``delta`` only, [C, V] float32: base + clip(...) / pmi_beta, tempered, floored at LOGIT_FLOOR. May
-        be ``target`` or ``delta`` itself (same dtype and strides).
+    target_out: with ``delta`` only, [C, V] float32: base + clip(...) / pmi_beta, tempered, floored at LOGIT_FLOOR; less the
+        student where ``options.relative``. May be ``target`` or ``delta`` itself (same dtype and strides).
     Returns four [C] float32 tensors in nats. A NaN anywhere in a row makes that row's normalisers NaN.
     Raises ValueError, TypeError or RuntimeError before any launch. Rows that start at multiples of 16 bytes load as 128-bit
     vectors.
@@ -113,7 +113,7 @@ def plan(
         student.shape[0],
         {
             "student": projection_stream(student, student_bias, options.student, inv_temperature),
-            "target": projection_stream(target, target_bias, options.target, inv_temperature),
+            "target": target_stream(target, target_bias, options),
             "difference": difference,
             "offset_ptr": delta_offset,
             "target_out_ptr": target_out,
@@ -125,6 +125,7 @@ def plan(
             "V": student.shape[1],
             "BLOCK": config.block,
             "VEC": config.vec,
+            "RELATIVE": options.relative,
             "FAST": fast,
         },
         config,
@@ -146,6 +147,7 @@ def row_statistics_kernel(
     V: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
+    RELATIVE: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """One program per token. Full blocks run unmasked; a vocabulary that BLOCK does not divide has one masked tail."""
@@ -165,16 +167,22 @@ def row_statistics_kernel(
             row, start + tl.arange(0, BLOCK), V, False, FAST,
         )  # fmt: skip
         student_top, student_total = lse_fold(s, student_top, student_total, VEC, s_gain)
-        target_top, target_total = lse_fold(u, target_top, target_total, VEC, u_gain)
+        if RELATIVE:
+            target_top, target_total = lse_fold_sum(s, u, target_top, target_total, VEC, s_gain, u_gain)
+        else:
+            target_top, target_total = lse_fold(u, target_top, target_total, VEC, u_gain)
     if full < V:
         s, u = _logits(
             student, target, difference, offset, target_out_ptr, target_out_row_stride, pmi_beta, pmi_clip,
             row, full + tl.arange(0, BLOCK), V, True, FAST,
         )  # fmt: skip
         student_top, student_total = lse_fold(s, student_top, student_total, VEC, s_gain)
-        target_top, target_total = lse_fold(u, target_top, target_total, VEC, u_gain)
+        if RELATIVE:
+            target_top, target_total = lse_fold_sum(s, u, target_top, target_total, VEC, s_gain, u_gain)
+        else:
+            target_top, target_total = lse_fold(u, target_top, target_total, VEC, u_gain)
     student_max, student_logsum = lse_finish(student_top, student_total, V, s_gain)
-    target_max, target_logsum = lse_finish(target_top, target_total, V, u_gain)
+    target_max, target_logsum = lse_finish(target_top, target_total, V, 1.0 if RELATIVE else u_gain)
     tl.store(out_ptr + row, student_max)
     tl.store(out_ptr + out_row_stride + row, student_logsum)
     tl.store(out_ptr + 2 * out_row_stride + row, target_max)
@@ -197,7 +205,7 @@ def _logits(
     MASKED: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """A block of student and target logits but for their gains, -inf beyond the vocabulary; the composed target is stored on the way."""
+    """A block of student and target logits but for their gains, -inf beyond the vocabulary; a composed target is stored."""
     s = load_scaled(student, row, columns, V, MASKED, FAST)
     u = load_target_logit(target, difference, offset, pmi_beta, pmi_clip, row, columns, V, MASKED, FAST)
     if difference is not None:
