@@ -16,12 +16,11 @@ from typing import Any, ClassVar
 import torch
 from datasets import IterableDataset
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import ProcessorMixin
 
 from popsd_integrations.contexts import ContextBuilder, Packed, Problem, Prompts, pack, thinking_states, unpad
 from popsd_integrations.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states
-from popsd_integrations.heads import check_head, head_from_model
+from popsd_integrations.heads import check_head, head_from_model, held, is_sharded
 from popsd_integrations.objective import measures_decomposition, needed_contexts, student_loss
 from popsd_integrations.trl_callbacks import EMACallback, PlotMetrics
 from popsd_integrations.trl_compat import (
@@ -57,7 +56,7 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         processing_class, callbacks, optimizers, quantization_config, peft_config: see ``trl.DistillationTrainer``.
 
     Raises, at construction: ValueError and TypeError for missing columns, problems without question or solution, prompts
-    too long, a conversation without chat template, a head that popsd would get wrong, ZeRO-3.
+    too long, a conversation without chat template, a head that popsd would get wrong.
     """
 
     loss_is_scaled_for_ga = True
@@ -87,8 +86,6 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             raise TypeError(
                 f"processing_class: expected a tokenizer; got {type(processing_class).__name__}. Images are not supported."
             )
-        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-            raise ValueError("deepspeed: expected ZeRO stage 1 or 2; got 3, which is not supported. Use FSDP2 instead.")
         adapter = peft_config is not None or hasattr(model, "peft_config")
         if teacher_model is not None and args.frozen_weights == "ema":
             raise ValueError("teacher_model: expected None with frozen_weights='ema'; the average is the teacher.")
@@ -106,7 +103,8 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+        self._zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+        sharded = any(map(is_sharded, self.model.parameters()))
         if self.accelerator.is_main_process and not sharded:  # other ranks may not hold the weights yet
             check_head(self.model)
         if any(module.p > 0 for module in self.model.modules() if isinstance(module, nn.Dropout)):
@@ -121,9 +119,9 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         self.eval_dataset: Any = self._checked(eval_dataset, "eval_dataset")
         self._ema = None
         if args.frozen_weights == "ema":
-            if self.is_fsdp_enabled:
+            if self.is_fsdp_enabled or self._zero3:
                 raise ValueError(
-                    "frozen_weights: expected 'initial' under FSDP; got 'ema', which needs whole parameters."
+                    "frozen_weights: expected 'initial' under FSDP and ZeRO-3; got 'ema', which needs whole parameters."
                 )
             self._ema = EMA(self.model, args.ema_decay)
             self.add_callback(EMACallback(self._ema))
@@ -219,10 +217,16 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         if self.teacher_model is None:
             return run(self._ema or AdapterOff(student))
         inner = self.accelerator.unwrap_model(self.teacher_model)
+
+
+        def run_and_hold() -> FrozenStates:
+            states = run(FrozenModel(inner))
+            return states._replace(head=held(states.head))
+
         with torch.no_grad():
-            states = run_in_forward(self.teacher_model, inner, lambda: run(FrozenModel(inner)))
+            states = run_in_forward(self.teacher_model, inner, run_and_hold)
         # FSDP2 may have resharded on leaving, which empties the head that was seen inside.
-        return states._replace(head=head_from_model(inner))
+        return states if self._zero3 else states._replace(head=head_from_model(inner))
 
     def _prompts(self, problem: Problem) -> Prompts:
         prompts = self._contexts.build(problem)
@@ -340,7 +344,7 @@ def _copy_of(model: Any, args: PurifiedOPSDConfig) -> Any:
             kwargs["dtype"] = str(kwargs["dtype"]).removeprefix("torch.")  # TRL reads the teacher's as a name only
         args.teacher_model_init_kwargs = kwargs
         return model
-    if any(isinstance(p, DTensor) for p in model.parameters()):
+    if any(map(is_sharded, model.parameters())):
         raise ValueError(
             "model: expected whole parameters, to keep a copy of the initial weights; got sharded ones. Train LoRA, pass "
             "the frozen weights as teacher_model, or let accelerate shard the model."
