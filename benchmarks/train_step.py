@@ -47,9 +47,9 @@ VARIANTS = ("purified", "opsd", "opsd eager")
 PARTS = ("frozen", "student", "loss", "backward", "optimiser")
 
 
-def make_model(name: str, rank: int, device: str, dtype: torch.dtype, checkpointing: bool) -> Any:
-    hidden, mlp, layers, heads, key_value_heads, head_dim, vocab, tied = SHAPES[name]
-    config = Qwen3Config(
+def make_config(shape: tuple[Any, ...], **more: Any) -> Qwen3Config:
+    hidden, mlp, layers, heads, key_value_heads, head_dim, vocab, tied = shape
+    return Qwen3Config(
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=mlp,
@@ -58,7 +58,13 @@ def make_model(name: str, rank: int, device: str, dtype: torch.dtype, checkpoint
         num_key_value_heads=key_value_heads,
         head_dim=head_dim,
         tie_word_embeddings=tied,
+        bos_token_id=None,
+        **more,
     )
+
+
+def make_model(name: str, rank: int, device: str, dtype: torch.dtype, checkpointing: bool) -> Any:
+    config = make_config(SHAPES[name])
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -242,65 +248,47 @@ def measure_trainer(options: argparse.Namespace) -> dict[str, Any]:
     from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
     from popsd_integrations.trl_trainer import PurifiedOPSDConfig, PurifiedOPSDTrainer
 
+    class Timed(PurifiedOPSDTrainer):
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            generated = super()._generate_single_turn(*args, **kwargs)
+            self.generation = time.perf_counter() - began
+            return generated
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            loss = super().training_step(*args, **kwargs)
+            self.seconds = time.perf_counter() - began
+            return loss
+
     rows = [{"prompt": f"Q {a} {b} A", "solution": f"{a} WAIT {b} OK"} for a in range(10) for b in range(10)]
-    templates = {"teacher_template": "{question} R {solution} OK A", "reference_template": "R {solution} OK A"}
+    eos, pad = VOCABULARY.index("EOS"), VOCABULARY.index("PAD")
+    config = make_config((64, 192, 3, 4, 4, 16, len(VOCABULARY), True), eos_token_id=eos, pad_token_id=pad)
+    args = {"per_device_train_batch_size": 32, "max_completion_length": 46, "max_steps": 2, "learning_rate": 0.0}
+    args |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    args |= {"gradient_checkpointing": False, "diagnostics_steps": 0, "plot_metrics": False}
+    args |= {"teacher_template": "{question} R {solution} OK A", "reference_template": "R {solution} OK A"}
+    seconds: dict[str, dict[str, list[float]]] = {name: {"generation": [], "step": []} for name in ("opsd", "purified")}
+    # The first trainer of a process generates up to four times as fast as all later ones (0.2 s, 0.8 s): it is left out.
+    for round_ in range(-1, options.rounds):
+        for target in list(seconds)[:: -1 if round_ % 2 else 1]:
+            torch.manual_seed(0)
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = Timed(
+                    model=AutoModelForCausalLM.from_config(config),
+                    args=PurifiedOPSDConfig(folder, loss_target=target, **args),
+                    train_dataset=Dataset.from_list(rows),
+                    processing_class=build_tokenizer(),
+                )
+                trainer.train()
+            if round_ >= 0:  # and of each run the last step alone
+                seconds[target]["generation"].append(trainer.generation)
+                seconds[target]["step"].append(trainer.seconds)
+            del trainer
+            gc.collect()
     result: dict[str, Any] = {"about": about(options)}
-    for target in ("opsd", "purified"):
-        seconds: dict[str, list[float]] = {"generation": [], "step": []}
-        torch.manual_seed(0)
-        config = Qwen3Config(
-            vocab_size=len(VOCABULARY),
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=16,
-            eos_token_id=VOCABULARY.index("EOS"),
-            pad_token_id=VOCABULARY.index("PAD"),
-            bos_token_id=None,
-        )
-
-        class Timed(PurifiedOPSDTrainer):
-            def _generate_single_turn(
-                self, *args: Any, _kept: list[float] = seconds["generation"], **kwargs: Any
-            ) -> Any:
-                began = time.perf_counter()
-                result = super()._generate_single_turn(*args, **kwargs)
-                _kept.append(time.perf_counter() - began)
-                return result
-
-            def training_step(self, *args: Any, _kept: list[float] = seconds["step"], **kwargs: Any) -> Any:
-                began = time.perf_counter()
-                result = super().training_step(*args, **kwargs)
-                _kept.append(time.perf_counter() - began)
-                return result
-
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Timed(
-                model=AutoModelForCausalLM.from_config(config),
-                args=PurifiedOPSDConfig(
-                    folder,
-                    loss_target=target,
-                    per_device_train_batch_size=32,
-                    max_completion_length=46,
-                    max_steps=options.rounds + 1,
-                    learning_rate=0.0,
-                    save_strategy="no",
-                    report_to="none",
-                    use_cpu=True,
-                    bf16=False,
-                    gradient_checkpointing=False,
-                    diagnostics_steps=0,
-                    plot_metrics=False,
-                    disable_tqdm=True,
-                    **templates,
-                ),
-                train_dataset=Dataset.from_list(rows),
-                processing_class=build_tokenizer(),
-            )
-            trainer.train()
-        medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    for target, values in seconds.items():
+        medians = {name: statistics.median(x) for name, x in values.items()}
         result[target] = medians | {"generation_share": medians["generation"] / medians["step"]}
     result["purified / opsd"] = result["purified"]["step"] / result["opsd"]["step"]
     return result

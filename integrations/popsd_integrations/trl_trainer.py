@@ -218,7 +218,6 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             return run(self._ema or AdapterOff(student))
         inner = self.accelerator.unwrap_model(self.teacher_model)
 
-
         def run_and_hold() -> FrozenStates:
             states = run(FrozenModel(inner))
             return states._replace(head=held(states.head))
