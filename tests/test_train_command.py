@@ -168,3 +168,15 @@ def test_a_killed_run_resumes_to_the_same_weights(work, use_peft):
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
+
+
+def test_a_wrong_hint_comes_from_a_column_and_joins_the_dry_run(work, capsys):
+    rows = [json.loads(line) | {"miss": "7 7"} for line in (work / "data" / "train.jsonl").read_text().splitlines()]
+    (work / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--loss_target", "contrastive_hints", "--wrong_solution_column", "miss", "--masks", '{"floor": 0.5}']
+    assert cli.main(["train", "--config", str(work / "config.yaml"), *flags, "--dry_run", "true"]) == 0
+    printed = capsys.readouterr().out
+    assert "(teacher with the wrong hint): 9 tokens" in printed and "Q 0 0 R 7 7 OK A" in printed
+    assert cli.main(["train", "--config", str(work / "config.yaml"), *flags, "--max_steps", "1"]) == 0
+    options = torch.load(work / "out" / "training_args.bin", weights_only=False)
+    assert (options.pmi_clip, options.masks) == (None, {"floor": 0.5})

@@ -1,6 +1,8 @@
 """Two gloo processes give the figures of one on the same global batch: loss, gradient norm, metrics, parameters.
 
-full: a copy of the initial weights; apart: the head untied and sharded by itself; teacher: the frozen weights sharded too.
+full: a copy of the initial weights; apart: the head untied and sharded by itself; teacher: the frozen weights sharded too;
+path: loaded from files, which ZeRO-3 partitions as it loads; masked: with token masks, under which a trained head is needed
+again in backward; accumulated, checkpointed: on the two processes alone; evaluated: between the steps.
 """
 
 import importlib.util
@@ -16,7 +18,8 @@ pytest.importorskip("trl")
 
 HERE = Path(__file__).parent
 NEEDS_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-TIMES = ("step_time", "runtime", "per_second", "epoch")
+# transformers' eval_loss is the mean of the batches' means; eval_divergence is that of the tokens
+NOT_COMPARED = ("step_time", "runtime", "per_second", "epoch", "eval_loss")
 
 
 def launch(engine, kind, folder):
@@ -26,7 +29,7 @@ def launch(engine, kind, folder):
         command += ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     # With ACCELERATE_USE_CPU accelerate silently leaves DeepSpeed out.
-    environment["DS_ACCELERATOR" if engine == "zero2" else "ACCELERATE_USE_CPU"] = "cpu" if engine == "zero2" else "1"
+    environment["DS_ACCELERATOR" if "zero" in engine else "ACCELERATE_USE_CPU"] = "cpu" if "zero" in engine else "1"
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), environment.get("PYTHONPATH", "")])
     run = subprocess.run(
         [*command, str(HERE / "trl_distributed_run.py"), engine, kind, str(folder)],
@@ -62,15 +65,25 @@ def one_process(tmp_path_factory):
         pytest.param("fsdp2", "full-apart", marks=pytest.mark.slow),
         pytest.param("fsdp2", "lora-apart", marks=pytest.mark.slow),
         pytest.param("fsdp2", "full-apart-teacher", marks=pytest.mark.slow),
-        pytest.param("zero2", "full", marks=[pytest.mark.slow, NEEDS_DEEPSPEED]),
-        pytest.param("zero2", "lora", marks=[pytest.mark.slow, NEEDS_DEEPSPEED]),
+        *(
+            pytest.param(engine, kind, marks=[pytest.mark.slow, NEEDS_DEEPSPEED])
+            for engine, kind in (
+                ("zero2", "full"),
+                ("zero2", "lora"),
+                ("zero3", "full-path"),
+                ("zero3", "full-apart-masked-accumulated"),
+                ("zero3", "lora-evaluated"),
+                ("zero3", "lora-apart-checkpointed-accumulated"),
+            )
+        ),
     ],
 )
 def test_two_processes_are_one(engine, kind, one_process, tmp_path):
     expected, found = one_process(kind), launch(engine, kind, tmp_path / "two")
     assert len(found["logs"]) == len(expected["logs"]) == 3
-    for row, other in zip(expected["logs"], found["logs"], strict=True):
-        row, other = ({n: x for n, x in r.items() if not any(word in n for word in TIMES)} for r in (row, other))
+    assert len(found["eval"]) == len(expected["eval"]) == (3 if "evaluated" in kind else 0)
+    for row, other in zip(*(x["logs"] + x["eval"] for x in (expected, found)), strict=True):
+        row, other = ({n: x for n, x in r.items() if not any(word in n for word in NOT_COMPARED)} for r in (row, other))
         assert other == pytest.approx(row, rel=1e-5, abs=1e-6)
     assert found["norm"] == pytest.approx(expected["norm"], rel=1e-5)
-    assert expected["logs"][0]["loss"] > 0.01 and expected["logs"][0]["grad_norm"] > 0.01
+    assert expected["logs"][0]["loss"] > 0.005 and expected["logs"][0]["grad_norm"] > 0.01

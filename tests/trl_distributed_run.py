@@ -7,6 +7,7 @@ on CPU, so the world size and the engine are asserted here.
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,12 +15,19 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from trl_helpers import LORA, ROWS, build, logs, tiny
 
-ZERO2 = {
-    "zero_optimization": {"stage": 2},
+ZERO = {
     "zero_allow_untested_optimizer": True,
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
+}
+ZERO_STAGES = {
+    "zero2": {"stage": 2},
+    # By default every parameter of the tiny model would stay whole, or be kept once it is gathered.
+    "zero3": {"stage": 3}
+    | dict.fromkeys(
+        ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"), 0
+    ),
 }
 OPTIONS = {"max_steps": 3, "diagnostics_steps": 2, "max_grad_norm": 1e9, "skip_first_tokens": 1}
 
@@ -41,10 +49,31 @@ def sharded(lora, apart):
     return model
 
 
+def saved(model, folder):
+    path = Path(folder, f"model-{os.environ.get('RANK', 0)}")
+    model.save_pretrained(path)
+    return str(path)
+
+
+def gathered(engine, parameters):
+    if engine != "zero3":
+        return nullcontext()
+    import deepspeed
+
+    assert all(p.numel() == 0 < p.ds_numel for p in parameters), "nothing is partitioned"
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
 def main(engine, kind, folder):
     lora, apart = "lora" in kind, "apart" in kind
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    options = OPTIONS | {"per_device_train_batch_size": 4 // processes}
+    accumulation = 2 if "accumulated" in kind and processes == 2 else 1
+    options = OPTIONS | {
+        "per_device_train_batch_size": 4 // processes // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_checkpointing": "checkpointed" in kind and processes == 2,
+        "masks": {"min_target_entropy": 2.6, "floor": 0.25} if "masked" in kind else None,
+    }
     wrapped = []
     if engine == "fsdp2":
         torch.distributed.init_process_group("gloo")
@@ -53,13 +82,20 @@ def main(engine, kind, folder):
         trainer = build(folder, model=model, teacher=teacher, **options)
         trainer.accelerator.prepare_model = lambda model, **_: model  # which would put it into DDP
     else:
-        if engine == "zero2":
-            options["deepspeed"] = ZERO2
-        trainer = build(folder, model=tiny(tied=not apart), lora=lora, **options)
+        if engine in ("zero2", "zero3"):
+            options["deepspeed"] = ZERO | {"zero_optimization": ZERO_STAGES[engine]}
+        model = tiny(tied=not apart)
+        if "path" in kind:  # ZeRO-3 then partitions while it loads
+            model = saved(model, folder)
+        if "evaluated" in kind:
+            options |= {"eval_rows": ROWS, "eval_strategy": "steps", "eval_steps": 1}
+            options["per_device_eval_batch_size"] = 4 // processes
+        trainer = build(folder, model=model, lora=lora, **options)
     real = trainer.compute_loss
 
     def spy(model, *arguments, **keywords):
-        wrapped.append(type(model))
+        if trainer.model.training:  # transformers evaluates the module within, where DeepSpeed's hooks are too
+            wrapped.append(type(model))
         return real(model, *arguments, **keywords)
 
     trainer.compute_loss = spy
@@ -67,16 +103,18 @@ def main(engine, kind, folder):
     assert trainer.accelerator.num_processes == processes == (1 if engine == "one" else 2)
     if engine == "ddp":
         assert set(wrapped) == {DistributedDataParallel}
-    if engine == "zero2":
+    if engine in ("zero2", "zero3"):
         assert {kind.__name__ for kind in wrapped} == {"DeepSpeedEngine"}
-        assert trainer.accelerator.deepspeed_plugin.zero_stage == 2
+        assert trainer.accelerator.deepspeed_plugin.zero_stage == ZERO_STAGES[engine]["stage"]
     if engine == "fsdp2":
         assert all(issubclass(kind, FSDPModule) for kind in wrapped)
-    norm = sum(
-        (p.full_tensor() if hasattr(p, "full_tensor") else p).double().norm().item() for p in trainer.model.parameters()
-    )
+    parameters = list(trainer.model.parameters())
+    with gathered(engine, parameters):
+        norm = sum((p.full_tensor() if hasattr(p, "full_tensor") else p).double().norm().item() for p in parameters)
     if trainer.accelerator.is_main_process:
-        Path(folder, "result.json").write_text(json.dumps({"logs": logs(trainer), "norm": norm, "rows": len(ROWS)}))
+        Path(folder, "result.json").write_text(
+            json.dumps({"logs": logs(trainer), "eval": logs(trainer, "eval_loss"), "norm": norm, "rows": len(ROWS)})
+        )
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 

@@ -19,14 +19,16 @@ class Problem(NamedTuple):
 
     question: text, or a conversation: messages with "role" and "content", the last one the user's. Templates are filled
         with that message; those before it stay in student and teacher, and of them the reference keeps the system's alone.
+    wrong_solution: the wrong hint, for ``ContextConfig.reference = "wrong_hint"`` alone.
     """
 
     question: str | Sequence[Mapping[str, Any]]
     solution: str
+    wrong_solution: str | None = None
 
 
 class Prompts(NamedTuple):
-    """Token ids of one problem's prompts: question (student and base), teacher, reference (no question)."""
+    """Token ids of one problem's prompts: question (student and base), teacher, reference (no question, or a wrong hint)."""
 
     question: list[int]
     teacher: list[int]
@@ -37,12 +39,14 @@ class Prompts(NamedTuple):
 class ContextConfig:
     """How prompts are written. Templates hold ``{question}`` and ``{solution}``; everything else in them is literal.
 
+    reference: "solution_only", the solution without the question by ``reference_template``; or "wrong_hint", the
+        problem's ``wrong_solution`` by ``teacher_template``, for the contrast of hints.
     system_prompt: a first message of every chat, or None. It needs a tokenizer with a chat template.
     student_kwargs, teacher_kwargs, reference_kwargs: ``chat_template_kwargs`` of each context, such as
         ``enable_thinking``.
     max_prompt_tokens: longest prompt allowed in any context, or None.
-    on_overflow: "error"; "truncate" cuts the reference solution, the same in teacher and reference; "drop" leaves the
-        row out. The question is never cut.
+    on_overflow: "error"; "truncate" cuts the reference solution, the same in teacher and reference (of a wrong hint to
+        the same number of tokens); "drop" leaves the row out. The question is never cut.
     """
 
     question_template: str = "{question}"
@@ -54,6 +58,7 @@ class ContextConfig:
         "A reference solution of some problem:\n<reference>\n{solution}\n</reference>\n\n"
         "With the reference in mind, solve the problem again in your own words, step by step."
     )
+    reference: str = "solution_only"
     system_prompt: str | None = None
     student_kwargs: Mapping[str, Any] = field(default_factory=dict)
     teacher_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -74,6 +79,8 @@ class ContextConfig:
                     f"{name}: expected the fields {sorted(fields)} and no other; got {sorted(found)} in "
                     f"{getattr(self, name)!r}. The student never sees the solution, the reference never the question."
                 )
+        if self.reference not in ("solution_only", "wrong_hint"):
+            raise ValueError(f"reference: expected 'solution_only' or 'wrong_hint'; got {self.reference!r}.")
         if self.on_overflow not in ("error", "truncate", "drop"):
             raise ValueError(f"on_overflow: expected 'error', 'truncate' or 'drop'; got {self.on_overflow!r}.")
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
@@ -144,7 +151,7 @@ class ContextBuilder:
 
     def check(self, problem: Problem) -> None:
         """Raise ValueError where question or solution is empty, or a conversation does not end with the user."""
-        question, solution = problem
+        question, solution, wrong = problem
         if not isinstance(question, str):
             if not self._has_template:
                 raise ValueError(
@@ -155,7 +162,12 @@ class ContextBuilder:
                 roles = [message["role"] for message in question]
                 raise ValueError(f"question: expected a conversation that ends with the user's message; got {roles}.")
             question = question[-1]["content"]
-        for name, text in (("question", question), ("solution", solution)):
+        texts = {"question": question, "solution": solution}
+        if self.config.reference == "wrong_hint":
+            texts["wrong_solution"] = wrong
+            if wrong == solution:
+                raise ValueError(f"wrong_solution: expected another text than the solution; got {wrong!r} in both.")
+        for name, text in texts.items():
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(
                     f"{name}: expected non-empty text; got {text!r}. Leave problems without one out of the data."
@@ -168,10 +180,14 @@ class ContextBuilder:
 
     def _prompts(self, problem: Problem) -> Prompts:
         config = self.config
+        reference, hinted = config.reference_template, problem
+        if config.reference == "wrong_hint":
+            assert problem.wrong_solution is not None
+            reference, hinted = config.teacher_template, problem._replace(solution=problem.wrong_solution)
         return Prompts(
             self._encode(config.question_template, problem, config.student_kwargs),
             self._encode(config.teacher_template, problem, config.teacher_kwargs),
-            self._encode(config.reference_template, problem, config.reference_kwargs),
+            self._encode(reference, hinted, config.reference_kwargs),
         )
 
     def _write(self, template: str, problem: Problem) -> str | list[dict[str, Any]]:
@@ -202,15 +218,16 @@ class ContextBuilder:
 
     def _truncate(self, problem: Problem, prompts: Prompts, limit: int) -> Prompts | None:
         """The longest head of the solution with which both prompts fit: Δ_it needs the same solution in both."""
-        solution_ids = self.tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
-        keep = len(solution_ids)
+        hints = problem[1:] if self.config.reference == "wrong_hint" else problem[1:2]
+        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in hints]
+        keep = max(map(len, ids))
         while max(map(len, prompts)) > limit:
             # Decoding and encoding again may change the count, hence the loop.
             keep -= max(map(len, prompts)) - limit
-            solution = self.tokenizer.decode(solution_ids[: max(keep, 0)]).strip()
-            if not solution:
+            solution, *wrong = (self.tokenizer.decode(hint[: max(keep, 0)]).strip() for hint in ids)
+            if not all((solution, *wrong)):
                 return None
-            prompts = self._prompts(Problem(problem.question, solution))
+            prompts = self._prompts(Problem(problem.question, solution, *wrong))
         return prompts
 
 

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from popsd import Head
 from popsd_integrations.contexts import Packed, Prompts, check_same_completions, pack
-from popsd_integrations.heads import head_from_model, hidden_states
+from popsd_integrations.heads import causal_model, head_from_model, hidden_states, is_sharded
 
 CONTEXT_OF = {"base": "question", "teacher": "teacher", "reference": "reference"}
 
@@ -90,7 +89,7 @@ class EMA(FrozenModel):
             raise ValueError(f"decay: expected a number in [0, 1], such as 0.999; got {decay}.")
         self.decay = decay
         self._live = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if any(isinstance(p, DTensor) for p in model.parameters()):
+        if any(map(is_sharded, model.parameters())):
             raise ValueError(
                 "model: expected whole parameters; got sharded ones. An EMA works on one GPU and under DDP."
             )
@@ -183,7 +182,7 @@ def frozen_states(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, or None; got {batch_size}.")
     with source.weights() as model:
-        head = head_from_model(model)
+        device = causal_model(model).device
 
         def run(names: Sequence[str]) -> torch.Tensor:
             rows = [getattr(row, CONTEXT_OF[name]) for name in names for row in prompts]
@@ -192,7 +191,7 @@ def frozen_states(
             parts = []
             for first in range(0, len(rows), size):
                 part = slice(first, first + size)
-                packed = pack(rows[part], ids[part], pad_token_id=pad_token_id, device=head.weight.device)
+                packed = pack(rows[part], ids[part], pad_token_id=pad_token_id, device=device)
                 packed = packed._replace(longest=max(map(len, completions)))
                 states = hidden_states(model, packed.input_ids, packed.attention_mask, packed.position_ids)
                 parts.append(packed.predicting(states))
@@ -205,4 +204,5 @@ def frozen_states(
             states = dict(zip(contexts, run(contexts).chunk(len(contexts)), strict=True))
         else:
             states = {name: run([name]) for name in contexts}
+        head = head_from_model(model)  # after the forwards: under ZeRO-3 they empty a head tied to the embeddings
     return FrozenStates(states.get("base"), states["teacher"], states.get("reference"), head)

@@ -155,6 +155,22 @@ def _full(parameter: torch.Tensor) -> torch.Tensor:
     return full
 
 
+def held(head: Head) -> Head:
+    """The head that outlives the forward it was gathered for: under ZeRO-3 tensors of their own over the same memory.
+
+    On leaving that forward ZeRO-3 points the parameter to an empty tensor; it does not touch what it pointed to before.
+    """
+    if not is_sharded(head.weight):
+        return head
+    bias = None if head.bias is None else head.bias.detach()
+    return Head(head.weight.detach(), bias, head.logit_scale, head.softcap)
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is a part of itself outside its module's forward: under FSDP2 or ZeRO-3."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
 def same_head(a: Head, b: Head) -> bool:
     """Whether two heads are the same tensors with the same transforms: then one projection serves both."""
     return (

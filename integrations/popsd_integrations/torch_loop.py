@@ -19,12 +19,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from popsd import PurifiedConfig, PurifiedOPSDLoss
+from popsd import MaskConfig, PurifiedConfig, PurifiedOPSDLoss
 from popsd.epistemic import EpistemicMarkers
 from popsd_integrations.checkpoint import (
     random_state,
@@ -38,7 +38,14 @@ from popsd_integrations.checkpoint import (
 from popsd_integrations.contexts import Prompts, pack
 from popsd_integrations.frozen import FrozenWeights, eval_mode, frozen_states, frozen_weights
 from popsd_integrations.heads import causal_model, check_head
-from popsd_integrations.objective import needed_contexts, student_loss
+from popsd_integrations.objective import (
+    LossTarget,
+    loss_function,
+    measures_decomposition,
+    needed_contexts,
+    student_loss,
+    target_config,
+)
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -54,9 +61,11 @@ class TrainConfig:
 
     steps, batch_size: optimiser steps, and questions per step. micro_batch_size: rows per forward, None for all; the
         result does not depend on it. lora_rank: None is full fine-tuning, which keeps a frozen copy of the weights.
-    temperature: of sampling; 0 is greedy. loss_target: "purified" or "opsd" (the teacher itself is the target).
-    decompose_every: log Eq. 4 every so many steps, 0 never. evaluate_every, checkpoint_every: steps, 0 is at the end
-        only.
+    temperature: of sampling; 0 is greedy. loss_target: see ``popsd_integrations.objective``; "contrastive_hints" wants
+        prompts built with ``ContextConfig(reference="wrong_hint")``. loss: None is the target's own defaults.
+    masks: which completion tokens the loss keeps; logged as kept_share. Under micro-batches a top share is of each.
+    decompose_every: log Eq. 4 every so many steps, 0 never; β-OPSD has none. evaluate_every, checkpoint_every: steps, 0
+        is at the end only.
     batched_frozen: the frozen contexts as one batch. impl: who computes the loss, see ``popsd.Impl``.
     """
 
@@ -72,8 +81,9 @@ class TrainConfig:
     lora_targets: str | tuple[str, ...] = "all-linear"
     max_new_tokens: int = 1024
     temperature: float = 1.0
-    loss_target: Literal["purified", "opsd"] = "purified"
-    loss: PurifiedConfig = field(default_factory=PurifiedConfig)
+    loss_target: LossTarget = "purified"
+    loss: PurifiedConfig | None = None
+    masks: MaskConfig | None = None
     markers: EpistemicMarkers = field(default_factory=EpistemicMarkers)
     decompose_every: int = 10
     evaluate_every: int = 0
@@ -90,10 +100,14 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a positive finite number; got {getattr(self, name)}.")
-        if self.loss_target not in ("purified", "opsd"):
-            raise ValueError(f"loss_target: expected 'purified' or 'opsd'; got {self.loss_target!r}.")
+        if self.loss is None:
+            object.__setattr__(self, "loss", target_config(self.loss_target))
+        self.loss_function()
         if not all(0 <= beta < 1 for beta in self.adam_betas) or len(self.adam_betas) != 2:
             raise ValueError(f"adam_betas: expected two numbers in [0, 1); got {self.adam_betas}.")
+
+    def loss_function(self) -> PurifiedOPSDLoss:
+        return loss_function(self.loss_target, self.loss, masks=self.masks, impl=self.impl)
 
 
 _LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "lora_rank": 1, "lora_alpha": 1, "max_new_tokens": 1}
@@ -149,7 +163,7 @@ def train(
     optimizer = torch.optim.AdamW(
         trained.values(), lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
     )
-    loss_fn = PurifiedOPSDLoss(config.loss, loss_target=config.loss_target, impl=config.impl)
+    loss_fn = config.loss_function()
     start = 0
     if checkpoint is not None:
         start = restore(checkpoint, trained, optimizer)
@@ -170,6 +184,7 @@ def train(
                 )
             generated = time.perf_counter()
             decompose = config.decompose_every > 0 and step % config.decompose_every == 0
+            decompose = decompose and measures_decomposition(config.loss_target)
             metrics = _backward(model, source, loss_fn, rows, completions, config, pad, decompose)
             norm = nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
             optimizer.step()

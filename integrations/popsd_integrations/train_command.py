@@ -25,7 +25,14 @@ from trl import (
 )
 
 from popsd_integrations.contexts import ContextBuilder, thinking_states
-from popsd_integrations.trl_trainer import SOLUTION_COLUMNS, PurifiedOPSDConfig, PurifiedOPSDTrainer, problem_of
+from popsd_integrations.objective import needed_contexts
+from popsd_integrations.trl_trainer import (
+    SOLUTION_COLUMNS,
+    WRONG_COLUMN,
+    PurifiedOPSDConfig,
+    PurifiedOPSDTrainer,
+    problem_of,
+)
 
 
 @dataclass
@@ -35,6 +42,9 @@ class TrainArguments(ScriptArguments):
     prompt_column: str = field(default="prompt", metadata={"help": "Column with the questions."})
     solution_column: str | None = field(
         default=None, metadata={"help": f"Column with the reference solutions. None: one of {SOLUTION_COLUMNS}."}
+    )
+    wrong_solution_column: str = field(
+        default=WRONG_COLUMN, metadata={"help": "Column with wrong solutions, for loss_target contrastive_hints."}
     )
     text_as_conversation: bool = field(
         default=False,
@@ -102,11 +112,13 @@ def load_data(script: TrainArguments, mixture: Any) -> Any:
     renamed = {script.prompt_column: "prompt"}
     if script.solution_column is not None:
         renamed[script.solution_column] = SOLUTION_COLUMNS[0]
+    if script.wrong_solution_column != WRONG_COLUMN:
+        renamed[script.wrong_solution_column] = WRONG_COLUMN
     for split in dataset:
         columns = dataset[split].column_names
         missing = sorted(renamed.keys() - set(columns or renamed))
         if missing:
-            raise ValueError(f"prompt_column, solution_column: expected columns of {columns}; got {missing}.")
+            raise ValueError(f"prompt_column and the other columns: expected columns of {columns}; got {missing}.")
         for old, new in renamed.items():
             if old != new:
                 dataset[split] = dataset[split].rename_column(old, new)
@@ -121,7 +133,9 @@ def describe_prompts(row: dict[str, Any], tokenizer: Any, args: PurifiedOPSDConf
     if prompts is None:
         return f"The first example is dropped: a prompt of it has more than {args.max_prompt_length} tokens."
     states = thinking_states(tokenizer, prompts)
-    whose = {"question": "student and base", "teacher": "teacher", "reference": "reference-only teacher"}
+    wrong = args.loss_target == "contrastive_hints"
+    whose = {"question": "student and base", "teacher": "teacher"}
+    whose["reference"] = "teacher with the wrong hint" if wrong else "reference-only teacher"
     parts = []
     for name, ids in prompts._asdict().items():
         shown = " ".join(map(str, ids if len(ids) <= 24 else [*ids[:12], "…", *ids[-12:]]))
@@ -149,7 +163,8 @@ def memory_plan(model: str, args: PurifiedOPSDConfig, peft_config: Any) -> str:
     weights, trained_bytes = (sum(p.numel() * p.itemsize for p in x) for x in (student.parameters(), trained))
     rows, text = args.per_device_train_batch_size, config.get_text_config()
     itemsize = 2 if args.bf16 or args.fp16 else dtype.itemsize
-    streams = 5 if args.loss_target == "purified" else 3  # the frozen ones, the student's and its gradient
+    contexts = needed_contexts(args.loss_target, decompose=args.diagnostics_steps > 0)
+    streams = len(contexts) + 2  # the student's and its gradient
     workspace = args.workspace_mib or (2048 if torch.cuda.is_available() else 64)
     plan = {
         "weights": weights,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
-from popsd import Impl, PurifiedConfig, PurifiedOPSDLoss, Strategy
+import torch
+
+from popsd import Impl, MaskConfig, PurifiedConfig, PurifiedOPSDLoss, Strategy, presets
 from popsd.epistemic import DEFAULT_MARKERS, EpistemicMarkers
 from popsd_integrations.contexts import ContextConfig
+from popsd_integrations.objective import LossTarget, loss_function, target_config
 from popsd_integrations.trl_compat import DistillationConfig
 
+_ENTRY_MASKS = ("plausibility", "tail_floor", "tail_cap")
 _OPTION_OF = {"temperature": "loss_temperature"} | {
-    name: name for name in ("beta", "token_clip", "entry_clip", "vocab_size", "pmi_beta", "pmi_clip")
+    name: name for name in ("beta", "token_clip", "entry_clip", "vocab_size", "pmi_beta", "pmi_clip", *_ENTRY_MASKS)
 }
 
 
@@ -32,17 +37,28 @@ class PurifiedOPSDConfig(DistillationConfig):
         "teacher_chat_template_kwargs",
         "reference_chat_template_kwargs",
         "loss_kwargs",
+        "masks",
+        "position_weights",
     ]
 
     beta: float = _option(0.5, "JSD coefficient: 0 is forward KL, 0.5 the symmetric JSD, 1 reverse KL.")
     learning_rate: float = _option(5e-6, "The initial learning rate for AdamW.")
     max_completion_length: int | None = _option(1024, "Maximum number of tokens to generate per completion.")
 
-    loss_target: Literal["purified", "opsd"] = _option(
-        "purified", "'purified' subtracts the reference-only teacher; 'opsd' distils the teacher itself."
+    loss_target: LossTarget = field(
+        default="purified",
+        metadata={
+            "help": "'purified' subtracts the reference-only teacher; 'opsd' distils the teacher itself; 'beta_opsd' "
+            "mixes base and teacher; 'contrastive_hints' subtracts a teacher with the hint in wrong_privileged_context."
+        },
     )
-    pmi_beta: float = _option(1.0, "Strength of the purified signal: softmax(log base + signal / pmi_beta).")
-    pmi_clip: float | None = _option(10.0, "Soft clip c of the signal, c * tanh(signal / c). None: no clip.")
+    pmi_beta: float = _option(
+        1.0, "Divides the signal: softmax(log base + signal / pmi_beta). At 1 the target of beta_opsd is the teacher."
+    )
+    pmi_clip: float | str | None = _option(
+        "auto",
+        "Soft clip c of the signal, c * tanh(signal / c). None: no clip. 'auto': 10 for purified, else no clip.",
+    )
     entry_clip: float | None = _option(None, "Cap on each vocabulary entry's contribution (OPSD's stabiliser).")
     token_clip: float | None = _option(None, "Cap on each token's loss.")
     loss_temperature: float | None = _option(None, "Divides all logits in the loss. None: `temperature`, as in TRL.")
@@ -52,7 +68,31 @@ class PurifiedOPSDConfig(DistillationConfig):
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further fields of popsd.PurifiedConfig, such as exact_difference."}
     )
+    plausibility: float | None = _option(
+        None, "Vocabulary entries whose base probability is below this share of the largest one keep the base's."
+    )
+    tail_floor: float | None = _option(
+        None, "Where teacher and reference are both below this probability, the signal is capped at tail_cap."
+    )
+    tail_cap: float | None = _option(None, "Largest signal in nats where tail_floor applies.")
     skip_first_tokens: int = _option(0, "Leave the first tokens of every completion out of the loss.")
+    masks: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Which completion tokens the loss keeps: fields of popsd.MaskConfig, such as top_target_entropy. "
+            "Logged as masks/kept_share. A top share is taken of each process's micro-batch."
+        },
+    )
+    protect_markers: bool = _option(
+        False, "Leave tokens sampled as one of `markers` out of the loss: protect_ids of `masks`, by the tokenizer."
+    )
+    position_weights: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights that rise along each completion: arguments of popsd.presets.position_weights, such as "
+            "first. The loss still divides by the number of tokens."
+        },
+    )
     impl: str = _option("auto", "Who computes the loss: 'auto', 'triton' or 'torch'.")
     strategy: str = _option("chunked", "How logits come and go: 'chunked', 'single_read' or 'streaming'.")
     workspace_mib: float | None = _option(None, "Memory for logits in the loss. None: 96 MiB on CPU, 2 GiB on a GPU.")
@@ -108,28 +148,54 @@ class PurifiedOPSDConfig(DistillationConfig):
                 "Leave it out."
             )
         Impl(self.impl), Strategy(self.strategy)
+        if self.pmi_clip == "auto":
+            self.pmi_clip = target_config(self.loss_target).pmi_clip
+        elif isinstance(self.pmi_clip, str):  # a flag; in YAML a number or null
+            self.pmi_clip = None if self.pmi_clip.lower() in ("none", "null") else float(self.pmi_clip)
         self.loss_function()
+        self.token_weights(torch.ones(1, 1))
         self.context_config()
         self.epistemic_markers()
 
-    def loss_function(self) -> PurifiedOPSDLoss:
-        """The loss that these options describe."""
-        further: Any = self.loss_kwargs or {}
-        known = {entry.name for entry in fields(PurifiedConfig)} - _OPTION_OF.keys()
-        if not further.keys() <= known:
-            raise ValueError(
-                f"loss_kwargs: expected some of {sorted(known)}; got {sorted(further)}. Others have options of their own."
-            )
+    def loss_function(self, tokenizer: Any = None) -> PurifiedOPSDLoss:
+        """The loss that these options describe. tokenizer: needed for the tokens of protect_markers."""
         own = {name: getattr(self, option) for name, option in _OPTION_OF.items()}
         if own["temperature"] is None:
             own["temperature"] = self.temperature
-        return PurifiedOPSDLoss(
-            PurifiedConfig(**own, **further),
-            loss_target=self.loss_target,
+        further = self._fields("loss_kwargs", {entry.name for entry in fields(PurifiedConfig)} - _OPTION_OF.keys())
+        return loss_function(
+            self.loss_target,
+            target_config(self.loss_target, **own, **further),
+            masks=self._mask_config(tokenizer),
             impl=self.impl,
             strategy=self.strategy,
             workspace_mib=self.workspace_mib,
         )
+
+    def token_weights(self, mask: torch.Tensor) -> torch.Tensor:
+        """What counts of the completion tokens in ``mask`` [B, T], before `MaskConfig`: bool, or float weights."""
+        counted = mask.bool()
+        counted = counted & (torch.arange(mask.shape[1], device=mask.device) >= self.skip_first_tokens)
+        if self.position_weights is None:
+            return counted
+        return presets.position_weights(counted, **self._fields("position_weights", {"first", "power"}))
+
+    def _mask_config(self, tokenizer: Any) -> MaskConfig | None:
+        rules = self._fields("masks", {entry.name for entry in fields(MaskConfig)} - {"skip_first"})
+        if self.protect_markers and tokenizer is not None:
+            markers = self.epistemic_markers().token_ids(tokenizer).values()
+            rules["protect_ids"] = sorted({*rules.get("protect_ids", ()), *(token for ids in markers for token in ids)})
+        return MaskConfig(**rules) if rules else None
+
+    def _fields(self, name: str, known: Collection[str]) -> dict[str, Any]:
+        """What an option that holds other options says. Raises ValueError for one that is unknown, or elsewhere."""
+        given: Any = getattr(self, name) or {}
+        if not isinstance(given, dict) or not given.keys() <= set(known):
+            got = sorted(given) if isinstance(given, dict) else repr(given)
+            raise ValueError(
+                f"{name}: expected some of {sorted(known)}; got {got}. Others of the kind have options of their own."
+            )
+        return dict(given)
 
     def context_config(self) -> ContextConfig:
         """How these options write the prompts."""
@@ -144,6 +210,7 @@ class PurifiedOPSDConfig(DistillationConfig):
             question_template=self.question_template,
             teacher_template=self.teacher_template,
             reference_template=self.reference_template,
+            reference="wrong_hint" if self.loss_target == "contrastive_hints" else "solution_only",
             student_kwargs=kwargs[0],
             teacher_kwargs=kwargs[1],
             reference_kwargs=kwargs[2],

@@ -16,13 +16,12 @@ from typing import Any, ClassVar
 import torch
 from datasets import IterableDataset
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import ProcessorMixin
 
 from popsd_integrations.contexts import ContextBuilder, Packed, Problem, Prompts, pack, thinking_states, unpad
 from popsd_integrations.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states
-from popsd_integrations.heads import check_head, head_from_model
-from popsd_integrations.objective import needed_contexts, student_loss
+from popsd_integrations.heads import check_head, head_from_model, held, is_sharded
+from popsd_integrations.objective import measures_decomposition, needed_contexts, student_loss
 from popsd_integrations.trl_callbacks import EMACallback, PlotMetrics
 from popsd_integrations.trl_compat import (
     DistillationTrainer,
@@ -39,6 +38,7 @@ __all__ = ["PurifiedOPSDConfig", "PurifiedOPSDTrainer"]
 logger = logging.getLogger(__name__)
 
 SOLUTION_COLUMNS = ("privileged_context", "solution")
+WRONG_COLUMN = "wrong_privileged_context"
 
 
 class PurifiedOPSDTrainer(DistillationTrainer):
@@ -49,13 +49,14 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             the adapter under PEFT, are the frozen initial weights; merge an adapter trained before.
         args: `PurifiedOPSDConfig`.
         train_dataset, eval_dataset: with the columns ``prompt`` (text or conversational) and ``privileged_context`` or
-            ``solution`` (text: the reference solution). As in TRL, a text prompt is used as it is, without chat template.
+            ``solution`` (text: the reference solution), and for contrastive hints ``wrong_privileged_context``. As in TRL, a
+            text prompt is used as it is, without chat template.
         teacher_model: the frozen weights, where they shall be others than the student's own. Needed where neither the
             adapter can be switched off nor the weights copied, such as a model that is sharded already.
         processing_class, callbacks, optimizers, quantization_config, peft_config: see ``trl.DistillationTrainer``.
 
     Raises, at construction: ValueError and TypeError for missing columns, problems without question or solution, prompts
-    too long, a conversation without chat template, a head that popsd would get wrong, ZeRO-3.
+    too long, a conversation without chat template, a head that popsd would get wrong.
     """
 
     loss_is_scaled_for_ga = True
@@ -85,8 +86,6 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             raise TypeError(
                 f"processing_class: expected a tokenizer; got {type(processing_class).__name__}. Images are not supported."
             )
-        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-            raise ValueError("deepspeed: expected ZeRO stage 1 or 2; got 3, which is not supported. Use FSDP2 instead.")
         adapter = peft_config is not None or hasattr(model, "peft_config")
         if teacher_model is not None and args.frozen_weights == "ema":
             raise ValueError("teacher_model: expected None with frozen_weights='ema'; the average is the teacher.")
@@ -104,7 +103,8 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+        self._zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+        sharded = any(map(is_sharded, self.model.parameters()))
         if self.accelerator.is_main_process and not sharded:  # other ranks may not hold the weights yet
             check_head(self.model)
         if any(module.p > 0 for module in self.model.modules() if isinstance(module, nn.Dropout)):
@@ -112,16 +112,16 @@ class PurifiedOPSDTrainer(DistillationTrainer):
                 "The student has dropout: its completions are then sampled from another model than the one trained "
                 "(TRL generates in train mode). Set lora_dropout=0.0."
             )
-        self._loss_fn = args.loss_function()
+        self._loss_fn = args.loss_function(self.processing_class)
         self._markers = args.epistemic_markers()
         self._contexts = ContextBuilder(self.processing_class, args.context_config(), text_as_chat=False)
         self.train_dataset: Any = self._checked(train_dataset, "train_dataset")
         self.eval_dataset: Any = self._checked(eval_dataset, "eval_dataset")
         self._ema = None
         if args.frozen_weights == "ema":
-            if self.is_fsdp_enabled:
+            if self.is_fsdp_enabled or self._zero3:
                 raise ValueError(
-                    "frozen_weights: expected 'initial' under FSDP; got 'ema', which needs whole parameters."
+                    "frozen_weights: expected 'initial' under FSDP and ZeRO-3; got 'ema', which needs whole parameters."
                 )
             self._ema = EMA(self.model, args.ema_decay)
             self.add_callback(EMACallback(self._ema))
@@ -129,7 +129,7 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             self.add_callback(PlotMetrics())
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt", *SOLUTION_COLUMNS]
+        self._signature_columns = ["prompt", *SOLUTION_COLUMNS, WRONG_COLUMN]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.global_step)
@@ -149,9 +149,9 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             rows = [getattr(row, name) for row in prompts]
             ids, mask = left_padded(rows, self.processing_class.pad_token_id, self.accelerator.device)
             batch |= {f"{name}_prompt_ids": ids, f"{name}_prompt_mask": mask}
-        if self.args.skip_first_tokens:
-            kept = batch["completion_mask"][:, self.args.skip_first_tokens :].sum()
-            batch["num_items_in_batch"] = self.accelerator.gather(kept).sum()
+        weights = self.args.token_weights(batch["completion_mask"])
+        totals = torch.stack([(weights != 0).sum(), weights.sum()])
+        batch["num_items_in_batch"], batch["weight_in_batch"] = self.accelerator.reduce(totals, "sum").unbind()
         self._record_completions(unpad(batch["completion_ids"], batch["completion_mask"]))
         return batch
 
@@ -164,10 +164,12 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         """
         every = self.args.diagnostics_steps
         decompose = every > 0 and (self.state.global_step % every == 0 or not self.model.training)
-        total = inputs["num_items_in_batch"].clamp(min=1) if self.model.training else None
+        decompose = decompose and measures_decomposition(self.args.loss_target)
+        totals = [inputs["num_items_in_batch"].clamp(min=1), inputs["weight_in_batch"].clamp(min=1e-9)]
+        total = totals[0] if self.model.training else None
         student = self.accelerator.unwrap_model(model)
         loss, metrics = run_in_forward(model, student, lambda: self._loss(student, inputs, total, decompose))
-        self._record_loss(metrics, total)
+        self._record_loss(metrics, totals if self.model.training else None)
         if self.model.training:
             # DDP and FSDP average the gradients.
             loss = loss * self.accelerator.num_processes * accumulation_factor(self)
@@ -183,12 +185,14 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         prompts = [Prompts(*row) for row in zip(*columns.values(), strict=True)]
         device = inputs["completion_ids"].device
         packed = pack(columns["question"], completions, pad_token_id=self.processing_class.pad_token_id, device=device)
-        mask = packed.completion_mask
-        mask[:, : self.args.skip_first_tokens] = False
+        weights = self.args.token_weights(packed.completion_mask)
         with self.accelerator.autocast():
             contexts = needed_contexts(self.args.loss_target, decompose)
             frozen = self._frozen_states(student, prompts, completions, packed, contexts)
-            return student_loss(student, self._loss_fn, packed, frozen, mask=mask, num_items=total, decompose=decompose)
+            loss, metrics = student_loss(
+                student, self._loss_fn, packed, frozen, mask=weights, num_items=total, decompose=decompose
+            )
+        return loss, metrics | {"weight": weights.sum().to(loss.dtype)}
 
     def _frozen_states(
         self,
@@ -213,10 +217,15 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         if self.teacher_model is None:
             return run(self._ema or AdapterOff(student))
         inner = self.accelerator.unwrap_model(self.teacher_model)
+
+        def run_and_hold() -> FrozenStates:
+            states = run(FrozenModel(inner))
+            return states._replace(head=held(states.head))
+
         with torch.no_grad():
-            states = run_in_forward(self.teacher_model, inner, lambda: run(FrozenModel(inner)))
+            states = run_in_forward(self.teacher_model, inner, run_and_hold)
         # FSDP2 may have resharded on leaving, which empties the head that was seen inside.
-        return states._replace(head=head_from_model(inner))
+        return states if self._zero3 else states._replace(head=head_from_model(inner))
 
     def _prompts(self, problem: Problem) -> Prompts:
         prompts = self._contexts.build(problem)
@@ -241,6 +250,11 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             raise ValueError(
                 f"{name}: expected the columns 'prompt' and one of {list(SOLUTION_COLUMNS)}; got {columns}. "
                 "Rename them with dataset.rename_column."
+            )
+        if columns is not None and self.args.loss_target == "contrastive_hints" and WRONG_COLUMN not in columns:
+            raise ValueError(
+                f"{name}: expected the column {WRONG_COLUMN!r} for loss_target='contrastive_hints'; got {columns}. It "
+                "holds a wrong solution of each problem; another problem's will do."
             )
         builder = ContextBuilder(self.processing_class, self._contexts.config, text_as_chat=False)
         if isinstance(dataset, IterableDataset):
@@ -294,16 +308,23 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             record(self, {"contexts/dropped": self._contexts.dropped, "contexts/truncated": self._contexts.truncated})
 
     @torch.no_grad()
-    def _record_loss(self, metrics: Mapping[str, torch.Tensor], total: torch.Tensor | None) -> None:
-        """Means over the tokens of the global batch, exact under accumulation, where TRL averages the micro-batches."""
+    def _record_loss(self, metrics: Mapping[str, torch.Tensor], totals: list[torch.Tensor] | None) -> None:
+        """Means over the tokens of the global batch, exact under accumulation, where TRL averages the micro-batches.
+
+        totals: the global batch's tokens and their weight, of which kept_share is a share; None: this call's.
+        """
         metrics = dict(metrics)
-        tokens = metrics.pop("tokens")
+        local = torch.stack([metrics.pop("tokens"), metrics.pop("weight")])
+        denominator = [int(name == "kept_share") for name in metrics]
+        sums = torch.stack([x * local[of] for x, of in zip(metrics.values(), denominator, strict=True)])
         # Here and not inside the wrapped forward, where a collective could meet FSDP's in another order on another rank.
-        sums = self.accelerator.reduce(torch.stack([x * tokens for x in metrics.values()] + [tokens]), "sum")
-        *values, count = sums.tolist()
-        share = 1 / max(count, 1) if total is None else self.current_gradient_accumulation_steps / total.item()
-        renamed = {"entropy" if name == "student_entropy" else name: x for name, x in zip(metrics, values, strict=True)}
-        record(self, {name: x * share for name, x in renamed.items()})
+        *values, tokens, weight = self.accelerator.reduce(torch.cat([sums, local]), "sum").tolist()
+        shares = [1 / max(x, 1e-9) for x in (tokens, weight)]
+        if totals is not None:
+            shares = [self.current_gradient_accumulation_steps / x.item() for x in totals]
+        renamed = {"student_entropy": "entropy", "kept_share": "masks/kept_share"}
+        names = [renamed.get(name, name) for name in metrics]
+        record(self, {name: x * shares[of] for name, x, of in zip(names, values, denominator, strict=True)})
 
 
 def problem_of(row: Mapping[str, Any]) -> Problem:
@@ -311,7 +332,7 @@ def problem_of(row: Mapping[str, Any]) -> Problem:
     column = next((name for name in SOLUTION_COLUMNS if name in row), None)
     if column is None or "prompt" not in row:
         raise ValueError(f"expected the columns 'prompt' and one of {list(SOLUTION_COLUMNS)}; got {list(row)}.")
-    return Problem(row["prompt"], row[column])
+    return Problem(row["prompt"], row[column], row.get(WRONG_COLUMN))
 
 
 def _copy_of(model: Any, args: PurifiedOPSDConfig) -> Any:
@@ -322,7 +343,7 @@ def _copy_of(model: Any, args: PurifiedOPSDConfig) -> Any:
             kwargs["dtype"] = str(kwargs["dtype"]).removeprefix("torch.")  # TRL reads the teacher's as a name only
         args.teacher_model_init_kwargs = kwargs
         return model
-    if any(isinstance(p, DTensor) for p in model.parameters()):
+    if any(map(is_sharded, model.parameters())):
         raise ValueError(
             "model: expected whole parameters, to keep a copy of the initial weights; got sharded ones. Train LoRA, pass "
             "the frozen weights as teacher_model, or let accelerate shard the model."
