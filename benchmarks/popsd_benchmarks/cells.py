@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Loss = Literal["purified", "two"]
-Status = Literal["ok", "inaccurate", "unsupported", "not installed", "out of memory", "failed"]
+Status = Literal["ok", "inaccurate", "unsupported", "not installed", "left out", "out of memory", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class Cell:
     part: which table or plot the cell belongs to ("table", "accuracy", "tokens", "vocab", "width", "step", "profile").
     seconds: every round. ratios: of the provider's time to popsd's, round by round, paired. peak_mib: memory above inputs.
     floor_share: time of the bare matrix products over the provider's own, 1 is the floor; tflops: achieved on those products.
-    errors: relative L2 against float64 of "loss", "dhidden", "dweight"; kl: the true mean divergence in nats.
+    errors: relative L2 against float64 of "loss", "dhidden", "dweight"; kl: the true mean KL(target ‖ student) in nats.
+    kernels: of part "profile", a row per kernel or operation: name, seconds, calls, share of the step; bytes and gb_per_s where known.
     """
 
     part: str
@@ -63,6 +64,7 @@ class Cell:
     peak_mib: float | None = None
     errors: dict[str, float] = field(default_factory=dict)
     kl: float | None = None
+    kernels: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def key(self) -> str:

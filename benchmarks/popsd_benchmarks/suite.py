@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from popsd_benchmarks.cells import Cell, Results
+import torch
 
-PARTS = ("table", "accuracy", "tokens", "vocab", "width", "profile")
+from popsd_benchmarks import plan, profiling, provenance
+from popsd_benchmarks.cells import Cell, Results, load
+from popsd_benchmarks.measure import measure
+from popsd_benchmarks.plan import PARTS
+from popsd_benchmarks.providers import FLOOR, OURS
+from popsd_benchmarks.providers import find as find_providers
+from popsd_benchmarks.shapes import find as find_shapes
+
+__all__ = ["PARTS", "run"]
 
 
 def run(
@@ -34,6 +44,43 @@ def run(
         progress: called after every cell with (cells done, cells planned, the cell).
         time_budget: seconds after which no other case is started; None: no limit.
 
-    Raises ValueError for an unknown part, shape or provider, naming the valid ones, and for ``out`` not a results file.
+    Raises ValueError for an unknown part, shape or provider, naming the valid ones, for ``out`` not a results file, and for
+    one that was measured on another device or with other versions.
     """
-    raise NotImplementedError
+    chosen_shapes = None if shapes is None else find_shapes(shapes)
+    chosen = find_providers(None if providers is None else [*providers, FLOOR, OURS.get(device, "")])
+    if device not in OURS:
+        raise ValueError(f"device: expected one of {', '.join(OURS)}; got {device!r}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected 'cpu' on this machine; got 'cuda', which torch does not see.")
+    compilers = not quick or providers is not None
+    work = [item for part in parts for item in plan.cases(part, chosen_shapes, quick=quick, device=device)]
+    results = Results(provenance.describe(device))
+    if out is not None and out.exists():
+        results = provenance.continued(load(out), results.meta)
+    start, known, done = time.perf_counter(), results.known(), 0
+    wanted = [(item, [p for p in chosen if _key(item, p.name) not in known]) for item in work]
+    planned = sum(len(missing) for _, missing in wanted)
+    for item, missing in wanted:
+        if time_budget is not None and time.perf_counter() - start > time_budget:
+            break
+        if not missing:
+            continue
+        # comparisons are within a case: what is known already is measured once more where others need it
+        along = [p for p in chosen if p in missing or p.name in (FLOOR, OURS[device])]
+        new = profiling.profile if item.part == "profile" else measure
+        for cell in new(item.part, item.case, along, replace(item.effort, compilers=compilers)):
+            if cell.key in known:
+                continue
+            results.cells.append(cell)
+            known.add(cell.key)
+            done += 1
+            if out is not None:
+                results.save(out)
+            if progress is not None:
+                progress(done, planned, cell)
+    return results
+
+
+def _key(item: plan.Item, provider: str) -> str:
+    return Cell(part=item.part, provider=provider, case=item.case).key

@@ -1,0 +1,106 @@
+"""Which cases each part measures, the most telling first, and how much effort each is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from popsd_benchmarks.cells import Case, Loss, Shape
+from popsd_benchmarks.measure import JUDGED_ROWS, Effort
+from popsd_benchmarks.shapes import SHAPES
+
+PARTS = ("table", "accuracy", "tokens", "vocab", "width", "profile")
+LOSSES: tuple[Loss, ...] = ("purified", "two")
+GPU_TABLE = ("qwen3-1.7b", "qwen3-8b", "gemma-2-2b", "llama-3-8b", "qwen3-4b")
+SPREADS = (0.02, 0.04, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+"""KL(target ‖ student) from about 1e-4 to 3 nats."""
+TOKENS = {"cpu": (256, 512, 1024, 2048, 4096, 8192), "cuda": (256, 1024, 4096, 16384, 65536)}
+VOCAB = {"cpu": (8192, 16384, 32768, 65536, 131072, 262144), "cuda": (32768, 65536, 131072, 262144)}
+WIDTH = {"cpu": (128, 256, 512, 1024, 2048), "cuda": (1024, 2048, 4096, 8192)}
+
+
+@dataclass(frozen=True)
+class Item:
+    part: str
+    case: Case
+    effort: Effort
+
+
+def cases(part: str, shapes: Sequence[Shape] | None, *, quick: bool, device: str) -> Iterator[Item]:
+    """The cases of a part. Raises ValueError for an unknown one."""
+    if part not in PARTS:
+        raise ValueError(f"parts: expected some of {', '.join(PARTS)}; got {part}.")
+    makers = {"table": _table, "accuracy": _accuracy, "profile": _profile}
+    if part in makers:
+        yield from makers[part](shapes, quick, device)
+    else:
+        yield from _scaling(part, shapes, quick, device)
+
+
+def _table(shapes: Sequence[Shape] | None, quick: bool, device: str) -> Iterator[Item]:
+    effort = Effort(rounds=3 if quick else 9 if device == "cpu" else 12, seconds=10 if quick else 90)
+    if device == "cpu":
+        dtypes = ("float32",) if quick else ("float32", "bfloat16")
+        for shape in shapes or [_quick(SHAPES["cpu"]) if quick else SHAPES["cpu"]]:
+            for dtype in dtypes:
+                for trainable in (False,) if quick else (False, True):
+                    for loss in LOSSES:
+                        yield Item("table", Case(loss=loss, shape=shape, trainable_head=trainable, dtype=dtype), effort)
+        return
+    effort = replace(effort, seconds=8)
+    case = Case(loss="purified", shape=SHAPES["cpu"], dtype="bfloat16", device=device)
+    chosen = list(shapes or [SHAPES[name] for name in GPU_TABLE])
+    main, rest = (chosen, []) if shapes else (chosen[:2], chosen[2:])
+    for beta in (0.5,) if quick else (0.5, 0.0):
+        for shape in main:
+            for loss in LOSSES:
+                yield Item("table", replace(case, loss=loss, shape=shape, beta=beta), effort)
+    if quick:
+        return
+    for shape in main:
+        for loss in LOSSES:
+            yield Item("table", replace(case, loss=loss, shape=shape, trainable_head=True), effort)
+    for tokens in (1024, 32768):
+        for loss in LOSSES:
+            few = replace(effort, judged_rows=JUDGED_ROWS)
+            yield Item("table", replace(case, loss=loss, shape=replace(main[0], tokens=tokens)), few)
+    for shape in rest:
+        for loss in LOSSES:
+            yield Item("table", replace(case, loss=loss, shape=shape), effort)
+
+
+def _accuracy(shapes: Sequence[Shape] | None, quick: bool, device: str) -> Iterator[Item]:
+    effort = Effort(rounds=0, peak=False, gate=False)
+    default = _quick(SHAPES["cpu"]) if quick else SHAPES["cpu"] if device == "cpu" else SHAPES["qwen3-1.7b"]
+    for shape in shapes or [default]:
+        for dtype in ("bfloat16", "float32"):
+            for loss in LOSSES:
+                for spread in SPREADS[::3] if quick else SPREADS:
+                    small = replace(shape, tokens=min(shape.tokens, JUDGED_ROWS))
+                    yield Item("accuracy", Case(loss=loss, shape=small, dtype=dtype, device=device, spread=spread), effort)
+
+
+def _scaling(part: str, shapes: Sequence[Shape] | None, quick: bool, device: str) -> Iterator[Item]:
+    """One size at a time, times four on log axes, the others those of the shape; a frozen head."""
+    values = {"tokens": TOKENS, "vocab": VOCAB, "width": WIDTH}[part][device]
+    cpu = device == "cpu"
+    base = replace(SHAPES["cpu"], tokens=256, vocab=16384, width=256) if cpu else SHAPES["qwen3-1.7b"]
+    effort = Effort(rounds=3, seconds=5 if quick else 20, judged_rows=JUDGED_ROWS)
+    dtype = "float32" if cpu else "bfloat16"
+    for shape in shapes or [base]:
+        for loss in LOSSES:
+            for value in values[:3] if quick else values:
+                size = replace(shape, **{part: value}, used=None if part == "vocab" else shape.used)
+                yield Item(part, Case(loss=loss, shape=size, dtype=dtype, device=device), effort)
+
+
+def _profile(shapes: Sequence[Shape] | None, quick: bool, device: str) -> Iterator[Item]:
+    effort = Effort(rounds=1 if quick else 3, peak=False)
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    for shape in shapes or [SHAPES["cpu" if device == "cpu" else "qwen3-1.7b"]]:
+        for loss in LOSSES:
+            yield Item("profile", Case(loss=loss, shape=shape, dtype=dtype, device=device), effort)
+
+
+def _quick(shape: Shape) -> Shape:
+    return replace(shape, tokens=shape.tokens // 2, vocab=shape.vocab // 2, width=shape.width // 2)

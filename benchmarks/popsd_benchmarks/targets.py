@@ -1,0 +1,213 @@
+"""What is to be reached, as ratios of things measured in one run, and whether it was."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from popsd_benchmarks.cells import Cell, select
+from popsd_benchmarks.providers import FLOOR, OURS
+
+MIB = 2**20
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+Measure = Callable[[Sequence[Cell]], float | None]
+
+
+class Target(NamedTuple):
+    """measure: the figure from the cells of one results file, None where they do not have it."""
+
+    device: str
+    claim: str
+    most: float
+    measure: Measure
+
+
+class Verdict(NamedTuple):
+    target: Target
+    value: float | None
+
+    @property
+    def word(self) -> str:
+        if self.value is None:
+            return "not measured"
+        return "met" if self.value <= self.target.most else "missed"
+
+
+def judge(device: str, cells: Sequence[Cell]) -> list[Verdict]:
+    """Every target of a device beside what these cells say."""
+    return [Verdict(target, target.measure(cells)) for target in TARGETS if target.device == device]
+
+
+def over_floor(device: str, **case: Any) -> Measure:
+    """Our time over that of the bare products, round by round."""
+
+    def measure(cells: Sequence[Cell]) -> float | None:
+        floor = _cell(cells, FLOOR, device=device, **case)
+        return None if floor is None or not floor.ratios else 1 / statistics.median(floor.ratios)
+
+    return measure
+
+
+def over_peer(device: str, peer: str, **case: Any) -> Measure:
+    """Our time over the peer's on the same case, round by round."""
+
+    def measure(cells: Sequence[Cell]) -> float | None:
+        theirs = _cell(cells, peer, device=device, **case)
+        return None if theirs is None or not theirs.ratios else 1 / statistics.median(theirs.ratios)
+
+    return measure
+
+
+def purified_over_two(device: str, peer: str, **case: Any) -> Measure:
+    """Our time with four distributions over the peer's with two, median over median: they are different cases."""
+
+    def measure(cells: Sequence[Cell]) -> float | None:
+        ours = _cell(cells, OURS[device], device=device, loss="purified", **case)
+        theirs = _cell(cells, peer, device=device, loss="two", **case)
+        if ours is None or theirs is None or not ours.seconds or not theirs.seconds:
+            return None
+        return statistics.median(ours.seconds) / statistics.median(theirs.seconds)
+
+    return measure
+
+
+def peak_over_peer(device: str, peer: str, **case: Any) -> Measure:
+    def measure(cells: Sequence[Cell]) -> float | None:
+        ours, theirs = (_cell(cells, name, device=device, **case) for name in (OURS[device], peer))
+        if ours is None or theirs is None or ours.peak_mib is None or theirs.peak_mib is None:
+            return None
+        return ours.peak_mib / theirs.peak_mib
+
+    return measure
+
+
+def workspace_gib(device: str, **case: Any) -> Measure:
+    """Peak memory above inputs and dH."""
+
+    def measure(cells: Sequence[Cell]) -> float | None:
+        ours = _cell(cells, OURS[device], device=device, **case)
+        return None if ours is None or ours.peak_mib is None else _beyond_dhidden(ours) / 1024
+
+    return measure
+
+
+def worst_error(device: str, kind: str, **case: Any) -> Measure:
+    """Largest relative error between a true KL of 5e-4 and 2 nats; of the loss from 0.05 on, where it is not tiny."""
+
+    def measure(cells: Sequence[Cell]) -> float | None:
+        least = 0.05 if kind == "loss" else 5e-4
+        ours = select(cells, part="accuracy", provider=OURS[device], device=device, **case)
+        errors = [c.errors[kind] for c in ours if kind in c.errors and c.kl is not None and least <= c.kl <= 2]
+        return max(errors, default=None)
+
+    return measure
+
+
+def error_over_best_peer(device: str, **case: Any) -> Measure:
+    """Our error of dH over the smallest of any peer's, at the divergence where that is worst for us."""
+
+    def measure(cells: Sequence[Cell]) -> float | None:
+        found = select(cells, part="accuracy", device=device, **case)
+        shares = []
+        for spread in {cell.case.spread for cell in found}:
+            errors = {c.provider: c.errors["dhidden"] for c in select(found, spread=spread) if "dhidden" in c.errors}
+            peers = [error for name, error in errors.items() if not name.startswith("popsd")]
+            if OURS[device] in errors and peers:
+                shares.append(errors[OURS[device]] / min(peers))
+        return max(shares, default=None)
+
+    return measure
+
+
+def growth(device: str, part: str, figure: str, **case: Any) -> Measure:
+    """From the smallest to the largest point of a curve: how much time per unit grew ("time"), or what memory beyond dH did
+    ("memory").
+    """
+
+    def measure(cells: Sequence[Cell]) -> float | None:
+        curve = select(cells, part=part, provider=OURS[device], device=device, **case)
+        curve = [cell for cell in curve if (cell.seconds if figure == "time" else cell.peak_mib is not None)]
+        if len(curve) < 2:
+            return None
+        curve.sort(key=lambda cell: getattr(cell.case.shape, part))
+        first, last = curve[0], curve[-1]
+        if figure == "memory":
+            return _beyond_dhidden(last) / _beyond_dhidden(first)
+        size = [getattr(cell.case.shape, part) for cell in (first, last)]
+        return statistics.median(last.seconds) / statistics.median(first.seconds) / (size[1] / size[0])
+
+    return measure
+
+
+def _cell(cells: Sequence[Cell], provider: str, *, shape: str, **case: Any) -> Cell | None:
+    """The one cell of the main table that was measured."""
+    found = [
+        cell
+        for cell in select(cells, part="table", provider=provider, **case)
+        if cell.case.shape.name == shape and cell.status in ("ok", "inaccurate")
+    ]
+    return found[0] if found else None
+
+
+def _beyond_dhidden(cell: Cell) -> float:
+    assert cell.peak_mib is not None
+    shape = cell.case.shape
+    return max(cell.peak_mib - shape.tokens * shape.width * ITEM_BYTES[cell.case.dtype] / MIB, 0.0)
+
+
+def _cpu() -> list[Target]:
+    base = {"shape": "cpu", "dtype": "float32"}
+    purified = {**base, "loss": "purified", "trainable_head": False}
+    two, trained = ({**base, "loss": "two", "trainable_head": head} for head in (False, True))
+    return [
+        Target("cpu", "purified, frozen head: time / the four bare products", 1.25, over_floor("cpu", **purified)),
+        Target("cpu", "purified, frozen head: time / eager", 0.33, over_peer("cpu", "eager", **purified)),
+        Target("cpu", "purified, frozen head: peak memory / eager", 0.125, peak_over_peer("cpu", "eager", **purified)),
+        Target("cpu", "two distributions, frozen head: time / TRL (torch fallback)", 0.2, over_peer("cpu", "trl", **two)),
+        Target("cpu", "two distributions, frozen head: time / Liger chunked", 0.42, over_peer("cpu", "liger-chunked", **two)),
+        Target("cpu", "two distributions, trainable head: time / TRL", 1.0, over_peer("cpu", "trl", **trained)),
+        Target("cpu", "two distributions, trainable head: time / Liger chunked", 1.0, over_peer("cpu", "liger-chunked", **trained)),
+        Target("cpu", "dH error in float32, any KL", 2e-5, worst_error("cpu", "dhidden", dtype="float32")),
+        Target("cpu", "two distributions, bfloat16: dH error / best peer's, any KL", 1.0,
+               error_over_best_peer("cpu", loss="two", dtype="bfloat16")),
+        Target("cpu", "purified, bfloat16: dH error / best peer's, any KL", 1.0,
+               error_over_best_peer("cpu", loss="purified", dtype="bfloat16")),
+        *_growth("cpu"),
+    ]  # fmt: skip
+
+
+def _gpu() -> list[Target]:
+    found = []
+    for shape, width in (("qwen3-1.7b", 2048), ("qwen3-8b", 4096)):
+        base = {"shape": shape, "dtype": "bfloat16", "trainable_head": False}
+        purified = {**base, "loss": "purified"}
+        at = f"purified, frozen head, V = 151,936, D = {width:,}"
+        found += [
+            Target("cuda", f"{at}: time / the four bare products", 1.25, over_floor("cuda", **purified)),
+            Target("cuda", f"{at}: time / TRL with two distributions", 0.5, purified_over_two("cuda", "trl", **base)),
+            Target("cuda", f"{at}: time / Liger fused with two", 1.0, purified_over_two("cuda", "liger-triton", **base)),
+            Target("cuda", f"{at}: GiB beyond inputs and dH", 2.0, workspace_gib("cuda", **purified)),
+        ]
+    return [
+        *found,
+        Target("cuda", "dH error in bfloat16, any KL", 6e-3, worst_error("cuda", "dhidden", dtype="bfloat16")),
+        Target("cuda", "loss error in bfloat16, KL from 0.05", 2e-3, worst_error("cuda", "loss", dtype="bfloat16")),
+        *_growth("cuda"),
+    ]
+
+
+def _growth(device: str) -> list[Target]:
+    return [
+        target
+        for part, letter in (("tokens", "N"), ("vocab", "V"))
+        for target in (
+            Target(device, f"purified: time / {letter}, largest {letter} over smallest", 1.1,
+                   growth(device, part, "time", loss="purified")),
+            Target(device, f"purified: memory beyond dH, largest {letter} over smallest", 1.1,
+                   growth(device, part, "memory", loss="purified")),
+        )
+    ]  # fmt: skip
+
+
+TARGETS = [*_cpu(), *_gpu()]
