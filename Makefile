@@ -31,7 +31,7 @@ lint: $(VENV)/.installed
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/cpu_torch.py $(ARGS)
+	$(BIN)/python -m pytest benchmarks/test_speed.py --benchmark-autosave $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
@@ -53,5 +53,5 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	    $(PYTHON) -c '$(PATHS)' > "$$($(BIN)/python -c '$(PURELIB)')/present.pth"; \
 	    awk -F== '!seen[$$1]++' <($(PYTHON) -c '$(PINS)') $(CONSTRAINTS) > $(VENV)/constraints.txt; \
 	else cp $(CONSTRAINTS) $(VENV)/constraints.txt; fi
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[triton,trl,plots,test]'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[triton,trl,bench,test]'
 	@touch $@

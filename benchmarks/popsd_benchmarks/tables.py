@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from popsd_benchmarks.cells import Case, Cell
+from popsd_benchmarks.cells import Case, Cell, select
 from popsd_benchmarks.providers import FLOOR, OURS
 
 Rows = list[list[str]]
@@ -58,7 +59,7 @@ def case_table(case: Case, cells: Sequence[Cell]) -> Table:
         case_title(case),
         rows,
         [f"{cell.provider}: {cell.note}" for cell in measured if cell.note],
-        [f"{c.provider}: {c.status}{f' ({c.note})' if c.note else ''}" for c in cells if not c.seconds],
+        _absent(cells),
     )
 
 
@@ -85,14 +86,13 @@ def curve_table(cells: Sequence[Cell], part: str, value: str) -> Rows:
     rows = [[f"{value} at {SWEPT[part]} =", *(f"{point:,}" for point in points)]]
     for provider in dict.fromkeys(cell.provider for cell in cells):
         found = {getattr(c.case.shape, part): c for c in cells if c.provider == provider}
-        entries = [_curve_entry(found.get(point), value) for point in points]
         if any(cell.seconds for cell in found.values()):
-            rows.append([provider, *entries])
+            rows.append([provider, *(_curve_entry(found.get(point), value) for point in points)])
     return rows
 
 
 def accuracy_table(cells: Sequence[Cell]) -> Rows:
-    """Relative error of dH, provider by true divergence."""
+    """Relative L2 error of dH: providers against the true divergence."""
     spreads = sorted({cell.case.spread for cell in cells})
     divergences = [next((c.kl for c in cells if c.case.spread == s and c.kl is not None), None) for s in spreads]
     rows = [["dH error at KL =", *(_optional(kl, "{:.1e}") for kl in divergences)]]
@@ -102,13 +102,57 @@ def accuracy_table(cells: Sequence[Cell]) -> Rows:
     return rows
 
 
-def kernel_table(cell: Cell, most: int = 12) -> Rows:
-    """The kernels of a profile, longest first."""
-    rows = [["kernel", "ms", "calls", "share of the step", "GB/s"]]
-    for row in sorted(cell.kernels, key=lambda row: -row["seconds"])[:most]:
-        share, rate = _optional(row.get("share"), "{:.0%}"), _optional(row.get("gb_per_s"), "{:,.0f}")
-        rows.append([f"`{row['name']}`", significant(1e3 * row["seconds"]), str(row["calls"]), share, rate])
+def kernel_table(cell: Cell) -> Rows:
+    """The kernels, or on a CPU the operations, of one step."""
+    rows = [["kernel", "ms", "calls", "share of the step", "GB/s", "share of a copy's"]]
+    for row in cell.kernels:
+        rates = [_optional(row.get("gb_per_s"), "{:,.0f}"), _optional(row.get("bandwidth_share"), "{:.0%}")]
+        rows.append([row["name"], significant(1e3 * row["seconds"]), str(row["calls"]), f"{row['share']:.0%}", *rates])
     return rows
+
+
+def all_tables(cells: Sequence[Cell]) -> list[Table]:
+    """Every part that was measured: cases, accuracy curves, scaling curves, profiles."""
+    found = [case_table(case, group) for case, group in cases_of(select(cells, part="table"))]
+    for (case, _), group in _grouped(select(cells, part="accuracy")):
+        title = (
+            f"{LOSS_NAMES[case.loss]}, {case.dtype}: error of dH against float64 by true KL(target ‖ student) in nats"
+        )
+        found.append(Table(title, accuracy_table(group), [], _absent(group)))
+    for part in SWEPT:
+        for (case, fixed), group in _grouped(select(cells, part=part), part):
+            title = f"{LOSS_NAMES[case.loss]}, {setting(case)}, against {SWEPT[part]} ({fixed})"
+            found.append(Table(f"{title}: time", curve_table(group, part, "ms"), [], _absent(group)))
+            found.append(Table(f"{title}: peak memory above inputs", curve_table(group, part, "MiB"), [], []))
+    for cell in select(cells, part="profile"):
+        if cell.kernels:
+            found.append(Table(f"Profile of {cell.provider}, {case_title(cell.case)}", kernel_table(cell), [], []))
+    return found
+
+
+def fixed_sizes(case: Case, part: str) -> str:
+    """What a sweep leaves alone."""
+    return ", ".join(f"{letter} = {getattr(case.shape, name):,}" for name, letter in SWEPT.items() if name != part)
+
+
+def _grouped(cells: Sequence[Cell], part: str | None = None) -> list[tuple[tuple[Case, str], list[Cell]]]:
+    """By loss, setting and what is fixed, with one case for all of them."""
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        fixed = cell.case.shape.name if part is None else fixed_sizes(cell.case, part)
+        groups.setdefault((cell.case.loss, setting(cell.case), fixed), []).append(cell)
+    return [((group[0].case, key[-1]), group) for key, group in groups.items()]
+
+
+def _absent(cells: Sequence[Cell]) -> list[str]:
+    """Who has no figure at all, by reason."""
+    present = {cell.provider for cell in cells if cell.seconds or cell.errors}
+    reasons: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        if cell.provider not in present and cell.provider != FLOOR:
+            reason = f"{cell.status} ({cell.note})" if cell.note else cell.status
+            reasons.setdefault(reason, {})[cell.provider] = None
+    return [f"{reason}: {', '.join(providers)}" for reason, providers in reasons.items()]
 
 
 def as_text(rows: Rows) -> str:
@@ -123,7 +167,8 @@ def as_text(rows: Rows) -> str:
 
 def as_markdown(rows: Rows) -> str:
     rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    return "\n".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |" for row in [rows[0], rule, *rows[1:]])
+    escaped = [[re.sub(r"([|<*])", r"\\\1", text) for text in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [escaped[0], rule, *escaped[1:]])
 
 
 def write_csv(cells: Iterable[Cell], path: Path) -> None:
