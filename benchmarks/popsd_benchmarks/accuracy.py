@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,10 +64,11 @@ class Judge:
         problem, index = self.problem, self.index
         shape, device = problem.case.shape, problem.case.device
         config = problem.config if drops_padding else replace(problem.config, vocab_size=None)
-        heads, parts = (problem.head, problem.head), []
-        dweight = torch.zeros(0)
+        heads, dweight = (problem.head, problem.head), torch.zeros(0)
+        parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for rows in index.split(max(1, CHUNK_ELEMENTS[device] // shape.vocab)):
-            hidden = HiddenStates(*(None if x is None else x.detach()[rows] for x in problem.hidden))
+            taken: Any = (None if x is None else x.detach()[rows] for x in problem.hidden)
+            hidden = HiddenStates(*taken)
             ones = torch.ones(len(rows), device=device)
             if problem.case.loss == "purified":
                 truth = true_purified(hidden, heads, config, ones)
@@ -88,7 +89,9 @@ class Judge:
         elif self.complete:
             found["loss"] = _error(loss.reshape(1).double() * scale, exact.loss.sum().reshape(1))
         gradient = problem.hidden.student.grad
-        found["dhidden"] = math.inf if gradient is None else _error(gradient[self.index].double() * scale, exact.dhidden)
+        found["dhidden"] = (
+            math.inf if gradient is None else _error(gradient[self.index].double() * scale, exact.dhidden)
+        )
         if problem.case.trainable_head:
             gradient = problem.head.weight.grad
             found["dweight"] = math.inf if gradient is None else _error(gradient.double() * scale, exact.dweight)

@@ -49,7 +49,8 @@ class Cell:
     seconds: every round. ratios: of the provider's time to popsd's, round by round, paired. peak_mib: memory above inputs.
     floor_share: time of the bare matrix products over the provider's own, 1 is the floor; tflops: achieved on those products.
     errors: relative L2 against float64 of "loss", "dhidden", "dweight"; kl: the true mean KL(target ‖ student) in nats.
-    kernels: of part "profile", a row per kernel or operation: name, seconds, calls, share of the step; bytes and gb_per_s where known.
+    kernels: of part "profile", a row per kernel or operation: name, seconds, calls, share of the step; where known also
+        bytes, gb_per_s and bandwidth_share, of a copy's.
     """
 
     part: str
@@ -95,7 +96,9 @@ def load(path: Path) -> Results:
         content = json.loads(path.read_text())
         return Results(content["meta"], [_cell(row) for row in content["cells"]])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected results with meta and cells; got {type(error).__name__}: {error}.") from error
+        raise ValueError(
+            f"{path}: expected results with meta and cells; got {type(error).__name__}: {error}."
+        ) from error
 
 
 def select(cells: Iterable[Cell], **wanted: Any) -> list[Cell]:

@@ -6,8 +6,9 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +17,8 @@ from popsd_benchmarks.accuracy import Judge
 from popsd_benchmarks.cells import Case, Cell
 from popsd_benchmarks.problems import Problem, make_problem, operations
 from popsd_benchmarks.providers import FLOOR, OURS, Provider, Step
+
+T = TypeVar("T")
 
 JUDGED_ROWS = 64
 CPU_MEMORY_SHARE = 0.7
@@ -46,8 +49,13 @@ class _Runner:
     step: Step | None = None
 
 
-def measure(part: str, case: Case, providers: Sequence[Provider], effort: Effort) -> Iterator[Cell]:
-    """A finished cell per provider, in order. What a provider raises becomes its cell's status; the others go on."""
+def measure(
+    part: str, case: Case, providers: Sequence[Provider], effort: Effort, wanted: Collection[str] | None = None
+) -> Iterator[Cell]:
+    """A finished cell per provider whose name is ``wanted`` (None: every one), in order; the others only run beside them.
+
+    What a provider raises becomes its cell's status; the others go on.
+    """
     torch.compiler.reset()  # compiled code of earlier cases would count against this one's limit of recompilations
     problem = make_problem(case)
     judge = Judge(problem, effort.judged_rows)
@@ -58,6 +66,8 @@ def measure(part: str, case: Case, providers: Sequence[Provider], effort: Effort
         _time_rounds(runners, problem, effort)
         _compare(runners, case)
     for runner in runners:
+        if wanted is not None and runner.provider.name not in wanted:
+            continue
         if effort.peak and case.device == "cpu" and runner.step is not None and runner.provider.computes_loss:
             try:
                 runner.cell.peak_mib = memory.peak_on_cpu(runner.provider, case)
@@ -78,7 +88,7 @@ def _first_step(runner: _Runner, problem: Problem, judge: Judge, effort: Effort)
         cell.status, cell.note = "unsupported", refusal
         return
     if provider.compiles and not effort.compilers:
-        cell.status, cell.note = "left out", "takes half a minute to compile: only in a full run, or where it is named"
+        cell.status, cell.note = "left out", "takes half a minute to compile; measured where it is named"
         return
     needed = provider.full_buffers(case) * 4 * case.shape.tokens * case.shape.vocab
     if case.device == "cpu" and needed > CPU_MEMORY_SHARE * _memory_of_machine():
@@ -103,20 +113,27 @@ def _first_step(runner: _Runner, problem: Problem, judge: Judge, effort: Effort)
 
 
 def _time_rounds(runners: list[_Runner], problem: Problem, effort: Effort) -> None:
-    """Seconds of every provider once per round; each round starts with another one."""
-    start = time.perf_counter()
-    for i in range(effort.rounds + 1):
-        live = [runner for runner in runners if runner.step is not None]
-        if i > 3 and time.perf_counter() - start > effort.seconds:
+    """Seconds of every provider, paired by round."""
+    start, late = time.perf_counter(), None
+    for i, runner in in_turns(runners, effort.rounds):
+        if i == late:
             break
-        shift = i % max(len(live), 1)
-        for runner in live[shift:] + live[:shift]:
-            problem.clear()
-            with _Catch(runner, problem):
-                assert runner.step is not None
-                seconds = _seconds(runner.step, problem.case.device)
-                if i:
-                    runner.cell.seconds.append(seconds)
+        if late is None and i >= 3 and time.perf_counter() - start > effort.seconds:
+            late = i + 1  # the round that has begun is finished: ratios need all of it
+        if runner.step is None:
+            continue
+        problem.clear()
+        with _Catch(runner, problem):
+            seconds = _seconds(runner.step, problem.case.device)
+            if i:
+                runner.cell.seconds.append(seconds)
+
+
+def in_turns(contestants: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
+    """Every contestant once per round, each round starting with another one. Round 0 is to be thrown away."""
+    for i in range(rounds + 1):
+        shift = i % len(contestants)
+        yield from ((i, one) for one in [*contestants[shift:], *contestants[:shift]])
 
 
 def _seconds(step: Step, device: str) -> float:
@@ -161,7 +178,9 @@ class _Catch:
         if not isinstance(error, Exception):
             return False
         cell = self.runner.cell
-        memory_ran_out = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+        memory_ran_out = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "allocate memory" in str(
+            error
+        )
         cell.status = "out of memory" if memory_ran_out else "failed"
         _note(cell, f"{type(error).__name__}: {error}".splitlines()[0][:300])
         self.runner.step, cell.seconds = None, []

@@ -1,6 +1,6 @@
 """Peak memory of one step above its inputs: the allocator's count on a GPU, a fresh process's resident set on a CPU.
 
-    python -m popsd_benchmarks.memory --provider popsd-torch --case '{"loss": "purified", ...}'   # MiB, as JSON
+python -m popsd_benchmarks.memory --provider popsd-torch --case '{"loss": "purified", ...}'   # MiB, as JSON
 """
 
 from __future__ import annotations

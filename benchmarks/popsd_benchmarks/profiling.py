@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from popsd_benchmarks.cells import Case, Cell
@@ -26,14 +27,16 @@ BYTES_PER_ENTRY = {
 the loss and gradient sweep), the composed target written, the 16-bit gradient written. See kernels/README.md."""
 
 
-def profile(part: str, case: Case, providers: Sequence[Provider], effort: Effort) -> Iterator[Cell]:
-    """A cell per provider, timed and judged as by `measure`, with its kernels and their share of a copy's bandwidth."""
-    timed = list(measure(part, case, providers, effort))
+def profile(
+    part: str, case: Case, providers: Sequence[Provider], effort: Effort, wanted: Collection[str] | None = None
+) -> Iterator[Cell]:
+    """The cells of `measure`, with their kernels and those kernels' share of a copy's bandwidth."""
+    by_name = {provider.name: provider for provider in providers}
     peak = _copy_bandwidth() if case.device == "cuda" else None
-    for provider, cell in zip(providers, timed, strict=True):
+    for cell in list(measure(part, case, providers, effort, wanted)):
         if cell.seconds:
             try:
-                cell.kernels = _kernels(provider, case, peak)
+                cell.kernels = _kernels(by_name[cell.provider], case, peak)
             except RuntimeError as error:  # a profiler that the machine forbids must not cost the timing
                 cell.note = f"{cell.note}; not profiled: {error}".removeprefix("; ")[:300]
         yield cell
@@ -50,10 +53,9 @@ def _kernels(provider: Provider, case: Case, peak: float | None) -> list[dict[st
         step()
         if on_gpu:
             torch.cuda.synchronize()
-    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     rows = []
     for event in recorded.key_averages():
-        if event.device_type != kind:
+        if (event.device_type == DeviceType.CPU) == on_gpu:
             continue
         seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
         if seconds:

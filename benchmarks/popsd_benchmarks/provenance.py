@@ -71,7 +71,9 @@ def _commit() -> str | None:
 
     def git(*arguments: str) -> str:
         folder = Path(popsd.__file__).parent
-        return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")

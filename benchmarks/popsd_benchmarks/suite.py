@@ -53,27 +53,24 @@ def run(
         raise ValueError(f"device: expected one of {', '.join(OURS)}; got {device!r}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected 'cpu' on this machine; got 'cuda', which torch does not see.")
-    compilers = not quick or providers is not None
     work = [item for part in parts for item in plan.cases(part, chosen_shapes, quick=quick, device=device)]
     results = Results(provenance.describe(device))
     if out is not None and out.exists():
         results = provenance.continued(load(out), results.meta)
     start, known, done = time.perf_counter(), results.known(), 0
-    wanted = [(item, [p for p in chosen if _key(item, p.name) not in known]) for item in work]
-    planned = sum(len(missing) for _, missing in wanted)
-    for item, missing in wanted:
+    missing = [[p.name for p in chosen if _key(item, p.name) not in known] for item in work]
+    planned = sum(map(len, missing))
+    for item, names in zip(work, missing, strict=True):
         if time_budget is not None and time.perf_counter() - start > time_budget:
             break
-        if not missing:
+        if not names:
             continue
-        # comparisons are within a case: what is known already is measured once more where others need it
-        along = [p for p in chosen if p in missing or p.name in (FLOOR, OURS[device])]
+        # ratios are within a run: popsd and the floor run beside what is missing, though they may be known
+        along = [p for p in chosen if p.name in (*names, FLOOR, OURS[device])]
+        effort = item.effort if providers is None else replace(item.effort, compilers=True)
         new = profiling.profile if item.part == "profile" else measure
-        for cell in new(item.part, item.case, along, replace(item.effort, compilers=compilers)):
-            if cell.key in known:
-                continue
+        for cell in new(item.part, item.case, along, effort, names):
             results.cells.append(cell)
-            known.add(cell.key)
             done += 1
             if out is not None:
                 results.save(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ class Popsd(Defaults):
         hidden, head = problem.hidden, problem.head
 
         def step() -> torch.Tensor:
-            common = {"impl": self.impl, "strategy": self.strategy, "workspace_mib": self.workspace_mib}
+            common: dict[str, Any] = {"impl": self.impl, "strategy": self.strategy, "workspace_mib": self.workspace_mib}
             if problem.case.loss == "purified":
                 out = popsd.linear_purified_jsd(hidden, head, config=problem.config, reduction="sum", **common)
             else:
