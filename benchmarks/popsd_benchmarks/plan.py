@@ -15,9 +15,9 @@ LOSSES: tuple[Loss, ...] = ("purified", "two")
 GPU_TABLE = ("qwen3-1.7b", "qwen3-8b", "gemma-2-2b", "llama-3-8b", "qwen3-4b")
 SPREADS = (0.003, 0.008, 0.02, 0.05, 0.12, 0.3, 0.7, 1.6)
 """KL(target ‖ student) from about 1e-4 to 3 nats."""
-TOKENS = {"cpu": (256, 1024, 4096, 16384), "cuda": (256, 1024, 4096, 16384, 65536)}
-VOCAB = {"cpu": (8192, 32768, 131072, 262144), "cuda": (32768, 65536, 131072, 262144)}
-WIDTH = {"cpu": (128, 512, 2048), "cuda": (1024, 2048, 4096, 8192)}
+TOKENS: dict[str, tuple[int, ...]] = {"cpu": (256, 1024, 4096, 16384), "cuda": (256, 1024, 4096, 16384, 65536)}
+VOCAB: dict[str, tuple[int, ...]] = {"cpu": (8192, 32768, 131072, 262144), "cuda": (32768, 65536, 131072, 262144)}
+WIDTH: dict[str, tuple[int, ...]] = {"cpu": (128, 512, 2048), "cuda": (1024, 2048, 4096, 8192)}
 
 
 @dataclass(frozen=True)
