@@ -115,6 +115,17 @@ def test_floor_counts_its_products(case, count, monkeypatch):
     assert len(calls) == count
 
 
+@pytest.mark.parametrize(("beta", "trainable", "count"), [(0.5, False, 13), (0.5, True, 14), (0.0, False, 9)])
+def test_estimate_counts_its_products_and_says_so(beta, trainable, count, monkeypatch):
+    case = Case(loss="purified", shape=SHAPE, beta=beta, trainable_head=trainable)
+    provider, calls, mm = PROVIDERS["trl-port-estimate"], [], torch.mm
+    step = provider.prepare(make_problem(case))
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: calls.append(args) or mm(*args, **kwargs))
+    step()
+    assert len(calls) == count and provider.remark(case).startswith(f"estimate: {count} ")
+    assert provider.supports(replace(case, loss="two")) is not None
+
+
 def test_unknown_provider_names_the_known():
     with pytest.raises(ValueError, match=r"popsd-torch.*got nobody"):
         find(["nobody"])

@@ -39,6 +39,7 @@ def cases(part: str, shapes: Sequence[Shape] | None, *, quick: bool, device: str
 
 
 def _table(shapes: Sequence[Shape] | None, quick: bool, device: str) -> Iterator[Item]:
+    """On a GPU the most telling first, and what compiles, half a minute a case, only there."""
     effort = Effort(
         rounds=3 if quick else 9 if device == "cpu" else 12, seconds=10 if quick else 60, compilers=not quick
     )
@@ -50,30 +51,24 @@ def _table(shapes: Sequence[Shape] | None, quick: bool, device: str) -> Iterator
                     for loss in LOSSES:
                         yield Item("table", Case(loss=loss, shape=shape, trainable_head=trainable, dtype=dtype), effort)
         return
-    effort = replace(effort, seconds=8)
+    effort, plain = replace(effort, seconds=8), replace(effort, seconds=8, compilers=False)
+    some = replace(plain, judged_rows=JUDGED_ROWS)
     case = Case(loss="purified", shape=SHAPES["cpu"], dtype="bfloat16", device=device)
     chosen = list(shapes or [SHAPES[name] for name in GPU_TABLE])
     main, rest = (chosen, []) if shapes else (chosen[:2], chosen[2:])
-    for beta in (0.5,) if quick else (0.5, 0.0):
-        for shape in main:
-            for loss in LOSSES:
-                yield Item("table", replace(case, loss=loss, shape=shape, beta=beta), effort)
-    if quick:
-        return
-    for shape in main:
+    variants = [(replace(case, shape=shape), effort) for shape in main]
+    if not quick:
+        variants += [(replace(case, shape=shape, beta=0.0), plain) for shape in main]
+        variants += [(replace(case, shape=shape, trainable_head=True), plain) for shape in main]
+        variants += [(replace(case, shape=replace(main[0], tokens=tokens)), some) for tokens in (1024, 32768)]
+        variants += [(replace(case, shape=shape), plain) for shape in rest]
+    for variant, cost in variants:
         for loss in LOSSES:
-            yield Item("table", replace(case, loss=loss, shape=shape, trainable_head=True), effort)
-    for tokens in (1024, 32768):
-        for loss in LOSSES:
-            few = replace(effort, judged_rows=JUDGED_ROWS)
-            yield Item("table", replace(case, loss=loss, shape=replace(main[0], tokens=tokens)), few)
-    for shape in rest:
-        for loss in LOSSES:
-            yield Item("table", replace(case, loss=loss, shape=shape), effort)
+            yield Item("table", replace(variant, loss=loss), cost)
 
 
 def _accuracy(shapes: Sequence[Shape] | None, quick: bool, device: str) -> Iterator[Item]:
-    effort = Effort(rounds=0, peak=False, gate=False, compilers=not quick)
+    effort = Effort(rounds=0, peak=False, gate=False, compilers=not quick and device == "cpu")
     default = _quick(SHAPES["cpu"]) if quick else SHAPES["cpu"] if device == "cpu" else SHAPES["qwen3-1.7b"]
     for shape in shapes or [default]:
         for dtype in ("bfloat16", "float32"):
@@ -86,11 +81,11 @@ def _accuracy(shapes: Sequence[Shape] | None, quick: bool, device: str) -> Itera
 
 
 def _scaling(part: str, shapes: Sequence[Shape] | None, quick: bool, device: str) -> Iterator[Item]:
-    """One size at a time on log axes, the others those of the shape; a frozen head. On a CPU without what compiles."""
+    """One size at a time on log axes, the others the shape's; a frozen head. Without what compiles, anew for every size."""
     values = {"tokens": TOKENS, "vocab": VOCAB, "width": WIDTH}[part][device]
     cpu = device == "cpu"
     base = replace(SHAPES["cpu"], tokens=256, vocab=8192, width=256) if cpu else SHAPES["qwen3-1.7b"]
-    effort = Effort(rounds=3, seconds=5 if quick else 20, compilers=not quick and not cpu, judged_rows=JUDGED_ROWS)
+    effort = Effort(rounds=3, seconds=5 if quick else 20, compilers=False, judged_rows=JUDGED_ROWS)
     dtype = "float32" if cpu else "bfloat16"
     for shape in shapes or [base]:
         for loss in LOSSES:

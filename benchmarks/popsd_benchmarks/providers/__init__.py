@@ -9,7 +9,7 @@ from popsd_benchmarks.providers.eager import Eager
 from popsd_benchmarks.providers.liger import LigerChunked, LigerTriton
 from popsd_benchmarks.providers.orda import Orda
 from popsd_benchmarks.providers.ours import Popsd
-from popsd_benchmarks.providers.products import Products
+from popsd_benchmarks.providers.products import Products, RecomputingPort
 from popsd_benchmarks.providers.trl_chunked import TrlChunked
 
 FLOOR = "products"
@@ -28,6 +28,7 @@ PROVIDERS: dict[str, Provider] = {
         Eager("eager-16bit-logits", logits_in_float32=False),
         Eager("eager-compiled", compiles=True),
         TrlChunked(),
+        RecomputingPort(),
         LigerTriton(),
         LigerChunked("liger-chunked", compiles=False),
         LigerChunked("liger-compiled", compiles=True),

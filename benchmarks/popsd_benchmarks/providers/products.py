@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from popsd_benchmarks.cells import Case
 from popsd_benchmarks.problems import Problem, products
 from popsd_benchmarks.providers.base import Defaults, Step
 
@@ -17,9 +18,12 @@ class Products(Defaults):
     name = "products"
     computes_loss = False
 
+    def projections(self, case: Case) -> int:
+        return products(case) - 1 - case.trainable_head
+
     def prepare(self, problem: Problem) -> Step:
         case, weight = problem.case, problem.head.weight.detach()
-        streams = products(case) - 1 - case.trainable_head
+        streams = self.projections(case)
         hidden = problem.hidden.student.detach()
         rows = min(case.shape.tokens, CHUNK)
         logits = torch.empty(rows, case.shape.vocab, device=weight.device)
@@ -36,6 +40,25 @@ class Products(Defaults):
                     torch.mm(gradient[:n].t(), part, out=dweight)
 
         return step
+
+
+class RecomputingPort(Products):
+    """What a port of TRL's scheme to four distributions would spend on matrix products alone: an estimate, from below.
+
+    Tiles of the vocabulary leave no logits behind, so each pass projects all four streams again: normalisers, divergence
+    (one pass where it needs no mixture), gradient. 13 products with the one for d/d hidden; its sweeps would come on top.
+    """
+
+    name = "trl-port-estimate"
+
+    def supports(self, case: Case) -> str | None:
+        return None if case.loss == "purified" else "an estimate of four distributions: with two, see trl"
+
+    def remark(self, case: Case) -> str:
+        return f"estimate: {self.projections(case) + 1 + case.trainable_head} bare products of a port that nobody has written"
+
+    def projections(self, case: Case) -> int:
+        return 4 * (3 if 0 < case.beta < 1 else 2)
 
 
 def _project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
