@@ -32,10 +32,11 @@ def full_logit_loss(
         frozen = weight.detach()
         log_q = log_probs(hidden.teacher, frozen)
         if hidden.base is not None and hidden.reference is not None and config.pmi_clip is not None:
-            delta = log_q - log_probs(hidden.reference, frozen)
+            log_base, log_reference = log_probs(hidden.base, frozen), log_probs(hidden.reference, frozen)
+            delta = log_q - log_reference
             delta = delta - delta.mean(dim=-1, keepdim=True)
             delta = config.pmi_clip * torch.tanh(delta / config.pmi_clip)
-            log_q = F.log_softmax(log_probs(hidden.base, frozen) + delta / config.pmi_beta, dim=-1)
+            log_q = F.log_softmax(log_base + delta / config.pmi_beta, dim=-1)
     if config.beta == 0.0:
         return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
     if config.beta == 1.0:
