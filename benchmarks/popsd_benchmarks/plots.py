@@ -35,6 +35,7 @@ LOOKS = {
     "eager-16bit-logits": Look("#D55E00", "--", "eager, bf16 logits"),
     "eager-compiled": Look("#D55E00", ":", "torch.compile"),
     "trl": Look("#009E73", "-", "TRL"),
+    "trl-port-estimate": Look("#009E73", "--", "port in TRL's way (estimate)"),
     "liger-triton": Look("#CC79A7", "-", "Liger fused"),
     "liger-chunked": Look("#CC79A7", "--", "Liger chunked"),
     "liger-compiled": Look("#CC79A7", ":", "Liger chunked, compiled"),
@@ -99,7 +100,9 @@ def _accuracy(cells: Sequence[Cell], path: Path) -> None:
     for axis, (loss, dtype, found) in zip(axes, panels, strict=True):
         lines = {
             provider: [
-                (c.kl, c.errors["dhidden"]) for c in select(found, provider=provider) if c.kl and c.errors["dhidden"]
+                (c.kl, 100 * c.errors["dhidden"])
+                for c in select(found, provider=provider)
+                if c.kl and c.errors["dhidden"]
             ]
             for provider in _order(found)
         }
@@ -226,7 +229,7 @@ def _plain_ticks(axis: Any, unit: str = "") -> None:
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 200 else (1.0,), numticks=20))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}{unit}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.8f}".rstrip("0").rstrip(".") + unit))
 
 
 def _name_ends(axis: Any, ends: list[tuple[tuple[float, float], str, str, bool]]) -> None:

@@ -165,9 +165,10 @@ def as_text(rows: Rows) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def as_markdown(rows: Rows) -> str:
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    escaped = [[re.sub(r"([|<*])", r"\\\1", text) for text in row] for row in rows]
+def as_markdown(rows: Rows, left: int = 1) -> str:
+    """``left``: how many columns are text."""
+    rule = ["---" if i < left else "---:" for i in range(len(rows[0]))]
+    escaped = [[re.sub(r"([|<]|(?<!\*)\*(?!\*))", r"\\\1", text) for text in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [escaped[0], rule, *escaped[1:]])
 
 

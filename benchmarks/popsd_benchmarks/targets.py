@@ -12,6 +12,8 @@ from popsd_benchmarks.shapes import SHAPES
 
 MIB = 2**20
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+SCALED = {"cpu": "cpu", "cuda": "qwen3-1.7b"}
+"""The shapes whose sizes the scaling curves vary."""
 Measure = Callable[[Sequence[Cell]], float | None]
 
 
@@ -94,10 +96,10 @@ def workspace_gib(device: str, **case: Any) -> Measure:
 
 
 def worst_error(device: str, kind: str, **case: Any) -> Measure:
-    """Largest relative error between a true KL of 5e-4 and 2 nats; of the loss from 0.05 on, where it is not tiny."""
+    """Largest relative error between a true KL of 1e-3 and 2 nats; of the loss from 0.05 on, where it is not tiny."""
 
     def measure(cells: Sequence[Cell]) -> float | None:
-        least = 0.05 if kind == "loss" else 5e-4
+        least = 0.05 if kind == "loss" else 1e-3
         ours = select(cells, part="accuracy", provider=OURS[device], device=device, **case)
         errors = [c.errors[kind] for c in ours if kind in c.errors and c.kl is not None and least <= c.kl <= 2]
         return max(errors, default=None)
@@ -126,7 +128,7 @@ def time_growth(device: str, part: str, **case: Any) -> Measure:
 
     def measure(cells: Sequence[Cell]) -> float | None:
         curve = [cell for cell in _curve(cells, device, part, case) if cell.seconds]
-        if len(curve) < 2:
+        if not curve:
             return None
         first, last = (statistics.median(c.seconds) / getattr(c.case.shape, part) for c in (curve[0], curve[-1]))
         return last / first
@@ -139,14 +141,21 @@ def memory_growth(device: str, part: str, **case: Any) -> Measure:
 
     def measure(cells: Sequence[Cell]) -> float | None:
         curve = [cell for cell in _curve(cells, device, part, case) if cell.peak_mib is not None]
-        return _beyond_dhidden(curve[-1]) / _beyond_dhidden(curve[-2]) if len(curve) > 2 else None
+        return _beyond_dhidden(curve[-1]) / _beyond_dhidden(curve[-2]) if len(curve) > 1 else None
 
     return measure
 
 
+def never(cells: Sequence[Cell]) -> float | None:
+    """Of a target that no part measures yet."""
+    return None
+
+
 def _curve(cells: Sequence[Cell], device: str, part: str, case: dict[str, Any]) -> list[Cell]:
+    """Our points of the full curve at the plan's own sizes, smallest first."""
     found = select(cells, part=part, provider=OURS[device], device=device, **case)
-    return sorted(found, key=lambda cell: getattr(cell.case.shape, part))
+    found = [cell for cell in found if cell.case.shape.name == SCALED[device]]
+    return sorted(found, key=lambda cell: getattr(cell.case.shape, part)) if len(found) > 3 else []
 
 
 def _cell(cells: Sequence[Cell], provider: str, *, shape: str, **case: Any) -> Cell | None:
@@ -173,11 +182,11 @@ def _cpu() -> list[Target]:
         ("two distributions, frozen head: time / Liger chunked", 0.42, over_peer("cpu", "liger-chunked", **frozen)),
         ("two distributions, trainable head: time / TRL", 1.0, over_peer("cpu", "trl", **trained)),
         ("two distributions, trainable head: time / Liger chunked", 1.0, over_peer("cpu", "liger-chunked", **trained)),
-        ("float32: dH error, KL 5e-4 to 2", 2e-5, worst_error("cpu", "dhidden", dtype="float32")),
+        ("float32: dH error, KL 1e-3 to 2", 2e-5, worst_error("cpu", "dhidden", dtype="float32")),
     ]
     for loss, name in (("purified", "purified"), ("two", "two distributions")):
         best = error_over_best_peer("cpu", loss=loss, dtype="bfloat16")
-        entries.append((f"{name}, bfloat16: dH error / best peer's, any KL", 1.0, best))
+        entries.append((f"{name}, bfloat16: dH error / best peer's, any KL (2 % is a tie)", 1.02, best))
     return [*(Target("cpu", *entry) for entry in entries), *_growth("cpu")]
 
 
@@ -197,9 +206,12 @@ def _gpu() -> list[Target]:
         ]
     return [
         *found,
-        Target("cuda", "bfloat16: dH error, KL 5e-4 to 2", 6e-3, worst_error("cuda", "dhidden", dtype="bfloat16")),
+        Target("cuda", "bfloat16: dH error, KL 1e-3 to 2", 6e-3, worst_error("cuda", "dhidden", dtype="bfloat16")),
         Target("cuda", "bfloat16: loss error, KL 0.05 to 2", 2e-3, worst_error("cuda", "loss", dtype="bfloat16")),
         *_growth("cuda"),
+        Target("cuda", "purified: time at workspace_mib=1024 / at the default", 1.15, never),
+        Target("cuda", "purified: time at workspace_mib=400 / at the default", 1.5, never),
+        Target("cuda", "training step: purified / standard OPSD", 1.15, never),
     ]
 
 
