@@ -204,6 +204,8 @@ def test_names_at_line_ends_stay_apart():
     apart = plots.spread([0.5, 0.5, 0.51, 0.9], 0.06)
     assert all(b - a >= 0.06 - 1e-9 for a, b in zip(apart, apart[1:], strict=False)) and apart[-1] == 0.9
     assert sum(apart[:3]) == pytest.approx(1.51)
+    assert plots.spread([0.99, 1.0, 1.0], 0.1) == pytest.approx([0.8, 0.9, 1.0]), "within the plot"
+    assert plots.spread([0.0, 0.0], 0.1) == pytest.approx([0.0, 0.1])
 
 
 def test_the_page_says_what_was_not_measured(results, tmp_path):

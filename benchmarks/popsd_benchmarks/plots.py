@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,9 @@ from popsd_benchmarks.providers import FLOOR, OURS
 from popsd_benchmarks.tables import LOSS_NAMES, cases_of, fixed_sizes, milliseconds, setting, significant
 
 Draw = Callable[[Path], None]
+TITLE_INCHES = 0.4
 INK, FAINT = "#333333", "#999999"
+CONNECTOR = {"arrowstyle": "-", "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
 LETTERS = {"tokens": "N, tokens", "vocab": "V, vocabulary", "width": "D, hidden width"}
 
 
@@ -116,14 +118,18 @@ def _accuracy(cells: Sequence[Cell], path: Path) -> None:
 
 
 def _scaling(curves: dict[str, list[Cell]], cells: Sequence[Cell], loss: str, path: Path) -> None:
-    """Columns: what is swept. Rows: time, memory."""
-    figure, axes = _panels(2 * len(curves), len(curves), (4.9, 3.3))
+    """Columns: what is swept. Rows: time, memory. Names stand in the last column, elsewhere of whom it does not have."""
+    figure, axes = _panels(2 * len(curves), len(curves), (4.6, 3.6))
+    rows: tuple[tuple[str, Callable[[Cell], float | None]], ...] = (
+        ("time, ms", milliseconds),
+        ("peak memory above inputs, MiB", lambda cell: cell.peak_mib),
+    )
+    last = {cell.provider for cell in list(curves.values())[-1]}
+    failures = False
     for column, (part, measured) in enumerate(curves.items()):
         failed = {c.provider for c in select(cells, part=part, loss=loss) if c.status == "out of memory"}
-        rows: tuple[tuple[str, Callable[[Cell], float | None]], ...] = (
-            ("time, ms", milliseconds),
-            ("peak memory above inputs, MiB", lambda cell: cell.peak_mib),
-        )
+        failures = failures or bool(failed)
+        named = None if column == len(curves) - 1 else {cell.provider for cell in measured} - last
         for row, (label, figure_of) in enumerate(rows):
             axis = axes[row * len(curves) + column]
             lines = {
@@ -134,7 +140,7 @@ def _scaling(curves: dict[str, list[Cell]], cells: Sequence[Cell], loss: str, pa
                 ]
                 for provider in _order(measured)
             }
-            _curves(axis, lines, failed)
+            _curves(axis, lines, failed, named)
             axis.set_ylabel(label, fontsize=9)
             axis.set_xlabel(LETTERS[part], fontsize=9)
             points = sorted({getattr(cell.case.shape, part) for cell in measured})
@@ -143,13 +149,13 @@ def _scaling(curves: dict[str, list[Cell]], cells: Sequence[Cell], loss: str, pa
             if row == 0:
                 axis.set_title(fixed_sizes(measured[0].case, part), fontsize=10, loc="left", color=INK)
     case = next(iter(curves.values()))[0].case
-    _finish(figure, f"{LOSS_NAMES[loss]}, {setting(case)}: forward and backward", path)
+    crosses = "; ✕: out of memory beyond" if failures else ""
+    _finish(figure, f"{LOSS_NAMES[loss]}, {setting(case)}: forward and backward{crosses}", path)
 
 
 def _bars(cases: Sequence[tuple[Case, list[Cell]]], path: Path) -> None:
     """Rows: shapes. Columns: time and memory, the fastest on top, with a line at the bare products."""
-    longest = max(len(cells) for _, cells in cases)
-    figure, axes = _panels(2 * len(cases), 2, (5.6, 0.32 * longest + 1.1))
+    figure, axes = _panels(2 * len(cases), 2, (5.6, 0.0), [0.25 * len(cells) + 0.95 for _, cells in cases])
     for row, (case, cells) in enumerate(cases):
         time_axis, memory_axis = axes[2 * row : 2 * row + 2]
         ranked = sorted(cells, key=milliseconds, reverse=True)
@@ -190,6 +196,7 @@ def _bar_panel(axis: Any, cells: Sequence[Cell], values: Sequence[float], label:
     axis.set_xlim(0, 1.35 * max([*values, 1e-9]))
     axis.set_xlabel(label, fontsize=9)
     axis.tick_params(axis="y", length=0)
+    axis.xaxis.set_major_formatter("{x:,.10g}")
 
 
 def _order(cells: Sequence[Cell]) -> list[str]:
@@ -199,9 +206,12 @@ def _order(cells: Sequence[Cell]) -> list[str]:
 
 
 def _curves(
-    axis: Any, lines: dict[str, list[tuple[float, float]]], failed: set[str] | frozenset[str] = frozenset()
+    axis: Any,
+    lines: dict[str, list[tuple[float, float]]],
+    failed: Iterable[str] = (),
+    named: Iterable[str] | None = None,
 ) -> None:
-    """Log-log lines, each with its name at its right end, apart from one another."""
+    """Log-log lines. failed: those that end in a cross. named: those with their name at the end; None: all."""
     axis.set_xscale("log")
     axis.set_yscale("log")
     ends = []
@@ -215,8 +225,10 @@ def _curves(
             *zip(*points, strict=True), color=colour, linestyle=line, linewidth=3.0 if ours else 1.6,
             marker="o", markersize=5 if ours else 3.5,
         )  # fmt: skip
-        text = label + (", out of memory beyond" if provider in failed else "")
-        ends.append((points[-1], text, colour, ours))
+        if provider in failed:
+            axis.plot(*points[-1], color=colour, marker="X", markersize=9)
+        if named is None or provider in named:
+            ends.append((points[-1], label, colour, ours))
     axis.set_ylim(axis.get_ylim()[0] / 1.3, axis.get_ylim()[1])
     _plain_ticks(axis.yaxis)
     _name_ends(axis, ends)
@@ -242,27 +254,42 @@ def _name_ends(axis: Any, ends: list[tuple[tuple[float, float], str, str, bool]]
         axis.annotate(
             text, point, xytext=(1.03, height), textcoords="axes fraction", color=colour, fontsize=8.5, va="center",
             fontweight="bold" if ours else "normal", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3},
+            arrowprops={**CONNECTOR, "color": colour},
         )  # fmt: skip
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights moved as little as keeps neighbours ``gap`` apart: overlapping ones share their mean."""
-    groups = [[height, 1.0] for height in heights]  # centre, members
-    merged: list[list[float]] = []
-    for group in groups:
-        merged.append(group)
+    """Ascending heights moved as little as keeps neighbours ``gap`` apart and all between 0 and 1: overlapping ones share
+    their mean.
+    """
+    merged: list[tuple[float, int]] = []  # centre, members
+    for height in heights:
+        merged.append((height, 1))
         while len(merged) > 1 and merged[-1][0] - merged[-2][0] < gap * (merged[-1][1] + merged[-2][1]) / 2:
             (one, n), (two, m) = merged[-2:]
-            merged[-2:] = [[(one * n + two * m) / (n + m), n + m]]
-    return [centre + gap * (i - (n - 1) / 2) for centre, n in merged for i in range(int(n))]
+            merged[-2:] = [((one * n + two * m) / (n + m), n + m)]
+    places = [centre + gap * (i - (n - 1) / 2) for centre, n in merged for i in range(n)]
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], 1.0 - gap * (len(places) - 1 - i))
+    for i in range(len(places)):
+        places[i] = max(places[i], gap * i)
+    return places
 
 
-def _panels(number: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+def _panels(
+    number: int, columns: int, size: tuple[float, float], heights: Sequence[float] | None = None
+) -> tuple[Any, list[Any]]:
+    """size: of a panel, in inches; heights: of each row instead."""
     import matplotlib.pyplot as plt
 
-    rows = -(-number // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
+    heights = heights or [size[1]] * -(-number // columns)
+    figure, grid = plt.subplots(
+        len(heights),
+        columns,
+        figsize=(size[0] * columns, sum(heights) + TITLE_INCHES),
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
+    )
     axes = list(grid.flat)
     for axis in axes[number:]:
         axis.set_axis_off()
@@ -275,8 +302,10 @@ def _panels(number: int, columns: int, size: tuple[float, float]) -> tuple[Any, 
 def _finish(figure: Any, title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    title = textwrap.fill(title, int(10 * figure.get_figwidth()))
-    figure.suptitle(title, fontsize=12, x=0.01, ha="left", color=INK, fontweight="bold")
+    width, height = figure.get_size_inches()
+    title = textwrap.fill(title, int(10 * width))
+    style = {"fontsize": 12, "color": INK, "fontweight": "bold", "ha": "left", "va": "top"}
+    figure.suptitle(title, x=0.1 / width, y=1 - 0.1 / height, **style)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
