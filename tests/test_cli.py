@@ -131,16 +131,20 @@ def suite(monkeypatch):
 
     calls = []
     meta = {"versions": {"popsd": "0.1.0"}, "device": "Some CPU", "commit": "abc", "command": "", "date": "2026-11-24"}
-    cell = Cell(part="table", provider="popsd-torch", case=Case(loss="two", shape=SHAPES["tiny"]), seconds=[0.5])
+    case = Case(loss="two", shape=SHAPES["tiny"])
+    cell = Cell(part="table", provider="popsd-torch", case=case, seconds=[0.5])
+    absent = Cell(
+        part="table", provider="orda", case=case, status="not installed", note="No module named 'orda_kernel'"
+    )
 
     def run(parts, shapes, providers, *, quick, device, out, progress, time_budget):
         calls.append((parts, shapes, providers, quick, device, time_budget))
-        results = Results(meta, [cell])
+        results = Results(meta, [cell, absent])
         results.save(out)
         progress(1, 2, cell)
         if providers == ["trl"]:
             raise KeyboardInterrupt
-        progress(2, 2, cell)
+        progress(2, 2, absent)
         return results
 
     monkeypatch.setattr(command, "run", run)
@@ -149,6 +153,8 @@ def suite(monkeypatch):
 
 def test_bench_shows_and_writes_what_was_measured(suite, tmp_path, capsys):
     pytest.importorskip("matplotlib")
+    from popsd_benchmarks.command import PEERS
+
     assert cli.main(["bench", "--output-dir", str(tmp_path / "out")]) == 0
     assert suite == [(("table", "accuracy"), None, None, True, "cpu", 90.0)]
     written = {path.name for path in (tmp_path / "out").iterdir()}

@@ -43,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{progress.done + kept} cells are kept in {out}.", file=sys.stderr)
         raise
     print(report(results))
+    if any(cell.status == "not installed" for cell in results.cells):
+        print(f"\nThe peers that are not installed: {PEERS}")
     print(f"\n{closing(progress, kept, out)}\nWritten: {', '.join(map(str, write(results, folder)))}")
     return 0
 

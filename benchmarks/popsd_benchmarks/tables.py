@@ -40,8 +40,8 @@ def case_table(case: Case, cells: Sequence[Cell]) -> Table:
     ours = OURS.get(case.device, "popsd-torch")
     measured = sorted((c for c in cells if c.seconds), key=lambda c: (c.provider != FLOOR, milliseconds(c)))
     weight_error = any("dweight" in cell.errors for cell in measured)
-    header = ["provider", "ms", f"time / {ours} (quartiles)", "share of floor", "peak MiB", "loss error", "dH error"]
-    rows = [header + ["dW error"] * weight_error]
+    header = ["provider", "ms", f"time / {ours} (quartiles)", "share of floor", "TFLOP/s", "peak MiB"]
+    rows = [[*header, "loss error", "dH error", *["dW error"] * weight_error]]
     for cell in measured:
         errors = ["loss", "dhidden", *(["dweight"] if weight_error else [])]
         mark = "" if cell.status == "ok" else f" ({cell.status})"
@@ -51,6 +51,7 @@ def case_table(case: Case, cells: Sequence[Cell]) -> Table:
                 f"{significant(milliseconds(cell))}{mark}",
                 _ratio(cell),
                 _optional(cell.floor_share, "{:.0%}"),
+                "–" if cell.tflops is None else significant(cell.tflops),
                 _optional(cell.peak_mib, "{:,.0f}"),
                 *(_optional(cell.errors.get(name), "{:.1e}") for name in errors),
             ]
