@@ -93,6 +93,16 @@ def test_a_case_as_a_table():
     ]
 
 
+def test_a_remark_stands_once():
+    notes = ["busy", "busy; compiled", "busy"]
+    cells = [timed(name, 1.0, note=note) for name, note in zip(("popsd-torch", "eager", "trl"), notes, strict=True)]
+    assert tables.case_table(CPU, cells).notes == ["all: busy", "eager: compiled"]
+    assert tables.case_table(CPU, [*cells, timed("orda", 2.0)]).notes == [
+        "popsd-torch, eager, trl: busy",
+        "eager: compiled",
+    ]
+
+
 def test_a_trained_head_has_another_column():
     cell = timed("popsd-torch", 1.0, replace(CPU, trainable_head=True), errors={"dweight": 3e-6})
     (header, row) = tables.case_table(cell.case, [cell]).rows

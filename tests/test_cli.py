@@ -167,6 +167,7 @@ def test_bench_shows_and_writes_what_was_measured(suite, tmp_path, capsys):
         "Some CPU; commit abc",
         "2 cells",
         "results.csv",
+        PEERS,
     ):
         assert text in captured.out
 

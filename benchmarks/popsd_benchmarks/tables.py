@@ -59,7 +59,7 @@ def case_table(case: Case, cells: Sequence[Cell]) -> Table:
     return Table(
         case_title(case),
         rows,
-        [f"{cell.provider}: {cell.note}" for cell in measured if cell.note],
+        _notes(measured),
         _absent(cells),
     )
 
@@ -143,6 +143,15 @@ def _grouped(cells: Sequence[Cell], part: str | None = None) -> list[tuple[tuple
         fixed = cell.case.shape.name if part is None else fixed_sizes(cell.case, part)
         groups.setdefault((cell.case.loss, setting(cell.case), fixed), []).append(cell)
     return [((group[0].case, key[-1]), group) for key, group in groups.items()]
+
+
+def _notes(cells: Sequence[Cell]) -> list[str]:
+    """Each remark once, with whom it concerns."""
+    remarks: dict[str, list[str]] = {}
+    for cell in cells:
+        for remark in filter(None, cell.note.split("; ")):
+            remarks.setdefault(remark, []).append(cell.provider)
+    return [f"{'all' if len(names) == len(cells) else ', '.join(names)}: {text}" for text, names in remarks.items()]
 
 
 def _absent(cells: Sequence[Cell]) -> list[str]:
