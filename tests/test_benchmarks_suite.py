@@ -76,6 +76,14 @@ def test_a_wrong_answer_says_so_beside_its_speed():
     assert ungated.status == "ok" and ungated.errors["dhidden"] > 1e-2
 
 
+@pytest.mark.parametrize(("busy", "noted"), [(1e6, True), (0.0, False)])
+def test_a_loaded_machine_is_noted(busy, noted, monkeypatch):
+    clock = iter([(0.0, 0.0, 0.0), (100.0, 50.0 + busy, 50.0)])
+    monkeypatch.setattr("popsd_benchmarks.measure._Others._now", lambda self: next(clock, (100.0, 50.0 + busy, 50.0)))
+    for cell in measure("table", CASE, [OURS, FLOOR], FAST):
+        assert ("other processes took" in cell.note) is noted
+
+
 def test_full_logits_are_not_tried_where_they_cannot_fit(monkeypatch):
     monkeypatch.setattr("popsd_benchmarks.measure._memory_of_machine", lambda: 2**20)
     ours, eager = measure("table", CASE, [OURS, PROVIDERS["eager"]], FAST)

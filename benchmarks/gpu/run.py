@@ -74,7 +74,7 @@ def line(cell: Cell) -> str:
     if cell.ratios:
         figures.append(f"{statistics.median(cell.ratios):.2f} x popsd")
     if cell.floor_share is not None:
-        figures.append(f"{cell.floor_share:.0%} of floor, {cell.tflops:.0f} TFLOP/s")
+        figures.append(f"{cell.floor_share:.0%} of floor, {cell.tflops:.3g} TFLOP/s")
     if cell.peak_mib is not None:
         figures.append(f"{cell.peak_mib:.0f} MiB")
     figures += [f"{name} {error:.1e}" for name, error in cell.errors.items()]

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,9 @@ from popsd_benchmarks.providers import FLOOR, OURS, Provider, Step
 T = TypeVar("T")
 
 JUDGED_ROWS = 64
+QUIET = 0.1
+"""Share of the machine that others may take before the cells say so: with as many threads as cores, one that waits holds
+up all, and a step on two cores took ten times as long beside two busy processes."""
 CPU_MEMORY_SHARE = 0.7
 """Of the machine's memory, above which full logits are not tried on a CPU."""
 
@@ -63,8 +67,12 @@ def measure(
     for runner in runners:
         _first_step(runner, problem, judge, effort)
     if effort.rounds:
+        others = _Others()
         _time_rounds(runners, problem, effort)
         _compare(runners, case)
+        for runner in runners:
+            if runner.cell.seconds and others.share > QUIET:
+                _note(runner.cell, f"other processes took {others.share:.0%} of the machine meanwhile")
     for runner in runners:
         if wanted is not None and runner.provider.name not in wanted:
             continue
@@ -189,6 +197,27 @@ class _Catch:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return True
+
+
+class _Others:
+    """Share of the machine's processor time that other processes took since this was made; 0 where /proc does not tell."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    @property
+    def share(self) -> float:
+        wall, busy, own = (now - then for now, then in zip(self._now(), self.start, strict=True))
+        return max(busy - own, 0.0) / (wall * (os.cpu_count() or 1))
+
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds: of the clock, of all processors at work, of this process."""
+        try:
+            user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+            busy = (user + nice + system) / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError):
+            busy = 0.0
+        return time.perf_counter(), busy, time.process_time()
 
 
 def _note(cell: Cell, text: str) -> None:
