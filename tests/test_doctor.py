@@ -1,4 +1,5 @@
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,3 +78,22 @@ def test_a_default_workspace_that_does_not_fit_is_a_problem():
     tight = doctor.workspace("cuda:0", 1000.0, 8000.0, 2048.0)
     assert tight.problem and "workspace_mib=500" in tight.value
     assert not doctor.workspace("mps", NAN, NAN, 2048.0).problem
+
+
+def test_a_gpu_is_described_and_what_fails_on_it_reported(monkeypatch):
+    """A GPU that torch announces and cannot use: everything but the check stands."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there is a real one")
+    found = SimpleNamespace(name="NVIDIA H200", multi_processor_count=132, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000 * doctor.MIB, 141000 * doctor.MIB))
+    lines = doctor.examine()
+    found = values(lines)
+    assert found["cuda:0"] == "NVIDIA H200, 132 multiprocessors, capability 9.0, launch table sm_90"
+    assert found["cuda:0 impl=auto"] == "triton: a GPU, and Triton is installed"
+    assert found["cuda:0 workspace"].startswith("default 2048 MiB per call; 1000 of 141000 MiB available: pass")
+    assert {"cuda:0 workspace", "cuda:0 check"} <= {line.name for line in lines if line.problem}
