@@ -81,7 +81,7 @@ def test_a_case_as_a_table():
     table = tables.case_table(CPU, the_table())
     assert table.title.endswith("frozen head, float32: cpu, N = 512, V = 32,768, D = 512")
     assert table.rows[1:] == [
-        ["products (floor)", "800", "0.80 (0.80–0.80)", "100%", "0.09", "–", "–", "–"],
+        ["products (floor)", "800", "0.80 (0.80–0.80)", "100%", "0.0859", "–", "–", "–"],
         ["popsd-torch", "1,000", "1.00", "80%", "–", "120", "1.0e-06", "2.0e-06"],
         ["eager-compiled", "3,000 (inaccurate)", "3.00 (3.00–3.00)", "27%", "–", "–", "1.0e-06", "4.0e-02"],
         ["eager", "4,000", "4.00 (4.00–4.00)", "20%", "–", "970", "1.0e-06", "3.0e-06"],

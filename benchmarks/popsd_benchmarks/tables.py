@@ -51,7 +51,7 @@ def case_table(case: Case, cells: Sequence[Cell]) -> Table:
                 f"{significant(milliseconds(cell))}{mark}",
                 _ratio(cell),
                 _optional(cell.floor_share, "{:.0%}"),
-                "–" if cell.tflops is None else significant(cell.tflops),
+                _optional(cell.tflops, "{:.3g}"),
                 _optional(cell.peak_mib, "{:,.0f}"),
                 *(_optional(cell.errors.get(name), "{:.1e}") for name in errors),
             ]
