@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
 endif
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench report clean
 
 demo: $(VENV)/.installed
 	$(BIN)/popsd demo $(ARGS)
@@ -31,7 +31,11 @@ lint: $(VENV)/.installed
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/cpu_torch.py $(ARGS)
+	$(BIN)/python -m pytest benchmarks/test_speed.py --benchmark-autosave \
+	    --benchmark-columns=min,median,iqr,rounds $(ARGS)
+
+report: $(VENV)/.installed
+	$(BIN)/python -m popsd_benchmarks.report benchmarks/results/*.json --output benchmarks/RESULTS.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
@@ -53,5 +57,5 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	    $(PYTHON) -c '$(PATHS)' > "$$($(BIN)/python -c '$(PURELIB)')/present.pth"; \
 	    awk -F== '!seen[$$1]++' <($(PYTHON) -c '$(PINS)') $(CONSTRAINTS) > $(VENV)/constraints.txt; \
 	else cp $(CONSTRAINTS) $(VENV)/constraints.txt; fi
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[triton,trl,plots,test]'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[triton,trl,bench,test]'
 	@touch $@

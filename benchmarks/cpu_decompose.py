@@ -12,15 +12,19 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_torch import CONFIG, Streams, make_streams, time_rounds, versions
 
 import popsd
 from popsd import oracle
 from popsd.testing import relative_l2
+from popsd_benchmarks.cells import Case, Shape
+from popsd_benchmarks.measure import in_turns
+from popsd_benchmarks.problems import Problem, make_problem
+from popsd_benchmarks.provenance import describe
 
 TARGETS = {"decompose=True": 1.3, "decompose='gram'": 1.05}
 WAYS: dict[str, dict[str, Any]] = {
@@ -33,21 +37,22 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(streams: Streams, **options: Any) -> None:
-    streams.hidden.student.grad = None
-    options = {"config": CONFIG} | options
-    popsd.linear_purified_jsd(streams.hidden, streams.head, reduction="sum", impl="torch", **options).loss.backward()
+def run(problem: Problem, **options: Any) -> None:
+    problem.clear()
+    options = {"config": problem.config} | options
+    popsd.linear_purified_jsd(problem.hidden, problem.head, reduction="sum", impl="torch", **options).loss.backward()
 
 
-def errors(streams: Streams, rows: int = 32) -> dict[str, dict[str, float]]:
+def errors(problem: Problem, rows: int = 32) -> dict[str, dict[str, float]]:
     """Largest relative error over the fields of a family, by method and by the share that separates the streams."""
-    base, found = streams.hidden.base[:rows], {}
+    assert problem.hidden.base is not None
+    base, found = problem.hidden.base[:rows], {}
     for spread in (0.001, 0.1, 1.0):
         apart = [base + spread * base.std() * torch.randn_like(base) for _ in range(3)]
         hidden = popsd.HiddenStates(apart[0], None, apart[1], apart[2])
-        truth = oracle.decompose(*(oracle.head_logits(x, streams.head) for x in apart), CONFIG)
+        truth = oracle.decompose(*(oracle.head_logits(x, problem.head) for x in apart), problem.config)
         for method in ("logits", "gram"):
-            parts = popsd.decompose(hidden, streams.head, config=CONFIG, method=method)
+            parts = popsd.decompose(hidden, problem.head, config=problem.config, method=method)
             worst: dict[str, float] = {}
             for name, value in parts._asdict().items():
                 if value is not None:
@@ -68,13 +73,19 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    streams = make_streams(options.n, options.vocab, options.width)
-    print(f"N={options.n} V={options.vocab} D={options.width} float32, {versions()}\n\nrelative error, worst field:")
-    found = errors(streams)
+    shape = Shape(name="decompose", tokens=options.n, vocab=options.vocab, width=options.width)
+    problem, meta = make_problem(Case(loss="purified", shape=shape)), describe("cpu")
+    print(f"N={options.n} V={options.vocab} D={options.width} float32, {meta}\n\nrelative error, worst field:")
+    found = errors(problem)
     for case, families in found.items():
         print(f"  {case:14}" + "".join(f"  {family} {error:.1e}" for family, error in families.items()))
-    runs = {name: lambda way=way: run(streams, **way) for name, way in WAYS.items()}
-    seconds = time_rounds(runs, streams.hidden.student, options.repeats)
+    runs = {name: lambda way=way: run(problem, **way) for name, way in WAYS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for i, name in in_turns(list(runs), options.repeats):
+        start = time.perf_counter()
+        runs[name]()
+        if i:
+            seconds[name].append(time.perf_counter() - start)
     rows = {}
     print("\nof the plain loss, median of rounds (range):")
     for name in list(WAYS)[1:]:
@@ -84,7 +95,7 @@ def main() -> int:
         verdict = "" if most is None else f"  <= {most} {'met' if ratio <= most else 'MISSED'}"
         print(f"  {name:18} {ratio:.3f} ({min(ratios):.3f}-{max(ratios):.3f}){verdict}")
     if options.json:
-        content = {"versions": versions(), "shape": [options.n, options.vocab, options.width]}
+        content = {"meta": meta, "shape": [options.n, options.vocab, options.width]}
         options.json.write_text(json.dumps(content | {"errors": found, "ratios": rows}, indent=1) + "\n")
     return 0
 

@@ -13,15 +13,18 @@ ROOMS = {
     "popsd": ROOT / "popsd",
     "popsd_kernels": ROOT / "kernels" / "popsd_kernels",
     "popsd_integrations": ROOT / "integrations" / "popsd_integrations",
+    "popsd_benchmarks": ROOT / "benchmarks" / "popsd_benchmarks",
 }
 MAY_IMPORT = {
     "popsd_kernels": {"popsd_kernels", "torch", "triton"},
     "popsd": {"popsd", "popsd_kernels", "torch", "numpy"},
 }
-"""Beside the standard library. Integrations may import anything but what nothing may import."""
+"""Beside the standard library. Integrations and benchmarks may import anything but what nothing may import."""
 MAY_NOT_BE_IMPORTED = {"benchmarks", "tests", "conftest"}
+BENCHMARKS, DOOR = "popsd_benchmarks", "popsd_integrations.cli"
+"""Nothing of ours imports the benchmarks but themselves, and the door of the command line when it is walked through."""
 OPTIONAL = ("triton", "transformers", "trl", "peft", "accelerate", "datasets", "matplotlib")
-TAKEN_NAMES = {"kernels", "torch", "numpy", *OPTIONAL}
+TAKEN_NAMES = {"kernels", "torch", "numpy", "psutil", "pytest_benchmark", "liger_kernel", "orda_kernel", *OPTIONAL}
 MAX_FILE_LINES, MAX_KERNEL_LINES, MAX_KERNEL_ARGUMENTS = 400, 80, 20
 
 
@@ -36,7 +39,7 @@ def module_name(path, room):
 
 
 def room_modules():
-    """{(module, is_package): source} of the three packages."""
+    """{(module, is_package): source} of our packages."""
     return {
         (module_name(path, room), path.name == "__init__.py"): path.read_text()
         for room, folder in ROOMS.items()
@@ -59,10 +62,20 @@ def imported_names(source, module="", is_package=False):
     return names
 
 
+def without_functions(source):
+    """What runs when a module is imported, as long as it calls nothing."""
+    return "\n".join(ast.unparse(node) for node in ast.parse(source).body if not isinstance(node, ast.FunctionDef))
+
+
 def forbidden_imports(source, module, is_package=False):
-    roots = {name.split(".")[0] for name in imported_names(source, module, is_package)} - sys.stdlib_module_names
-    allowed = MAY_IMPORT.get(module.split(".")[0])
-    return (roots & MAY_NOT_BE_IMPORTED) | (set() if allowed is None else roots - allowed)
+    def roots(source):
+        return {name.split(".")[0] for name in imported_names(source, module, is_package)} - sys.stdlib_module_names
+
+    room, found = module.split(".")[0], roots(source)
+    forbidden = found & MAY_NOT_BE_IMPORTED
+    if room != BENCHMARKS:
+        forbidden |= roots(without_functions(source) if module == DOOR else source) & {BENCHMARKS}
+    return forbidden | (found - MAY_IMPORT[room] if room in MAY_IMPORT else set())
 
 
 def import_graph(modules):
@@ -120,6 +133,12 @@ def test_import_arrows(room):
         ("popsd_kernels.x", "import torch, triton.language as tl", set()),
         ("popsd_integrations.x", "import trl, popsd", set()),
         ("popsd_integrations.x", "from benchmarks import cpu_torch", {"benchmarks"}),
+        ("popsd_integrations.x", "def f():\n    from popsd_benchmarks import command", {"popsd_benchmarks"}),
+        ("popsd_integrations.cli", "if True:\n    from popsd_benchmarks import command", {"popsd_benchmarks"}),
+        ("popsd_integrations.cli", "def f():\n    from popsd_benchmarks import command", set()),
+        ("popsd.x", "def f():\n    from popsd_benchmarks import command", {"popsd_benchmarks"}),
+        ("popsd_benchmarks.x", "import trl, popsd_kernels, popsd_integrations.heads\nfrom . import cells", set()),
+        ("popsd_benchmarks.x", "from tests import kernel_helpers", {"tests"}),
     ],
 )
 def test_import_arrows_bite(module, source, found):
@@ -165,8 +184,9 @@ def test_hiding_is_found():
 
 
 def test_namespace_folders():
-    """Hugging Face's `kernels` must win over ours, so ours is no regular package; likewise `integrations`."""
-    assert not [folder for folder in ("kernels", "integrations") if (ROOT / folder / "__init__.py").exists()]
+    """Hugging Face's `kernels` must win over ours, so ours is no regular package; nor are its neighbours."""
+    folders = ("kernels", "integrations", "benchmarks")
+    assert not [folder for folder in folders if (ROOT / folder / "__init__.py").exists()]
 
 
 BLOCKED_RUN = f"""

@@ -120,3 +120,123 @@ def test_no_or_an_unknown_command_shows_the_usage(arguments, capsys):
         cli.main(arguments)
     assert stopped.value.code == 2
     assert "usage: popsd" in capsys.readouterr().err
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    """The measurement, replaced by one finished cell; returns what it was called with, and may be told to fail."""
+    from popsd_benchmarks import command
+    from popsd_benchmarks.cells import Case, Cell, Results
+    from popsd_benchmarks.shapes import SHAPES
+
+    calls = []
+    meta = {"versions": {"popsd": "0.1.0"}, "device": "Some CPU", "commit": "abc", "command": "", "date": "2026-11-24"}
+    case = Case(loss="two", shape=SHAPES["tiny"])
+    cell = Cell(part="table", provider="popsd-torch", case=case, seconds=[0.5])
+    absent = Cell(
+        part="table", provider="orda", case=case, status="not installed", note="No module named 'orda_kernel'"
+    )
+
+    def run(parts, shapes, providers, *, quick, device, out, progress, time_budget):
+        calls.append((parts, shapes, providers, quick, device, time_budget))
+        results = Results(meta, [cell, absent])
+        results.save(out)
+        progress(1, 2, cell)
+        if providers == ["trl"]:
+            raise KeyboardInterrupt
+        progress(2, 2, absent)
+        return results
+
+    monkeypatch.setattr(command, "run", run)
+    return calls
+
+
+def test_bench_shows_and_writes_what_was_measured(suite, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from popsd_benchmarks.command import PEERS
+
+    assert cli.main(["bench", "--output-dir", str(tmp_path / "out")]) == 0
+    assert suite == [(("table", "accuracy"), None, None, True, "cpu", 90.0)]
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"results.json", "results.csv", "table-two-frozen-float32.png"}
+    captured = capsys.readouterr()
+    assert "[1/2, 0 s] table: two, frozen head, float32: popsd-torch 500 ms" in captured.err
+    for text in (
+        "generalised JSD, two distributions",
+        "popsd-torch  500",
+        "Some CPU; commit abc",
+        "2 cells",
+        "results.csv",
+        PEERS,
+    ):
+        assert text in captured.out
+
+
+def test_bench_passes_its_options_on(suite, tmp_path):
+    arguments = [
+        "--full",
+        "--gpu",
+        "--shapes",
+        "tiny",
+        "qwen3-8b",
+        "--providers",
+        "orda",
+        "--output-dir",
+        str(tmp_path),
+    ]
+    assert cli.main(["bench", *arguments]) == 0
+    assert cli.main(["bench", "--parts", "vocab", "--output-dir", str(tmp_path / "other")]) == 0
+    full, parts = suite
+    assert full[1:] == (["tiny", "qwen3-8b"], ["orda"], False, "cuda", None) and {"tokens", "profile"} <= set(full[0])
+    assert parts[0] == ["vocab"]
+
+
+def test_bench_without_matplotlib_skips_the_plots_and_says_so(suite, tmp_path, monkeypatch, capsys):
+    without(monkeypatch, "matplotlib")
+    assert cli.main(["bench", "--output-dir", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.csv"}
+    assert "No plots: matplotlib is missing (pip install 'popsd[bench]')" in capsys.readouterr().out
+
+
+def test_an_interrupted_bench_keeps_what_it_has(suite, tmp_path, capsys):
+    assert cli.main(["bench", "--providers", "trl", "--output-dir", str(tmp_path)]) == 130
+    printed = capsys.readouterr().err
+    assert f"1 cells are kept in {tmp_path / 'results.json'}" in printed and "the same command resumes" in printed
+    assert (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "valid"), [("--providers", "liger-chunked"), ("--shapes", "gemma-2-2b"), ("--parts", "accuracy")]
+)
+def test_bench_lists_the_valid_names_for_an_unknown_one(suite, tmp_path, capsys, option, valid):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", option, "nonsense", "--output-dir", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert "'nonsense'" in printed and valid in printed
+    assert suite == [] and not (tmp_path / "out").exists()
+
+
+def test_bench_refuses_a_gpu_that_is_not_there(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert cli.main(["bench", "--gpu", "--output-dir", str(tmp_path)]) == 2
+    assert "expected 'cpu' on this machine; got 'cuda'" in capsys.readouterr().err
+
+
+def test_bench_measures(tmp_path, capsys):
+    """End to end, at the smallest shape; a second time it has nothing to do."""
+    arguments = ["bench", "--parts", "accuracy", "--shapes", "tiny", "--providers", "eager", "--output-dir"]
+    arguments.append(str(tmp_path))
+    assert cli.main(arguments) == 0
+    assert "eager" in capsys.readouterr().out
+    assert cli.main(arguments) == 0
+    assert "Nothing to do" in capsys.readouterr().out
+
+
+def test_a_stranger_to_a_command_without_a_parser_of_its_own_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["doctor", "--gpu"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --gpu" in capsys.readouterr().err

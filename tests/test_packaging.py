@@ -15,6 +15,7 @@ SOURCES = {
     "popsd": ROOT / "popsd",
     "popsd_kernels": ROOT / "kernels" / "popsd_kernels",
     "popsd_integrations": ROOT / "integrations" / "popsd_integrations",
+    "popsd_benchmarks": ROOT / "benchmarks" / "popsd_benchmarks",
 }
 
 # What transformers and TRL do with it: find it, read its version, import names from it, call them as decorators.
@@ -136,6 +137,13 @@ def test_wheel_holds_our_packages_alone(wheel):
 
 
 def test_wheel_imports(installed_wheel, tmp_path):
-    found = "import popsd, popsd_kernels, popsd_integrations as i; print(popsd.__file__, popsd_kernels.__file__, i.__file__)"
+    found = f"import {', '.join(SOURCES)}; print({', '.join(f'{package}.__file__' for package in SOURCES)})"
     for file in run([sys.executable, "-c", found], tmp_path, [installed_wheel]).split():
         assert Path(file).is_relative_to(installed_wheel)
+
+
+def test_the_command_runs_from_the_wheel(installed_wheel, tmp_path):
+    """Every sub-command that a wheel of popsd alone can answer for: `bench` is in it, not in the repository only."""
+    for arguments in (["--help"], ["bench", "--help"]):
+        out = run([sys.executable, "-m", "popsd_integrations.cli", *arguments], tmp_path, [installed_wheel])
+        assert "usage: popsd" in out

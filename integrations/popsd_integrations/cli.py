@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 on bad input or a missing extra."""
+    """Run the command line; returns the exit status: 0, 1 where `doctor` found a problem, 2 on bad input or a missing extra."""
     parser = argparse.ArgumentParser(prog="popsd", description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands.add_parser("demo", help="watch OPSD destroy a small reasoner and the purified loss keep it"))
@@ -19,8 +19,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train", help="train a model on your data with TRL; see popsd train --help", add_help=False
     )
     train.set_defaults(run=_train)
+    bench = commands.add_parser(
+        "bench", help="time, memory and accuracy beside the peers; see popsd bench --help", add_help=False
+    )
+    bench.set_defaults(run=_bench)
+    doctor = commands.add_parser("doctor", help="what is installed, who would compute, and whether it is right")
+    doctor.set_defaults(run=_doctor)
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.run is not _train:
+    if rest and options.run not in (_train, _bench):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     try:
@@ -86,6 +92,18 @@ def _train(options: argparse.Namespace) -> int:
     from popsd_integrations import train_command
 
     return train_command.main(options.rest)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from popsd_benchmarks import command
+
+    return command.main(options.rest)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from popsd_integrations import doctor
+
+    return doctor.run()
 
 
 def _add_diagnose(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,120 @@
+"""Loss and gradients of a provider against float64 on the very same inputs, and how wrong is too wrong for a speed figure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from popsd import Head, HiddenStates, PurifiedConfig, oracle
+from popsd.testing import relative_l2, true_jsd, true_purified
+from popsd_benchmarks.problems import Problem
+from popsd_benchmarks.providers import Provider
+
+LOSS = {"float32": 2e-5, "bfloat16": 2e-3}
+GRADIENT = {"float32": 2e-5, "bfloat16": 6e-3}
+"""Largest relative L2 errors. Rounding a right gradient to bfloat16 costs 2e-3; float32 logits near 20 round at 1e-6, and
+what is left of them where student and target agree within a percent is 2e-5."""
+LOSS_FLOOR = 1e-6
+"""Nats per token that a loss may be off whatever its size."""
+
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
+"""Float64 entries per [rows, V] tensor of the oracle, which holds some twenty."""
+
+
+class Exact(NamedTuple):
+    """Per-token loss and d Σ loss, at the judged rows. kl: mean KL(target ‖ student) in nats."""
+
+    loss: torch.Tensor
+    dhidden: torch.Tensor
+    dweight: torch.Tensor
+    kl: float
+
+
+@dataclass(frozen=True)
+class Judge:
+    """rows: how many tokens to look at, spread evenly; None, or a trained head, whose dW needs them all: every token."""
+
+    problem: Problem
+    rows: int | None = None
+    known: dict[bool, Exact] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        tokens = self.problem.case.shape.tokens
+        return self.rows is None or self.rows >= tokens or self.problem.case.trainable_head
+
+    @property
+    def index(self) -> torch.Tensor:
+        shape, device = self.problem.case.shape, self.problem.head.weight.device
+        if self.complete or self.rows is None:
+            return torch.arange(shape.tokens, device=device)
+        return torch.linspace(0, shape.tokens - 1, self.rows, device=device).long()
+
+    def exact(self, drops_padding: bool) -> Exact:
+        """The oracle's answer, with or without the head's padding rows in the softmax."""
+        drops_padding = drops_padding or self.problem.config.vocab_size is None
+        if drops_padding not in self.known:
+            self.known[drops_padding] = self._exact(drops_padding)
+        return self.known[drops_padding]
+
+    def _exact(self, drops_padding: bool) -> Exact:
+        problem, index = self.problem, self.index
+        shape, device = problem.case.shape, problem.case.device
+        config = problem.config if drops_padding else replace(problem.config, vocab_size=None)
+        heads, dweight = (problem.head, problem.head), torch.zeros(0)
+        parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        for rows in index.split(max(1, CHUNK_ELEMENTS[device] // shape.vocab)):
+            taken: Any = (None if x is None else x.detach()[rows] for x in problem.hidden)
+            hidden = HiddenStates(*taken)
+            ones = torch.ones(len(rows), device=device)
+            if problem.case.loss == "purified":
+                truth = true_purified(hidden, heads, config, ones)
+            else:
+                truth = true_jsd(hidden.student, hidden.teacher, heads, config, ones)
+            dweight = truth.dweight if not parts else dweight.add_(truth.dweight)
+            parts.append((truth.loss, truth.dhidden, _forward_kl(hidden, problem.head, config)))
+        loss, dhidden, kl = (torch.cat(x) for x in zip(*parts, strict=True))
+        return Exact(loss, dhidden, dweight, float(kl.mean()))
+
+    def errors(self, provider: Provider, loss: torch.Tensor) -> dict[str, float]:
+        """Relative L2 of what the provider left in the leaves, and of its loss where it can be compared."""
+        problem, exact = self.problem, self.exact(provider.drops_padding)
+        tokens = problem.case.shape.tokens
+        scale, found = tokens if provider.mean else 1, {}
+        if loss.ndim:
+            found["loss"] = _error(loss[self.index], exact.loss)
+        elif self.complete:
+            found["loss"] = _error(loss.reshape(1).double() * scale, exact.loss.sum().reshape(1))
+        gradient = problem.hidden.student.grad
+        found["dhidden"] = (
+            math.inf if gradient is None else _error(gradient[self.index].double() * scale, exact.dhidden)
+        )
+        if problem.case.trainable_head:
+            gradient = problem.head.weight.grad
+            found["dweight"] = math.inf if gradient is None else _error(gradient.double() * scale, exact.dweight)
+        return found
+
+    def complaint(self, provider: Provider, errors: dict[str, float]) -> str | None:
+        """Which bound was broken, or None."""
+        dtype, exact = self.problem.case.dtype, self.exact(provider.drops_padding)
+        floor = LOSS_FLOOR / max(float(exact.loss.mean().abs()), 1e-300)
+        bounds = {"loss": LOSS[dtype] + floor, "dhidden": GRADIENT[dtype], "dweight": GRADIENT[dtype]}
+        broken = [f"{k} off by {x:.1e}, at most {bounds[k]:.1e}" for k, x in errors.items() if not x <= bounds[k]]
+        return "; ".join(broken) or None
+
+
+def _error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    return relative_l2(value, expected) if bool(torch.isfinite(value).all()) else math.inf
+
+
+@torch.no_grad()
+def _forward_kl(hidden: HiddenStates, head: Head, config: PurifiedConfig) -> torch.Tensor:
+    student, base, teacher, reference = (None if x is None else oracle.head_logits(x, head) for x in hidden)
+    config = replace(config, beta=0.0)
+    assert student is not None and teacher is not None
+    if base is None or reference is None:
+        return oracle.jsd(student, teacher, config)
+    return oracle.purified_jsd(student, base, teacher, reference, config)

@@ -1,0 +1,119 @@
+"""``popsd bench``: popsd beside its peers on this machine, as a table, JSON, CSV and plots."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from popsd_benchmarks import plots, tables
+from popsd_benchmarks.cells import Cell, Results, load
+from popsd_benchmarks.providers import PROVIDERS
+from popsd_benchmarks.shapes import SHAPES
+from popsd_benchmarks.suite import PARTS, run
+
+QUICK_PARTS = ("table", "accuracy")
+QUICK_SECONDS = 90.0
+"""After which a quick run starts no other case: it promises two minutes."""
+PEERS = "pip install liger-kernel orda-kernel trl"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print and write; returns the exit status. Raises ValueError on bad input."""
+    options = _parser().parse_args(arguments)
+    folder: Path = options.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / "results.json"
+    kept = len(load(out).cells) if out.exists() else 0
+    progress = Progress()
+    try:
+        results = run(
+            options.parts or (PARTS if options.full else QUICK_PARTS),
+            options.shapes,
+            options.providers,
+            quick=not options.full,
+            device="cuda" if options.gpu else "cpu",
+            out=out,
+            progress=progress,
+            time_budget=None if options.full else QUICK_SECONDS,
+        )
+    except KeyboardInterrupt:
+        print(f"{progress.done + kept} cells are kept in {out}.", file=sys.stderr)
+        raise
+    print(report(results))
+    if any(cell.status == "not installed" for cell in results.cells):
+        print(f"\nThe peers that are not installed: {PEERS}")
+    print(f"\n{closing(progress, kept, out)}\nWritten: {', '.join(map(str, write(results, folder)))}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="popsd bench",
+        description="Time, peak memory and gradient accuracy of popsd beside eager PyTorch, torch.compile, TRL, Liger and "
+        f"orda-kernel, each round by round in one process. The peers: {PEERS}.",
+    )
+    parser.add_argument("--gpu", action="store_true", help="measure on the GPU (default: the CPU)")
+    parser.add_argument(
+        "--full", action="store_true", help="every part, more rounds, the scaling curves: half an hour or more"
+    )
+    for name, valid in (("providers", PROVIDERS), ("shapes", SHAPES), ("parts", PARTS)):
+        shown = f"some of {', '.join(valid)}"
+        parser.add_argument(f"--{name}", nargs="+", choices=list(valid), metavar=name[:-1].upper(), help=shown)
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/bench"), help="where results go (%(default)s)")
+    return parser
+
+
+class Progress:
+    """One line per finished cell on the error stream, which leaves the table alone on the other."""
+
+    def __init__(self) -> None:
+        self.done = self.planned = 0
+        self.start = time.perf_counter()
+
+    def __call__(self, done: int, planned: int, cell: Cell) -> None:
+        self.done, self.planned = done, planned
+        figure = f"{tables.significant(tables.milliseconds(cell))} ms" if cell.seconds else ""
+        if not figure and "dhidden" in cell.errors:
+            figure = f"dH error {cell.errors['dhidden']:.1e}"
+        status = "" if cell.status == "ok" else cell.status
+        where = f"{cell.part}: {cell.case.loss}, {tables.setting(cell.case)}"
+        elapsed = time.perf_counter() - self.start
+        line = f"[{done}/{planned}, {elapsed:.0f} s] {where}: {cell.provider} {figure} {status}"
+        print(line.rstrip(), file=sys.stderr, flush=True)
+
+
+def report(results: Results) -> str:
+    """Every part as text for the terminal."""
+    blocks = []
+    for table in tables.all_tables(results.cells):
+        notes = [*(f"  * {note}" for note in table.notes), *(f"  - {absent}" for absent in table.absent)]
+        blocks.append("\n".join([table.title, tables.as_text(table.rows), *notes]))
+    meta = results.meta
+    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+    return "\n\n".join(["", *blocks, f"{meta['device']}; commit {meta['commit']}; {versions}"])
+
+
+def write(results: Results, folder: Path) -> list[Path]:
+    """results.csv and, where matplotlib is there, the plots, beside results.json."""
+    table = folder / "results.csv"
+    tables.write_csv(results.cells, table)
+    try:
+        drawn = plots.draw(results, folder)
+    except ImportError:
+        print("No plots: matplotlib is missing (pip install 'popsd[bench]').")
+        drawn = []
+    return [folder / "results.json", table, *drawn]
+
+
+def closing(progress: Progress, kept: int, out: Path) -> str:
+    """What this run did, and what is left."""
+    if progress.done < progress.planned:
+        left = progress.planned - progress.done
+        return f"Stopped after {QUICK_SECONDS:.0f} s with {left} cells to go: the same command resumes."
+    if not progress.done:
+        return f"Nothing to do: {out} has all {kept} cells. Delete it, or name another --output-dir, to measure again."
+    earlier = f", {kept} kept from earlier" if kept else ""
+    return f"{progress.done} cells in {time.perf_counter() - progress.start:.0f} s{earlier}."

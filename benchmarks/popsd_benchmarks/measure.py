@@ -1,0 +1,228 @@
+"""One case, several providers: each in turn, round by round in one process, so that other load hits all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from popsd_benchmarks import memory
+from popsd_benchmarks.accuracy import Judge
+from popsd_benchmarks.cells import Case, Cell
+from popsd_benchmarks.problems import Problem, make_problem, operations
+from popsd_benchmarks.providers import FLOOR, OURS, Provider, Step
+
+T = TypeVar("T")
+
+JUDGED_ROWS = 64
+QUIET = 0.1
+"""Share of the machine that others may take before the cells say so: with as many threads as cores, one that waits holds
+up all, and a step on two cores took ten times as long beside two busy processes."""
+CPU_MEMORY_SHARE = 0.7
+"""Of the machine's memory, above which full logits are not tried on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much to spend on a case.
+
+    rounds: timed ones, after one that is dropped; 0: accuracy alone. seconds: when no other round starts, once there are
+    three. peak: measure memory too. gate: withhold "ok" from what breaks the bounds of accuracy. compilers: also what
+    torch.compile compiles, which costs half a minute a case. judged_rows: see `Judge`.
+    """
+
+    rounds: int
+    seconds: float = 60.0
+    peak: bool = True
+    gate: bool = True
+    compilers: bool = True
+    judged_rows: int | None = None
+
+
+@dataclass
+class _Runner:
+    provider: Provider
+    cell: Cell
+    step: Step | None = None
+
+
+def measure(
+    part: str, case: Case, providers: Sequence[Provider], effort: Effort, wanted: Collection[str] | None = None
+) -> Iterator[Cell]:
+    """A finished cell per provider whose name is ``wanted`` (None: every one), in order; the others only run beside them.
+
+    What a provider raises becomes its cell's status; the others go on.
+    """
+    torch.compiler.reset()  # compiled code of earlier cases would count against this one's limit of recompilations
+    problem = make_problem(case)
+    judge = Judge(problem, effort.judged_rows)
+    runners = [_Runner(provider, Cell(part=part, provider=provider.name, case=case)) for provider in providers]
+    for runner in runners:
+        _first_step(runner, problem, judge, effort)
+    if effort.rounds:
+        others = _Others()
+        _time_rounds(runners, problem, effort)
+        _compare(runners, case)
+        for runner in runners:
+            if runner.cell.seconds and others.share > QUIET:
+                _note(runner.cell, f"other processes took {others.share:.0%} of the machine meanwhile")
+    for runner in runners:
+        if wanted is not None and runner.provider.name not in wanted:
+            continue
+        if effort.peak and case.device == "cpu" and runner.step is not None and runner.provider.computes_loss:
+            try:
+                runner.cell.peak_mib = memory.peak_on_cpu(runner.provider, case)
+            except RuntimeError as error:
+                _note(runner.cell, f"peak memory not measured: {error}")
+        yield runner.cell
+
+
+def _first_step(runner: _Runner, problem: Problem, judge: Judge, effort: Effort) -> None:
+    """Everything but time: whether it can, compilation, accuracy, and peak memory on a GPU."""
+    provider, cell, case = runner.provider, runner.cell, problem.case
+    cell.note = provider.remark(case)
+    refusal = provider.supports(case)
+    if refusal is None and (absence := provider.available()) is not None:
+        cell.status, cell.note = "not installed", absence
+        return
+    if refusal is not None:
+        cell.status, cell.note = "unsupported", refusal
+        return
+    if provider.compiles and not effort.compilers:
+        cell.status, cell.note = "left out", "takes half a minute to compile; measured where it is named"
+        return
+    needed = provider.full_buffers(case) * 4 * case.shape.tokens * case.shape.vocab
+    if case.device == "cpu" and needed > CPU_MEMORY_SHARE * _memory_of_machine():
+        cell.status, cell.note = "out of memory", f"not tried: full logits would take about {needed / 2**30:.0f} GiB"
+        return
+    with _Catch(runner, problem):
+        step = provider.prepare(problem)
+        loss = step()
+        if provider.computes_loss:
+            assert loss is not None
+            cell.kl = judge.exact(provider.drops_padding).kl
+            cell.errors = judge.errors(provider, loss)
+            complaint = judge.complaint(provider, cell.errors)
+            if complaint is not None and effort.gate:
+                cell.status = "inaccurate"
+                _note(cell, complaint)
+            del loss
+            if effort.peak and case.device != "cpu":
+                problem.clear()
+                cell.peak_mib = memory.peak_on_gpu(step)
+        runner.step = step
+
+
+def _time_rounds(runners: list[_Runner], problem: Problem, effort: Effort) -> None:
+    """Seconds of every provider, paired by round."""
+    start, late = time.perf_counter(), None
+    for i, runner in in_turns(runners, effort.rounds):
+        if i == late:
+            break
+        if late is None and i >= 3 and time.perf_counter() - start > effort.seconds:
+            late = i + 1  # the round that has begun is finished: ratios need all of it
+        if runner.step is None:
+            continue
+        problem.clear()
+        with _Catch(runner, problem):
+            seconds = _seconds(runner.step, problem.case.device)
+            if i:
+                runner.cell.seconds.append(seconds)
+
+
+def in_turns(contestants: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
+    """Every contestant once per round, each round starting with another one. Round 0 is to be thrown away."""
+    for i in range(rounds + 1):
+        shift = i % len(contestants)
+        yield from ((i, one) for one in [*contestants[shift:], *contestants[:shift]])
+
+
+def _seconds(step: Step, device: str) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def _compare(runners: list[_Runner], case: Case) -> None:
+    seconds = {runner.provider.name: runner.cell.seconds for runner in runners}
+    ours, floor = seconds.get(OURS[case.device]), seconds.get(FLOOR)
+    for runner in runners:
+        cell = runner.cell
+        if not cell.seconds:
+            continue
+        cell.tflops = operations(case) / statistics.median(cell.seconds) / 1e12
+        if ours:
+            cell.ratios = [a / b for a, b in zip(cell.seconds, ours, strict=True)]
+        if floor:
+            cell.floor_share = statistics.median(b / a for a, b in zip(cell.seconds, floor, strict=True))
+
+
+class _Catch:
+    """Turns an exception into the cell's status, takes the provider out, and frees what it held."""
+
+    def __init__(self, runner: _Runner, problem: Problem) -> None:
+        self.runner, self.problem = runner, problem
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        self.problem.clear()
+        if not isinstance(error, Exception):
+            return False
+        cell = self.runner.cell
+        memory_ran_out = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "allocate memory" in str(
+            error
+        )
+        cell.status = "out of memory" if memory_ran_out else "failed"
+        _note(cell, f"{type(error).__name__}: {error}".splitlines()[0][:300])
+        self.runner.step, cell.seconds = None, []
+        error.__traceback__ = None  # its frames hold the tensors that did not fit
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return True
+
+
+class _Others:
+    """Share of the machine's processor time that other processes took since this was made; 0 where /proc does not tell."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    @property
+    def share(self) -> float:
+        wall, busy, own = (now - then for now, then in zip(self._now(), self.start, strict=True))
+        return max(busy - own, 0.0) / (wall * (os.cpu_count() or 1))
+
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds: of the clock, of all processors at work, of this process."""
+        try:
+            user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+            busy = (user + nice + system) / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError):
+            busy = 0.0
+        return time.perf_counter(), busy, time.process_time()
+
+
+def _note(cell: Cell, text: str) -> None:
+    cell.note = f"{cell.note}; {text}" if cell.note else text
+
+
+def _memory_of_machine() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

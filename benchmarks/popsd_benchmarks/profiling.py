@@ -1,0 +1,94 @@
+"""Where a step's time goes: by kernel on a GPU, by operation on a CPU."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+from popsd_benchmarks.cells import Case, Cell
+from popsd_benchmarks.measure import Effort, measure
+from popsd_benchmarks.problems import make_problem
+from popsd_benchmarks.providers import Provider
+
+LARGEST = 12
+"""Rows kept; the rest is summed up in one."""
+
+BYTES_PER_ENTRY = {
+    "row_statistics_kernel": {"purified": 16, "two": 8},
+    "row_loss_gradient_kernel": {"purified": 18, "two": 18},
+    "row_single_read_kernel": {"purified": 14, "two": 10},
+}
+"""What popsd's sweeps must move per token and vocabulary row at beta strictly between 0 and 1: float32 logits read (twice by
+the loss and gradient sweep), the composed target written, the 16-bit gradient written. See kernels/README.md."""
+
+
+def profile(
+    part: str, case: Case, providers: Sequence[Provider], effort: Effort, wanted: Collection[str] | None = None
+) -> Iterator[Cell]:
+    """The cells of `measure`, with their kernels and those kernels' share of a copy's bandwidth."""
+    by_name = {provider.name: provider for provider in providers}
+    peak = _copy_bandwidth() if case.device == "cuda" else None
+    for cell in list(measure(part, case, providers, effort, wanted)):
+        if cell.seconds:
+            try:
+                cell.kernels = _kernels(by_name[cell.provider], case, peak)
+            except RuntimeError as error:  # a profiler that the machine forbids must not cost the timing
+                cell.note = f"{cell.note}; not profiled: {error}".removeprefix("; ")[:300]
+        yield cell
+
+
+def _kernels(provider: Provider, case: Case, peak: float | None) -> list[dict[str, Any]]:
+    problem = make_problem(case)
+    step = provider.prepare(problem)
+    step()
+    problem.clear()
+    on_gpu = case.device == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(activities=activities, acc_events=True) as recorded:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    rows = []
+    for event in recorded.key_averages():
+        if (event.device_type == DeviceType.CPU) == on_gpu:
+            continue
+        seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        if seconds:
+            rows.append({"name": event.key[:120], "seconds": seconds, "calls": event.count})
+    rows.sort(key=lambda row: -row["seconds"])
+    total = sum(row["seconds"] for row in rows)
+    rest = rows[LARGEST:]
+    if rest:
+        seconds, calls = sum(row["seconds"] for row in rest), sum(row["calls"] for row in rest)
+        rows = [*rows[:LARGEST], {"name": f"{len(rest)} others", "seconds": seconds, "calls": calls}]
+    entries = case.shape.tokens * (case.shape.used or case.shape.vocab)
+    for row in rows:
+        row["share"] = row["seconds"] / total
+        per_entry = BYTES_PER_ENTRY.get(row["name"], {}).get(case.loss)
+        if per_entry is not None and 0 < case.beta < 1 and case.dtype != "float32" and case.shape.softcap is None:
+            row["bytes"] = per_entry * entries
+            row["gb_per_s"] = row["bytes"] / row["seconds"] / 1e9
+            if peak is not None:
+                row["bandwidth_share"] = row["gb_per_s"] / peak
+    del step, problem
+    gc.collect()
+    return rows
+
+
+def _copy_bandwidth() -> float:
+    """GB/s, read and write together, of a 4 GiB copy on the device."""
+    source = torch.empty(1 << 30, device="cuda")
+    target = torch.empty_like(source)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    target.copy_(source)
+    begin.record()
+    for _ in range(10):
+        target.copy_(source)
+    end.record()
+    torch.cuda.synchronize()
+    return 10 * 2 * source.nbytes / (begin.elapsed_time(end) / 1e3) / 1e9

@@ -1,0 +1,146 @@
+"""Results files to one Markdown page with plots, every figure beside the file, machine and commit it comes from.
+
+What a person has to say about one, say why a target was missed, stands beside it under the same name in ``.md``.
+
+python -m popsd_benchmarks.report benchmarks/results/*.json --output benchmarks/RESULTS.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from popsd_benchmarks import plots, tables, targets
+from popsd_benchmarks.cells import Results, load
+
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+PLOTS = "plots"
+"""Folder beside the results files."""
+PLOT_TITLES = {
+    "accuracy": "Gradient accuracy",
+    "scaling": "Time and memory as one size grows, the others fixed",
+    "table": "Time and memory by shape",
+}
+READING = """\
+How to read the tables: times are medians of forward and backward together, of rounds in which every provider has its turn;
+a ratio is the median over rounds of a provider's time over popsd's in the same round, with quartiles. The floor is the matrix
+products that the loss needs, alone. Peak memory is above the inputs: of the allocator on a GPU, of the resident set of a fresh
+process on a CPU. Errors are relative (L2) against float64 on the same inputs; `dH` is the gradient of the student's hidden
+states. A provider with an error beyond the bounds is marked `inaccurate` beside its time. Inputs: logits with a bulk of
+standard deviation 2 and four favourites 6 to 14 above it per token (`popsd_benchmarks/problems.py`)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of popsd bench or benchmarks/gpu/run.py")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/RESULTS.md"), help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    files = read(options.results)
+    for path, results in files:
+        plots.draw(results, path.parent / PLOTS, f"{path.stem}-")
+    options.output.write_text(page(files, options.output))
+    print(f"Written: {options.output}")
+    return 0
+
+
+def read(paths: Sequence[Path]) -> list[tuple[Path, Results]]:
+    """In the order of their names. Raises ValueError for one that is not a results file."""
+    return [(path, load(path)) for path in sorted(paths)]
+
+
+def page(files: Sequence[tuple[Path, Results]], output: Path) -> str:
+    """The Markdown, with links as seen from ``output``."""
+    links = [os.path.relpath(path, output.parent) for path, _ in files]
+    blocks = [
+        "# Measured",
+        f"Generated from the files below; do not edit. `make report`, that is "
+        f"`python -m popsd_benchmarks.report {' '.join(os.path.join(output.parent.name, link) for link in links)} "
+        f"--output {os.path.join(output.parent.name, output.name)}`.",
+        "\n".join(unmeasured([results for _, results in files])),
+        tables.as_markdown(_machines(files, links), left=6),
+        READING,
+        "## Targets",
+        "Largest values that count as met. One row per file that has the figure; ratios come from one run each.",
+        tables.as_markdown(_targets(files, links), left=2),
+    ]
+    for (path, results), link in zip(files, links, strict=True):
+        blocks += _section(results, path, link, output)
+    return "\n\n".join(blocks) + "\n"
+
+
+def unmeasured(results: Sequence[Results]) -> list[str]:
+    """What a reader might take for granted and nobody has measured."""
+    measured = {cell.case.device for file in results for cell in file.cells if cell.seconds or cell.errors}
+    lines = []
+    if "cuda" not in measured:
+        lines.append(
+            "**Nothing on this page was measured on a GPU**: the Triton kernels of popsd, Liger and TRL have no speed, memory "
+            "or accuracy figure here. `python benchmarks/gpu/run.py` makes them in ten minutes on one GPU."
+        )
+    if "cpu" not in measured:
+        lines.append("**Nothing on this page was measured on a CPU.** `popsd bench --full` makes the figures.")
+    return lines or ["Measured on CPU and GPU; each section says on which."]
+
+
+def _machines(files: Sequence[tuple[Path, Results]], links: Sequence[str]) -> tables.Rows:
+    rows = [["file", "date", "device", "commit", "command", "versions"]]
+    for (_, results), link in zip(files, links, strict=True):
+        meta = results.meta
+        versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+        sessions = [meta, *meta.get("continued", [])]
+        rows.append(
+            [
+                f"[{link}]({link})",
+                meta["date"][:10],
+                _device(meta),
+                ", ".join(dict.fromkeys(str(session["commit"]) for session in sessions)),
+                ", ".join(dict.fromkeys(f"`{session['command']}`" for session in sessions)),
+                versions,
+            ]
+        )
+    return rows
+
+
+def _device(meta: dict[str, Any]) -> str:
+    return f"{meta['device']}, {meta['threads']} thread{'s' if meta['threads'] > 1 else ''}"
+
+
+def _targets(files: Sequence[tuple[Path, Results]], links: Sequence[str]) -> tables.Rows:
+    rows = [["on", "target", "at most", "measured", "verdict", "file"]]
+    for device, name in DEVICES.items():
+        verdicts = [targets.judge(device, results.cells) for _, results in files]
+        for i, target in enumerate(target for target in targets.TARGETS if target.device == device):
+            found = [(verdict[i], link) for verdict, link in zip(verdicts, links, strict=True)]
+            measured = [(verdict, link) for verdict, link in found if verdict.value is not None]
+            for verdict, link in measured:
+                assert verdict.value is not None
+                word = verdict.word if verdict.word == "met" else f"**{verdict.word}**"
+                rows.append([name, target.claim, f"{target.most:.3g}", f"{verdict.value:.3g}", word, link])
+            if not measured:
+                rows.append([name, target.claim, f"{target.most:.3g}", "–", "not measured", ""])
+    return rows
+
+
+def _section(results: Results, path: Path, link: str, output: Path) -> list[str]:
+    blocks = [f"## {_device(results.meta)}: {path.stem}", f"From `{link}`."]
+    if (remarks := path.with_suffix(".md")).exists():
+        blocks.append(remarks.read_text().strip())
+    drawn = list(plots.figures(results))
+    for kind, title in PLOT_TITLES.items():
+        images = [name for name in drawn if name.split("-")[0] == kind]
+        if images:
+            folder = os.path.relpath(path.parent / PLOTS, output.parent)
+            blocks += [f"### {title}", *(f"![{name}]({folder}/{path.stem}-{name}.png)" for name in images)]
+    blocks.append("### Tables")
+    for table in tables.all_tables(results.cells):
+        blocks += [f"**{table.title}**", tables.as_markdown(table.rows)]
+        if notes := [*table.notes, *table.absent]:
+            blocks.append("\n".join(f"- {note}" for note in notes))
+    return blocks
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,83 @@
+"""The whole measurement, part by part, into one results file: resumable, a cell at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from popsd_benchmarks import plan, profiling, provenance
+from popsd_benchmarks.cells import Cell, Results, load
+from popsd_benchmarks.measure import measure
+from popsd_benchmarks.plan import PARTS
+from popsd_benchmarks.providers import FLOOR, OURS
+from popsd_benchmarks.providers import find as find_providers
+from popsd_benchmarks.shapes import find as find_shapes
+
+__all__ = ["PARTS", "run"]
+
+
+def run(
+    parts: Sequence[str] = ("table", "accuracy"),
+    shapes: Sequence[str] | None = None,
+    providers: Sequence[str] | None = None,
+    *,
+    quick: bool = True,
+    device: str = "cpu",
+    out: Path | None = None,
+    progress: Callable[[int, int, Cell], None] | None = None,
+    time_budget: float | None = None,
+) -> Results:
+    """Measures every cell that ``out`` does not hold yet, and returns all of them.
+
+    Args:
+        parts: of `PARTS`, in this order.
+        shapes: names of `popsd_benchmarks.shapes.SHAPES`; None: those that suit the device and ``quick``.
+        providers: names of `popsd_benchmarks.providers.PROVIDERS`; None: all. The bare products and popsd are always among
+            them: shares and ratios are to theirs.
+        quick: few rounds and small scaling curves; under two minutes on two cores.
+        device: "cpu" or "cuda".
+        out: the results file, written after every cell; one that exists is continued. None: nothing is written.
+        progress: called after every cell with (cells done, cells planned, the cell).
+        time_budget: seconds after which no other case is started; None: no limit.
+
+    Raises ValueError for an unknown part, shape or provider, naming the valid ones, for ``out`` not a results file, and for
+    one that was measured on another device or with other versions.
+    """
+    chosen_shapes = None if shapes is None else find_shapes(shapes)
+    chosen = find_providers(None if providers is None else [*providers, FLOOR, OURS.get(device, "")])
+    if device not in OURS:
+        raise ValueError(f"device: expected one of {', '.join(OURS)}; got {device!r}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected 'cpu' on this machine; got 'cuda', which torch does not see.")
+    work = [item for part in parts for item in plan.cases(part, chosen_shapes, quick=quick, device=device)]
+    results = Results(provenance.describe(device))
+    if out is not None and out.exists():
+        results = provenance.continued(load(out), results.meta)
+    start, known, done = time.perf_counter(), results.known(), 0
+    missing = [[p.name for p in chosen if _key(item, p.name) not in known] for item in work]
+    planned = sum(map(len, missing))
+    for item, names in zip(work, missing, strict=True):
+        if time_budget is not None and time.perf_counter() - start > time_budget:
+            break
+        if not names:
+            continue
+        # ratios are within a run: popsd and the floor run beside what is missing, though they may be known
+        along = [p for p in chosen if p.name in (*names, FLOOR, OURS[device])]
+        effort = item.effort if providers is None else replace(item.effort, compilers=True)
+        new = profiling.profile if item.part == "profile" else measure
+        for cell in new(item.part, item.case, along, effort, names):
+            results.cells.append(cell)
+            done += 1
+            if out is not None:
+                results.save(out)
+            if progress is not None:
+                progress(done, planned, cell)
+    return results
+
+
+def _key(item: plan.Item, provider: str) -> str:
+    return Cell(part=item.part, provider=provider, case=item.case).key

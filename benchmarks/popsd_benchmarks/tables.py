@@ -1,0 +1,267 @@
+"""Cells as tables: a table per case for the terminal and for Markdown, and one row per cell as CSV."""
+
+from __future__ import annotations
+
+import csv
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from popsd_benchmarks.cells import Case, Cell, select
+from popsd_benchmarks.providers import FLOOR, OURS
+
+Rows = list[list[str]]
+LOSS_NAMES = {"purified": "purified loss, four distributions", "two": "generalised JSD, two distributions"}
+SWEPT = {"tokens": "N", "vocab": "V", "width": "D"}
+"""Parts that sweep one dimension of the shape, and its letter."""
+
+
+class Table(NamedTuple):
+    """notes: what a reader of the rows must know. absent: who was not measured here, and why."""
+
+    title: str
+    rows: Rows
+    notes: list[str]
+    absent: list[str]
+
+
+def cases_of(cells: Iterable[Cell]) -> list[tuple[Case, list[Cell]]]:
+    """Cells by case, in the order measured."""
+    grouped: dict[Case, list[Cell]] = {}
+    for cell in cells:
+        grouped.setdefault(cell.case, []).append(cell)
+    return list(grouped.items())
+
+
+def case_table(case: Case, cells: Sequence[Cell]) -> Table:
+    """The floor first, then by time. The ratio is to popsd's time, round by round: its median and quartiles."""
+    ours = OURS.get(case.device, "popsd-torch")
+    measured = sorted((c for c in cells if c.seconds), key=lambda c: (c.provider != FLOOR, milliseconds(c)))
+    weight_error = any("dweight" in cell.errors for cell in measured)
+    header = ["provider", "ms", f"time / {ours} (quartiles)", "share of floor", "TFLOP/s", "peak MiB"]
+    rows = [[*header, "loss error", "dH error", *["dW error"] * weight_error]]
+    for cell in measured:
+        errors = ["loss", "dhidden", *(["dweight"] if weight_error else [])]
+        mark = "" if cell.status == "ok" else f" ({cell.status})"
+        rows.append(
+            [
+                f"{cell.provider} (floor)" if cell.provider == FLOOR else cell.provider,
+                f"{significant(milliseconds(cell))}{mark}",
+                _ratio(cell),
+                _optional(cell.floor_share, "{:.0%}"),
+                _optional(cell.tflops, "{:.3g}"),
+                _optional(cell.peak_mib, "{:,.0f}"),
+                *(_optional(cell.errors.get(name), "{:.1e}") for name in errors),
+            ]
+        )
+    return Table(
+        case_title(case),
+        rows,
+        _notes(measured),
+        _absent(cells),
+    )
+
+
+def case_title(case: Case) -> str:
+    return f"{LOSS_NAMES[case.loss]}, {setting(case)}: {shape_text(case)}"
+
+
+def setting(case: Case) -> str:
+    """The case without its loss and shape."""
+    head = "trainable" if case.trainable_head else "frozen"
+    return f"{head} head, {case.dtype}" + ("" if case.beta == 0.5 else f", beta {case.beta:g}")
+
+
+def shape_text(case: Case) -> str:
+    shape = case.shape
+    used = "" if shape.used is None else f" ({shape.used:,} used)"
+    cap = "" if shape.softcap is None else f", soft cap {shape.softcap:g}"
+    return f"{shape.name}, N = {shape.tokens:,}, V = {shape.vocab:,}{used}, D = {shape.width:,}{cap}"
+
+
+def curve_table(cells: Sequence[Cell], part: str, value: str) -> Rows:
+    """Providers against the swept dimension. value: "ms" or "MiB"."""
+    points = sorted({getattr(cell.case.shape, part) for cell in cells})
+    rows = [[f"{value} at {SWEPT[part]} =", *(f"{point:,}" for point in points)]]
+    for provider in dict.fromkeys(cell.provider for cell in cells):
+        found = {getattr(c.case.shape, part): c for c in cells if c.provider == provider}
+        if any(cell.seconds for cell in found.values()):
+            rows.append([provider, *(_curve_entry(found.get(point), value) for point in points)])
+    return rows
+
+
+def accuracy_table(cells: Sequence[Cell]) -> Rows:
+    """Relative L2 error of dH: providers against the true divergence."""
+    spreads = sorted({cell.case.spread for cell in cells})
+    divergences = [next((c.kl for c in cells if c.case.spread == s and c.kl is not None), None) for s in spreads]
+    rows = [["dH error at KL =", *(_optional(kl, "{:.1e}") for kl in divergences)]]
+    for provider in dict.fromkeys(cell.provider for cell in cells if cell.errors):
+        found = {c.case.spread: c.errors.get("dhidden") for c in cells if c.provider == provider}
+        rows.append([provider, *(_optional(found.get(spread), "{:.1e}") for spread in spreads)])
+    return rows
+
+
+def kernel_table(cell: Cell) -> Rows:
+    """The kernels, or on a CPU the operations, of one step."""
+    rows = [["kernel", "ms", "calls", "share of the step", "GB/s", "share of a copy's"]]
+    for row in cell.kernels:
+        rates = [_optional(row.get("gb_per_s"), "{:,.0f}"), _optional(row.get("bandwidth_share"), "{:.0%}")]
+        rows.append([row["name"], significant(1e3 * row["seconds"]), str(row["calls"]), f"{row['share']:.0%}", *rates])
+    return rows
+
+
+def all_tables(cells: Sequence[Cell]) -> list[Table]:
+    """Every part that was measured: cases, accuracy curves, scaling curves, profiles."""
+    found = [case_table(case, group) for case, group in cases_of(select(cells, part="table"))]
+    for (case, _), group in _grouped(select(cells, part="accuracy")):
+        title = (
+            f"{LOSS_NAMES[case.loss]}, {case.dtype}: error of dH against float64 by true KL(target ‖ student) in nats"
+        )
+        found.append(Table(title, accuracy_table(group), [], _absent(group)))
+    for part in SWEPT:
+        for (case, fixed), group in _grouped(select(cells, part=part), part):
+            title = f"{LOSS_NAMES[case.loss]}, {setting(case)}, against {SWEPT[part]} ({fixed})"
+            found.append(Table(f"{title}: time", curve_table(group, part, "ms"), [], _absent(group)))
+            found.append(Table(f"{title}: peak memory above inputs", curve_table(group, part, "MiB"), [], []))
+    for cell in select(cells, part="profile"):
+        if cell.kernels:
+            found.append(Table(f"Profile of {cell.provider}, {case_title(cell.case)}", kernel_table(cell), [], []))
+    return found
+
+
+def fixed_sizes(case: Case, part: str) -> str:
+    """What a sweep leaves alone."""
+    return ", ".join(f"{letter} = {getattr(case.shape, name):,}" for name, letter in SWEPT.items() if name != part)
+
+
+def _grouped(cells: Sequence[Cell], part: str | None = None) -> list[tuple[tuple[Case, str], list[Cell]]]:
+    """By loss, setting and what is fixed, with one case for all of them."""
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        fixed = cell.case.shape.name if part is None else fixed_sizes(cell.case, part)
+        groups.setdefault((cell.case.loss, setting(cell.case), fixed), []).append(cell)
+    return [((group[0].case, key[-1]), group) for key, group in groups.items()]
+
+
+def _notes(cells: Sequence[Cell]) -> list[str]:
+    """Each remark once, with whom it concerns."""
+    remarks: dict[str, list[str]] = {}
+    for cell in cells:
+        for remark in filter(None, cell.note.split("; ")):
+            remarks.setdefault(remark, []).append(cell.provider)
+    return [f"{'all' if len(names) == len(cells) else ', '.join(names)}: {text}" for text, names in remarks.items()]
+
+
+def _absent(cells: Sequence[Cell]) -> list[str]:
+    """Who has no figure at all, by reason."""
+    present = {cell.provider for cell in cells if cell.seconds or cell.errors}
+    reasons: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        if cell.provider not in present and cell.provider != FLOOR:
+            reason = f"{cell.status} ({cell.note})" if cell.note else cell.status
+            reasons.setdefault(reason, {})[cell.provider] = None
+    return [f"{reason}: {', '.join(providers)}" for reason, providers in reasons.items()]
+
+
+def as_text(rows: Rows) -> str:
+    """Aligned, the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(pairs)).rstrip()
+        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def as_markdown(rows: Rows, left: int = 1) -> str:
+    """``left``: how many columns are text."""
+    rule = ["---" if i < left else "---:" for i in range(len(rows[0]))]
+    escaped = [[re.sub(r"([|<]|(?<!\*)\*(?!\*))", r"\\\1", text) for text in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [escaped[0], rule, *escaped[1:]])
+
+
+def write_csv(cells: Iterable[Cell], path: Path) -> None:
+    """One row per cell; times in seconds, memory in MiB."""
+    rows = [_flat(cell) for cell in cells]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else ["part"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def milliseconds(cell: Cell) -> float:
+    return 1e3 * statistics.median(cell.seconds)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def significant(value: float) -> str:
+    """Three significant digits, never in powers of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _ratio(cell: Cell) -> str:
+    if not cell.ratios:
+        return "–"
+    low, middle, high = quartiles(cell.ratios)
+    return f"{middle:.2f}" if cell.provider in OURS.values() else f"{middle:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _curve_entry(cell: Cell | None, value: str) -> str:
+    if cell is None:
+        return "–"
+    if not cell.seconds:
+        return cell.status
+    if value == "MiB":
+        return _optional(cell.peak_mib, "{:,.0f}")
+    return significant(milliseconds(cell)) + ("" if cell.status == "ok" else f" ({cell.status})")
+
+
+def _flat(cell: Cell) -> dict[str, Any]:
+    case, shape = cell.case, cell.case.shape
+    low, middle, high = quartiles(cell.seconds) if cell.seconds else (None, None, None)
+    ratios = quartiles(cell.ratios) if cell.ratios else (None, None, None)
+    return {
+        "part": cell.part,
+        "provider": cell.provider,
+        "loss": case.loss,
+        "shape": shape.name,
+        "tokens": shape.tokens,
+        "vocab": shape.vocab,
+        "used": shape.used,
+        "width": shape.width,
+        "softcap": shape.softcap,
+        "trainable_head": case.trainable_head,
+        "beta": case.beta,
+        "dtype": case.dtype,
+        "device": case.device,
+        "spread": case.spread,
+        "status": cell.status,
+        "note": cell.note,
+        "rounds": len(cell.seconds),
+        "seconds_median": middle,
+        "seconds_quartile_1": low,
+        "seconds_quartile_3": high,
+        "ratio_median": ratios[1],
+        "ratio_quartile_1": ratios[0],
+        "ratio_quartile_3": ratios[2],
+        "floor_share": cell.floor_share,
+        "tflops": cell.tflops,
+        "peak_mib": cell.peak_mib,
+        "error_loss": cell.errors.get("loss"),
+        "error_dhidden": cell.errors.get("dhidden"),
+        "error_dweight": cell.errors.get("dweight"),
+        "kl": cell.kl,
+    }

@@ -1,0 +1,143 @@
+"""Every provider that this machine can run computes the loss it is said to compute, in popsd's terms."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from popsd_benchmarks.accuracy import GRADIENT, LOSS, Judge
+from popsd_benchmarks.cells import Case, Shape
+from popsd_benchmarks.problems import make_problem, operations, products
+from popsd_benchmarks.providers import FLOOR, OURS, PROVIDERS, find
+from popsd_benchmarks.providers.base import Defaults, missing
+from popsd_benchmarks.shapes import SHAPES
+
+SHAPE = Shape(name="test", tokens=17, vocab=257, width=24)
+JUDGED = [p for p in PROVIDERS.values() if p.computes_loss and not p.compiles]
+
+
+def ready(provider, case):
+    """Skips, with the reason, what cannot run here."""
+    for reason in (provider.supports(case), provider.available()):
+        if reason is not None:
+            pytest.skip(f"{provider.name}: {reason}")
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("loss", ["purified", "two"])
+@pytest.mark.parametrize("provider", JUDGED, ids=lambda p: p.name)
+def test_agrees_with_the_oracle(provider, loss, beta, trainable):
+    case = Case(loss=loss, shape=SHAPE, beta=beta, trainable_head=trainable, spread=0.5)
+    ready(provider, case)
+    problem = make_problem(case)
+    errors = Judge(problem).errors(provider, provider.prepare(problem)())
+    assert set(errors) == {"loss", "dhidden"} | ({"dweight"} if trainable else set())
+    assert all(error < 1e-5 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("provider", JUDGED, ids=lambda p: p.name)
+def test_soft_cap_and_padding(provider):
+    """A soft cap is applied or refused; a padding row is left out or, as the provider says, not."""
+    shape = replace(SHAPE, softcap=30.0, used=250)
+    for changed in (replace(shape, softcap=None), shape):
+        case = Case(loss="two", shape=changed, spread=0.5)
+        if provider.supports(case) is not None or provider.available() is not None:
+            continue
+        problem = make_problem(case)
+        errors = Judge(problem).errors(provider, provider.prepare(problem)())
+        assert all(error < 1e-5 for error in errors.values()), (changed, errors)
+
+
+def test_padding_matters_to_the_judge():
+    judge = Judge(make_problem(Case(loss="two", shape=replace(SHAPE, used=200), spread=0.5)))
+    with_padding, without = judge.exact(False), judge.exact(True)
+    assert not torch.allclose(with_padding.loss, without.loss, rtol=1e-3)
+    assert judge.exact(True) is without
+
+
+def test_bfloat16_passes_where_logits_are_float32_and_not_where_they_are_16_bit():
+    problem = make_problem(Case(loss="purified", shape=SHAPE, dtype="bfloat16"))
+    judge = Judge(problem)
+    verdicts = {}
+    for name in ("popsd-torch", "eager", "eager-16bit-logits"):
+        problem.clear()
+        loss = PROVIDERS[name].prepare(problem)()
+        verdicts[name] = judge.complaint(PROVIDERS[name], judge.errors(PROVIDERS[name], loss))
+    assert verdicts["popsd-torch"] is None and verdicts["eager"] is None
+    assert "dhidden off by" in verdicts["eager-16bit-logits"]
+
+
+def test_the_judge_finds_a_zero_gradient_and_nan():
+    problem = make_problem(Case(loss="two", shape=SHAPE))
+    judge, provider = Judge(problem), PROVIDERS["popsd-torch"]
+    loss = provider.prepare(problem)()
+    problem.hidden.student.grad.zero_()
+    assert judge.errors(provider, loss)["dhidden"] == pytest.approx(1.0)
+    assert judge.errors(provider, loss * float("nan"))["loss"] == float("inf")
+    assert judge.complaint(provider, {"loss": float("inf"), "dhidden": 0.0}) is not None
+
+
+def test_judging_some_rows_agrees_with_judging_all():
+    problem = make_problem(Case(loss="purified", shape=SHAPE))
+    all_rows, some = Judge(problem), Judge(problem, rows=5)
+    assert not some.complete and len(some.index) == 5
+    torch.testing.assert_close(some.exact(True).loss, all_rows.exact(True).loss[some.index])
+    assert "loss" not in some.errors(PROVIDERS["popsd-torch"], torch.tensor(1.0)), "a sum over rows that nobody summed"
+    assert Judge(make_problem(Case(loss="two", shape=SHAPE, trainable_head=True)), rows=5).complete
+
+
+def test_generator_is_peaked_and_ordered_by_spread():
+    near, far = (
+        Judge(make_problem(Case(loss="two", shape=SHAPES["tiny"], spread=spread))).exact(True) for spread in (0.01, 1.0)
+    )
+    assert 0 < near.kl < 1e-3 < 0.3 < far.kl
+    problem = make_problem(Case(loss="two", shape=SHAPES["tiny"]))
+    logits = problem.hidden.student.detach() @ problem.head.weight.T
+    assert (logits.max(1).values - logits.mean(1)).median() > 3 * logits.std(1).median()
+
+
+@pytest.mark.parametrize(
+    ("case", "count"),
+    [
+        (Case(loss="purified", shape=SHAPE), 4),
+        (Case(loss="purified", shape=SHAPE, trainable_head=True), 5),
+        (Case(loss="purified", shape=replace(SHAPE, softcap=30.0)), 5),
+        (Case(loss="two", shape=SHAPE), 3),
+        (Case(loss="two", shape=SHAPE, trainable_head=True), 4),
+    ],
+)
+def test_floor_counts_its_products(case, count, monkeypatch):
+    assert products(case) == count and operations(case) == count * 2 * 17 * 257 * 24
+    step, calls, mm = PROVIDERS[FLOOR].prepare(make_problem(case)), [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: calls.append(args) or mm(*args, **kwargs))
+    step()
+    assert len(calls) == count
+
+
+@pytest.mark.parametrize(("beta", "trainable", "count"), [(0.5, False, 13), (0.5, True, 14), (0.0, False, 9)])
+def test_estimate_counts_its_products_and_says_so(beta, trainable, count, monkeypatch):
+    case = Case(loss="purified", shape=SHAPE, beta=beta, trainable_head=trainable)
+    provider, calls, mm = PROVIDERS["trl-port-estimate"], [], torch.mm
+    step = provider.prepare(make_problem(case))
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: calls.append(args) or mm(*args, **kwargs))
+    step()
+    assert len(calls) == count and provider.remark(case).startswith(f"estimate: {count} ")
+    assert provider.supports(replace(case, loss="two")) is not None
+
+
+def test_unknown_provider_names_the_known():
+    with pytest.raises(ValueError, match=r"popsd-torch.*got nobody"):
+        find(["nobody"])
+    assert [p.name for p in find(["trl", "popsd-torch"])] == ["popsd-torch", "trl"]
+    assert {*OURS.values(), FLOOR} <= set(PROVIDERS)
+
+
+def test_what_is_missing_says_why():
+    assert missing("json") is None
+    assert "no_such_peer" in missing("no_such_peer")
+    assert Defaults().available() is None
+
+
+def test_bounds_cover_every_dtype():
+    assert set(LOSS) == set(GRADIENT) == {"float32", "bfloat16"}

@@ -1,0 +1,216 @@
+"""The run: what fails fails alone, what is known is not measured again, unknown names are refused, files survive."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from popsd_benchmarks import cells, plan, provenance, shapes, suite
+from popsd_benchmarks.cells import Case, Cell, Results, load
+from popsd_benchmarks.measure import Effort, in_turns, measure
+from popsd_benchmarks.profiling import profile
+from popsd_benchmarks.providers import PROVIDERS
+from popsd_benchmarks.providers.base import Defaults
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = shapes.SHAPES["tiny"]
+CASE = Case(loss="two", shape=TINY)
+FAST = Effort(rounds=2, peak=False)
+OURS, FLOOR = PROVIDERS["popsd-torch"], PROVIDERS["products"]
+
+
+@dataclass
+class Broken(Defaults):
+    """Raises in its n-th step; until then it does what popsd does."""
+
+    error: Exception
+    after: int = 0
+    name: str = "broken"
+
+    def prepare(self, problem):
+        inner, calls = OURS.prepare(problem), []
+
+        def step():
+            calls.append(1)
+            if len(calls) > self.after:
+                raise self.error
+            return inner()
+
+        return step
+
+
+@pytest.mark.parametrize("after", [0, 2], ids=["at once", "in a round"])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+        (ZeroDivisionError("of its own making"), "failed"),
+    ],
+)
+def test_a_provider_that_fails_fails_alone(error, status, after):
+    ours, broken, floor = measure("table", CASE, [OURS, Broken(error, after), FLOOR], FAST)
+    assert broken.status == status and type(error).__name__ in broken.note
+    assert not broken.seconds and not broken.ratios
+    assert ours.status == floor.status == "ok" and len(ours.seconds) == len(floor.ratios) == 2
+
+
+def test_ratios_are_to_popsd_and_shares_to_the_floor():
+    ours, floor = measure("table", CASE, [OURS, FLOOR], FAST)
+    assert ours.ratios == [1.0, 1.0] and floor.floor_share == 1.0
+    assert floor.ratios == [a / b for a, b in zip(floor.seconds, ours.seconds, strict=True)]
+    assert ours.kl > 0 and set(ours.errors) == {"loss", "dhidden"} and not floor.errors
+
+
+def test_a_wrong_answer_says_so_beside_its_speed():
+    case = Case(loss="two", shape=TINY, dtype="bfloat16")
+    wrong = next(measure("table", case, [PROVIDERS["eager-16bit-logits"]], FAST))
+    assert wrong.status == "inaccurate" and "dhidden" in wrong.note and len(wrong.seconds) == 2
+    ungated = next(
+        measure("accuracy", case, [PROVIDERS["eager-16bit-logits"]], Effort(rounds=0, peak=False, gate=False))
+    )
+    assert ungated.status == "ok" and ungated.errors["dhidden"] > 1e-2
+
+
+@pytest.mark.parametrize(("busy", "noted"), [(1e6, True), (0.0, False)])
+def test_a_loaded_machine_is_noted(busy, noted, monkeypatch):
+    clock = iter([(0.0, 0.0, 0.0), (100.0, 50.0 + busy, 50.0)])
+    monkeypatch.setattr("popsd_benchmarks.measure._Others._now", lambda self: next(clock, (100.0, 50.0 + busy, 50.0)))
+    for cell in measure("table", CASE, [OURS, FLOOR], FAST):
+        assert ("other processes took" in cell.note) is noted
+
+
+def test_full_logits_are_not_tried_where_they_cannot_fit(monkeypatch):
+    monkeypatch.setattr("popsd_benchmarks.measure._memory_of_machine", lambda: 2**20)
+    ours, eager = measure("table", CASE, [OURS, PROVIDERS["eager"]], FAST)
+    assert eager.status == "out of memory" and "GiB" in eager.note and ours.status == "ok"
+
+
+def test_what_cannot_run_here_is_listed():
+    unsupported = next(measure("table", CASE, [PROVIDERS["popsd-triton"]], FAST))
+    assert unsupported.status == "unsupported" and "GPU" in unsupported.note
+
+    class Absent(Defaults):
+        name = "absent"
+
+        def available(self):
+            return "no such package"
+
+    absent = next(measure("table", CASE, [Absent()], FAST))
+    assert (absent.status, absent.note) == ("not installed", "no such package")
+    left_out = next(
+        measure("table", CASE, [PROVIDERS["eager-compiled"]], Effort(rounds=1, peak=False, compilers=False))
+    )
+    assert left_out.status == "left out"
+
+
+def test_rounds_start_in_turn():
+    assert list(in_turns("abc", 2)) == [(i, x) for i, order in enumerate(("abc", "bca", "cab")) for x in order]
+
+
+def test_late_cases_stop_after_a_whole_round():
+    ours, floor = measure("table", CASE, [OURS, FLOOR], Effort(rounds=50, seconds=0.0, peak=False))
+    assert len(ours.seconds) == len(floor.seconds) == 3
+
+
+def test_profile_names_where_the_time_goes():
+    cell = next(profile("profile", CASE, [OURS], Effort(rounds=1, peak=False)))
+    assert sum(row["share"] for row in cell.kernels) == pytest.approx(1.0)
+    assert any("mm" in row["name"] for row in cell.kernels) and len(cell.seconds) == 1
+
+
+def test_quick_run_end_to_end_and_resumed(tmp_path):
+    out, seen = tmp_path / "results.json", []
+    names = ["eager", "eager-16bit-logits", "popsd-triton"]
+    first = suite.run(["table"], ["tiny"], names, out=out, progress=lambda *x: seen.append(x))
+    assert len(first.cells) == 2 * 5 == seen[-1][0] == seen[-1][1]
+    by_name = {cell.provider: cell for cell in first.cells if cell.case.loss == "purified"}
+    assert by_name["popsd-torch"].peak_mib > 0 and by_name["eager"].ratios
+    assert by_name["popsd-triton"].status == "unsupported"
+    assert {"versions", "device", "threads", "commit", "command", "date", "load"} <= set(first.meta)
+
+    content = json.loads(out.read_text())  # as after a kill: the last cell never came
+    content["cells"] = [row for row in content["cells"] if (row["provider"], row["case"]["loss"]) != ("eager", "two")]
+    out.write_text(json.dumps(content))
+    seen.clear()
+    again = suite.run(["table"], ["tiny"], names, out=out, progress=lambda *x: seen.append(x))
+    assert [(done, planned, cell.provider) for done, planned, cell in seen] == [(1, 1, "eager")]
+    assert seen[0][2].ratios, "measured beside popsd once more"
+    assert {c.key for c in again.cells} == {c.key for c in first.cells} == {c.key for c in load(out).cells}
+    assert len(again.meta["continued"]) == 1
+
+
+def test_every_cell_is_on_disk_before_it_is_shown(tmp_path):
+    out = tmp_path / "results.json"
+
+    def stop(done, planned, cell):
+        assert len(load(out).cells) == done
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(["accuracy"], ["tiny"], ["popsd-torch"], out=out, progress=stop)
+    assert len(load(out).cells) == 2
+
+
+def test_time_budget_starts_no_other_case():
+    assert suite.run(["accuracy"], ["tiny"], ["popsd-torch"], time_budget=-1.0).cells == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"parts": ["tables"]}, r"parts: .*table, accuracy.*got tables"),
+        ({"shapes": ["gpt-5"]}, r"shapes: .*qwen3-1\.7b.*got gpt-5"),
+        ({"providers": ["nobody"]}, r"providers: .*liger-chunked.*got nobody"),
+        ({"device": "tpu"}, r"device: .*cpu, cuda; got 'tpu'"),
+    ],
+)
+def test_unknown_names_are_refused_before_any_work(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        suite.run(**arguments)
+
+
+def test_a_file_from_elsewhere_is_not_continued(tmp_path):
+    out = tmp_path / "results.json"
+    Results({**provenance.describe("cpu"), "device": "another"}).save(out)
+    with pytest.raises(ValueError, match="another"):
+        suite.run(["accuracy"], ["tiny"], out=out)
+    out.write_text("{}")
+    with pytest.raises(ValueError, match="expected results"):
+        suite.run(["accuracy"], ["tiny"], out=out)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("part", plan.PARTS)
+def test_plan_has_no_case_twice(part, device, quick):
+    found = list(plan.cases(part, None, quick=quick, device=device))
+    keys = [Cell(part=part, provider="x", case=item.case).key for item in found]
+    assert found and len(set(keys)) == len(keys)
+    assert all(item.case.device == device for item in found)
+
+
+def test_scaling_moves_one_dimension_over_the_range_asked_for():
+    for part, least, most in (("tokens", 256, 65536), ("vocab", 32768, 262144)):
+        sizes = [getattr(i.case.shape, part) for i in plan.cases(part, None, quick=False, device="cuda")]
+        assert min(sizes) == least and max(sizes) == most
+
+
+def test_command_is_recorded_without_this_machines_folders():
+    assert not [x for x in provenance._arguments() if x.startswith("/")]
+
+
+def test_gpu_script_on_a_cpu(tmp_path):
+    out = tmp_path / "results.json"
+    command = [sys.executable, ROOT / "benchmarks" / "gpu" / "run.py", "--device", "cpu", "--quick", "--out", out]
+    command += ["--parts", "accuracy", "--shapes", "tiny", "--providers", "popsd-torch"]
+    run = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "dhidden" in run.stdout and len(cells.load(out).cells) == 24
+    wrong = subprocess.run([*map(str, [*command, "--parts", "x"])], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "expected some of table" in wrong.stderr
