@@ -98,9 +98,7 @@ def row_entries(
 
 
 @triton.jit
-def entries_from(
-    s, u, scalars, columns, V: tl.constexpr, MASKED: tl.constexpr, gain=1.0, EXACT: tl.constexpr = True
-):
+def entries_from(s, u, scalars, columns, V: tl.constexpr, MASKED: tl.constexpr, gain=1.0, EXACT: tl.constexpr = True):
     """A block of both distributions from their floored logits gain * s and u; beyond the vocabulary p = q = 0.
 
     t comes from the difference of the logits, not of the log-probabilities: s and u nearly agree where it matters, and

@@ -122,7 +122,9 @@ def lse_fold(x, top, total, VEC: tl.constexpr, gain=1.0):
     x = tl.reshape(x, [x.shape[0] // VEC, VEC])
     new = tl.maximum(top, tl.max(x, axis=1))
     origin = rounded_product(new, unit)
-    total = total * tl.exp2(rounded_product(top, unit) - origin) + tl.sum(tl.exp2(fma(x, unit, negative(origin)[:, None])), axis=1)
+    total = total * tl.exp2(rounded_product(top, unit) - origin) + tl.sum(
+        tl.exp2(fma(x, unit, negative(origin)[:, None])), axis=1
+    )
     return new, total
 
 

@@ -28,7 +28,7 @@ def purified_logit(base, difference, offset, gain, pmi_beta, pmi_clip, FAST: tl.
     The log-normalisers of teacher and reference are constants of the row too: centring removes them, so raw logits do.
     """
     strength = 1.0 / pmi_beta
-    if pmi_clip is None:  # noqa: SIM108 -- a constexpr `if`: only one branch exists
+    if pmi_clip is None:
         shift = fma(difference, gain * strength, -offset * strength)
     else:
         bound = tl.cast(pmi_clip, tl.float32)
