@@ -4,10 +4,11 @@
 entry; nothing waits, and few tokens occupy a whole GPU (`launch.too_few_rows`).
 
 `row_single_read`, off by default: one launch that keeps its slice in registers, 14 bytes per entry (read s, b, d; write the
-gradient) where the two sweeps move 26 to 34. The programs of a row exchange partial sums through memory and wait for one another twice, so they must be resident together: block ids are handed out
-by a ticket counter, so the row that was begun first always has all its programs running. Whether that is live and
-faster is for a GPU to show; until then nothing calls this. Triton's interpreter runs programs one after the other and
-would wait for ever, so there the kernel is launched once per PHASE as well.
+gradient) where the two sweeps move 26 to 34. The programs of a row exchange partial sums through memory and wait for one
+another twice, so they must be resident together: block ids are handed out by a ticket counter, so the row that was begun
+first always has all its programs running. Whether that is live and faster is for a GPU to show; until then nothing calls
+this. Triton's interpreter runs programs one after the other and would wait for ever, so there the kernel is launched once
+per PHASE as well.
 """
 
 # mypy: disable-error-code="no-untyped-def"
