@@ -17,7 +17,7 @@ from popsd.masks import mask_entries
 from popsd.streams import Chunk, GivenLogits, Problem, ProjectedStreams
 from popsd.telemetry import purification_rows
 from popsd.types import Decomposition, Purification
-from popsd_kernels.options import LogitTransform, RowLoss, RowStatistics
+from popsd_kernels.options import LogitTransform, RowLoss, RowOptions, RowStatistics
 
 SWEEP_ELEMENTS = 3 << 17
 """Elements per stream that a torch body sees at once: 1.5 MiB of float32, so that its seven temporaries stay in a shared cache
@@ -74,9 +74,16 @@ def _two_sweeps(
     gradient: torch.Tensor | None,
     **common: Any,
 ) -> RowLoss:
-    """Both Triton sweeps; a composed target takes the place of its difference between them."""
-    from popsd_kernels import row_loss_gradient, row_statistics
+    """Both Triton sweeps; a composed target takes the place of its difference between them. Few rows: several programs each."""
+    from popsd_kernels import row_loss_gradient, row_split_sweeps, row_statistics
+    from popsd_kernels.launch import too_few_rows
 
+    options = common["options"]
+    swept, split = sweep_bytes(options, delta is not None, gradient is not None)
+    if not options.relative and too_few_rows(student.shape[0], swept, split, student.device):
+        return row_split_sweeps(
+            student, target, delta, offset, **common, token_ids=token_ids, row_scale=row_scale, gradient=gradient
+        )
     statistics = row_statistics(student, target, delta, offset, **common, target_out=delta)
     return row_loss_gradient(
         student,
@@ -88,6 +95,14 @@ def _two_sweeps(
         row_scale=row_scale,
         gradient=gradient,
     )
+
+
+def sweep_bytes(options: RowOptions, composed: bool, with_gradient: bool) -> tuple[int, int]:
+    """Bytes per entry of float32 logits: of one program per row, and of several (kernels/README.md, §3)."""
+    one_read = options.beta == 0.0 and options.entry_clip is None and options.token_clip is None
+    swept = (16 if composed else 8) + 8 + (2 + 8 * (not one_read)) * with_gradient
+    streams = 12 if composed else 8
+    return swept, 2 * streams + (streams + 2) * with_gradient
 
 
 def run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> TileResult:

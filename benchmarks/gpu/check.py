@@ -14,6 +14,7 @@ import json
 import platform
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,16 @@ def linear_case(
             gradients["dbias"] = own.bias.grad
     bound = EXACT_GRADIENT if config.exact_difference and dtype != torch.float32 else None
     return compare(output._replace(loss=output.divergence), gradients, truth, dtype, bound)
+
+
+def forced_split(size: Size, few: bool, **case: Any) -> dict[str, float]:
+    """One program per row, or several, whatever the number of tokens says (kernels only; the torch bodies know neither)."""
+    try:
+        from popsd_kernels import launch
+    except ImportError:  # without Triton
+        return linear_case(size, **case)
+    with unittest.mock.patch.object(launch, "too_few_rows", return_value=few):
+        return linear_case(size, **case)
 
 
 def logits_case(size: Size, *, dtype: torch.dtype, beta: float, two: bool) -> dict[str, float]:
@@ -242,6 +253,13 @@ def cases(size: Size) -> Iterator[Case]:
         yield (
             f"{'two' if two else 'purified'} logits {dtype} beta {beta}",
             lambda d=dtype, b=beta, t=two: logits_case(size, dtype=d, beta=b, two=t),
+        )
+    for few, beta, two in itertools.product((False, True), (0.0, 0.5, 1.0), (False, True)):
+        yield (
+            f"{'two' if two else 'purified'} {'several programs' if few else 'one program'} per row beta {beta}",
+            lambda f=few, b=beta, t=two: forced_split(
+                size, f, dtype=torch.float32, spread=0.3, beta=b, two=t, bias=True
+            ),
         )
     yield "autocast", lambda: same_result(size, run_autocast)
     if size.device != "cpu":

@@ -9,6 +9,7 @@ measured. Times are medians of CUDA-event timings after a warm-up.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,18 @@ from check import versions
 import popsd
 from popsd import PurifiedConfig
 from popsd.testing import make_head, make_hidden
-from popsd_kernels import RowOptions, RowStatistics, launch, loss_gradient, single_read, statistics
+from popsd.tiling import sweep_bytes
+from popsd_kernels import (
+    RowOptions,
+    RowStatistics,
+    launch,
+    loss_gradient,
+    row_loss_gradient,
+    row_split_sweeps,
+    row_statistics,
+    single_read,
+    statistics,
+)
 from popsd_kernels.launch import CANDIDATES, Launch, LaunchConfig, fast_instructions, result_rows
 
 DEVICE = torch.device("cuda")
@@ -99,6 +111,28 @@ def sweeps(vocab: int, rows: int = 1024) -> Iterator[Line]:
             yield f"single_read beta {beta} {config}", {"ms": time, "gb_per_s": rows * vocab * 14 / time / 1e6}
 
 
+def few_rows(vocab: int) -> Iterator[Line]:
+    """Where several programs per row stop paying: both ways by rows, against the prediction of launch.too_few_rows."""
+    for rows, beta in itertools.product((16, 64, 128, 180, 236, 264, 400, 528), (0.0, 0.5)):
+        yield f"rows {rows} beta {beta}", _both_ways(rows, vocab, RowOptions(beta=beta))
+
+
+def _both_ways(rows: int, vocab: int, options: RowOptions) -> dict[str, Any]:
+    student, base, delta = (torch.randn(rows, vocab, device=DEVICE) * scale for scale in (3.0, 3.0, 0.5))
+    gradient = torch.empty(rows, vocab, dtype=torch.bfloat16, device=DEVICE)
+    composed, offset = torch.empty_like(base), torch.zeros(rows, device=DEVICE)
+
+    def swept() -> None:
+        found = row_statistics(student, base, delta, offset, options=options, target_out=composed)
+        row_loss_gradient(student, composed, found, options=options, purified=True, gradient=gradient)
+
+    def split() -> None:
+        row_split_sweeps(student, base, delta, offset, options=options, gradient=gradient)
+
+    chosen = launch.too_few_rows(rows, *sweep_bytes(options, composed=True, with_gradient=True), DEVICE)
+    return {"swept_ms": milliseconds(swept, 100), "split_ms": milliseconds(split, 100), "chosen": int(chosen)}
+
+
 def losses(vocab: int, width: int, tokens: int = 8192) -> Iterator[Line]:
     """The whole loss, forward and backward, by workspace, against its four bare products timed beside it."""
     head = make_head(vocab, width, dtype=torch.bfloat16, device="cuda")
@@ -141,7 +175,7 @@ def main() -> None:
     lines: dict[str, Any] = {}
     report = {"versions": versions("cuda"), "architecture": launch.architecture(DEVICE), "lines": lines}
     parts = (products(arguments.vocab, 2048), products(arguments.vocab, 4096), sweeps(arguments.vocab))
-    for part in (*parts, losses(arguments.vocab, 2048), losses(arguments.vocab, 4096)):
+    for part in (*parts, few_rows(arguments.vocab), losses(arguments.vocab, 2048), losses(arguments.vocab, 4096)):
         try:
             for name, result in part:
                 lines[name] = result

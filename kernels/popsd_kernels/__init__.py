@@ -16,6 +16,7 @@ __all__ = [
     "logit_difference",
     "row_loss_gradient",
     "row_single_read",
+    "row_split_sweeps",
     "row_statistics",
     "stream_divergence",
 ]
@@ -25,6 +26,7 @@ _LAUNCHERS = {
     "row_statistics": "popsd_kernels.statistics",
     "row_loss_gradient": "popsd_kernels.loss_gradient",
     "row_single_read": "popsd_kernels.single_read",
+    "row_split_sweeps": "popsd_kernels.single_read",
     "stream_divergence": "popsd_kernels.streaming",
 }
 

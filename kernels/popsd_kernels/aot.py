@@ -63,6 +63,7 @@ class Case:
     bias: bool = False
     gradient: torch.dtype | None = torch.bfloat16
     center: bool = True
+    phase: int = 0
 
     def config(self, architecture: str) -> LaunchConfig:
         key = loss_gradient.table_key(self.options) if self.kernel == "loss_gradient" else self.kernel
@@ -91,9 +92,11 @@ class Case:
                 launch.result_rows(9, rows, meta), config, fast,
             )  # fmt: skip
         if self.kernel == "single_read":
+            delta, offset = (rectangle(torch.float32), vector) if self.composed else (None, None)
             return single_read.plan(
-                student, target, rectangle(torch.float32), vector, vector.long(), vector, rectangle(torch.bfloat16),
-                launch.result_rows(13, rows, meta), single_read.scratch_for(student, config), self.options, config, fast, 0,
+                student, target, delta, offset, vector.long(), vector,
+                None if self.gradient is None else rectangle(self.gradient), launch.result_rows(13, rows, meta),
+                single_read.scratch_for(student, config), self.options, config, fast, self.phase, bias, bias,
             )  # fmt: skip
         out = rectangle(torch.float32)
         return difference.plan(student, target, out, bias, self.options, self.center, vector, config, fast)
@@ -136,6 +139,10 @@ def shipped_cases() -> list[AnyCase]:
         Case("loss_gradient", "reverse KL, both clips, float32", 8, replace(CLIPPED, beta=1.0), gradient=torch.float32),
         Case("single_read", "JSD", 12, PLAIN),
         Case("single_read", "forward KL, both clips, softcap", 12, replace(SOFTCAP, beta=0.0, entry_clip=0.05)),
+        *(Case("single_read", f"split, JSD, launch {phase}", 12, PLAIN, phase=phase) for phase in (1, 2, 3)),
+        *(Case("single_read", f"split, two, both clips, bias, launch {phase}", 12, replace(CLIPPED, student=CAPPED),
+               torch.bfloat16, ODD_VOCABULARY, False, True, phase=phase) for phase in (1, 2, 3)),
+        Case("single_read", "split, forward KL, no gradient, launch 3", 12, forward, gradient=None, phase=3),
         Case("difference", "center, softcap", 8, SOFTCAP),
         Case("difference", "log-sum-exp", 8, PLAIN, center=False),
         *streaming_aot.cases(),

@@ -45,10 +45,10 @@ class LaunchConfig:
 # programs that fit. 1,024 entries cost 2-3 more SASS instructions per entry (loop bookkeeping), 4,096 leave 2 programs
 # (sm_90, Triton 3.7.1). gfx942 has 64-lane waves: 4 of them are the same 256 threads.
 # The single read keeps its block, a slice of the row, in registers: 64 of them, 4 programs, 7 rows of 151,936 in flight
-# on an H200; 4,096 over 16 warps take 77 and leave 1. With entry_clip sweep 2 has three more accumulators, and 2,048
-# entries spill in 2 of 72 flag combinations (sm_90); 1,024 in none.
+# on an H200; 4,096 over 16 warps take 77 and leave 1. With entry_clip sweep 2 has three more accumulators: 2,048
+# entries leave 2 or 3 programs, 1,024 over 8 warps spill (2 instructions, sm_90), over 4 warps 5 to 8 programs fit.
 _DEFAULT = {name: LaunchConfig(2048, 4, 8) for name in ("statistics", "loss_gradient", "difference", "single_read")}
-_DEFAULT["loss_gradient_entry_clip"] = LaunchConfig(1024, 4, 8)
+_DEFAULT["loss_gradient_entry_clip"] = LaunchConfig(1024, 4, 4)
 _WAVE64 = {name: LaunchConfig(config.block, config.vec, 4) for name, config in _DEFAULT.items()}
 TABLES: Mapping[str, Mapping[str, LaunchConfig]] = {
     "sm_80": _DEFAULT,
@@ -109,6 +109,18 @@ def nearest_architecture(capability: tuple[int, int]) -> str:
 def fast_instructions(device: torch.device) -> bool:
     """Approximate instructions on NVIDIA GPUs, portable ones elsewhere or under POPSD_KERNELS_PORTABLE=1."""
     return device.type == "cuda" and torch.version.hip is None and not INTERPRETED and not _flag(PORTABLE_VARIABLE)
+
+
+def too_few_rows(rows: int, bytes_swept: int, bytes_split: int, device: torch.device) -> bool:
+    """Whether a program per row leaves a GPU so idle that spreading each over several pays, though that moves more bytes.
+
+    Two programs per multiprocessor, 23 KiB of loads in flight at least, are what its bandwidth needs; fewer rows take as long
+    as 2 * multiprocessors would. Predicted, not measured. Never on a device that has no multiprocessors.
+    """
+    if device.type != "cuda":
+        return False
+    filling = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return rows * bytes_split < filling * bytes_swept
 
 
 def shipped_config(kernel: str, device: torch.device) -> LaunchConfig:
@@ -186,6 +198,15 @@ def check_device(function: str, name: str, tensor: torch.Tensor) -> None:
         )
     if tensor.device.type not in ("cpu", "cuda", "xpu"):
         raise RuntimeError(f"{function}: {name} is on {tensor.device}, which Triton does not drive; use impl='torch'")
+
+
+def check_not_relative(function: str, relative: bool) -> None:
+    """Only the two sweeps take a target that is a difference to the student."""
+    if relative:
+        raise ValueError(
+            f"{function}: options.relative must be False, got True; use row_statistics and row_loss_gradient, or pass the "
+            "target's own projections"
+        )
 
 
 def check_no_reinterpretation(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from popsd_kernels.options import LogitTransform, RowOptions
-from popsd_kernels.primitives import LOGIT_FLOOR, soft_clip_linear
+from popsd_kernels.primitives import LOGIT_FLOOR, soft_clip
 
 
 class Stream(NamedTuple):
@@ -80,7 +80,7 @@ def temper(stream, x, columns, V: tl.constexpr, MASKED: tl.constexpr, FAST: tl.c
             x += tl.load(stream.bias_ptr + columns).to(tl.float32)
     if stream.cap is not None:
         cap = tl.cast(stream.cap, tl.float32)
-        x = soft_clip_linear(x, tl.cast(stream.gain, tl.float32), 0.0, cap, cap, FAST)
+        x = soft_clip(x * tl.cast(stream.gain, tl.float32), cap, FAST)  # the gain inside would spill in streaming
     return x
 
 

@@ -1,10 +1,14 @@
-"""Both sweeps in one read: a row is spread over several programs that keep their slice in registers. Off by default.
+"""A row spread over several programs, a slice each: in one read, or in three launches where few tokens come in a call.
 
-14 bytes per entry (read s, b, d; write the gradient) where the two sweeps move 26 to 34. The programs of a row exchange
-partial sums through memory and wait for one another twice, so they must be resident together: block ids are handed out
-by a ticket counter, so the row that was begun first always has all its programs running. Whether that is live and
-faster is for a GPU to show; until then nothing calls this. Triton's interpreter runs programs one after the other and
-would wait for ever, so there the kernel is launched once per PHASE.
+`row_split_sweeps`: normalisers, sums and gradient of the slices are a launch each and each reads the row anew, 38 bytes per
+entry; nothing waits, and few tokens occupy a whole GPU (`launch.too_few_rows`).
+
+`row_single_read`, off by default: one launch that keeps its slice in registers, 14 bytes per entry (read s, b, d; write the
+gradient) where the two sweeps move 26 to 34. The programs of a row exchange partial sums through memory and wait for one
+another twice, so they must be resident together: block ids are handed out by a ticket counter, so the row that was begun
+first always has all its programs running. Whether that is live and faster is for a GPU to show; until then nothing calls
+this. Triton's interpreter runs programs one after the other and would wait for ever, so there the kernel is launched once
+per PHASE as well.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,11 +22,14 @@ import triton.language as tl
 from popsd_kernels.divergence import FORWARD, divergence_mode
 from popsd_kernels.entries import entries_from, scalars_from
 from popsd_kernels.launch import (
+    FLOATING,
     INTERPRETED,
     Launch,
     LaunchConfig,
     check_device,
     check_matrix_shape,
+    check_no_reinterpretation,
+    check_not_relative,
     check_rows,
     check_vector,
     fast_instructions,
@@ -33,7 +40,7 @@ from popsd_kernels.logits import floor_logit, load_logit, projection_stream
 from popsd_kernels.loss_gradient import Gradient, Sums, accumulate, finish_row, store_block, store_gradient, zero_sums
 from popsd_kernels.options import RowLoss, RowOptions, RowStatistics
 from popsd_kernels.primitives import LOG2E, LOGIT_FLOOR, NOTHING, fma, lse_finish
-from popsd_kernels.target import Difference, load_target_logit
+from popsd_kernels.target import Difference, load_target_logit, target_gain
 
 PARTIALS = 12
 """Scalars that a program leaves for its siblings: 4 normalisers, 8 sums."""
@@ -57,6 +64,7 @@ def row_single_read(
     """
     check_matrix_shape("row_single_read", "student", student)
     check_device("row_single_read", "student", student)
+    check_not_relative("row_single_read", options.relative)
     (rows, _), device = student.shape, student.device
     matrices = {"student": student, "target": target, "delta": delta, "gradient": gradient}
     check_rows("row_single_read", student.shape, device, matrices)
@@ -73,6 +81,52 @@ def row_single_read(
         for phase in (1, 2, 3) if INTERPRETED else (0,):
             plan(*tensors, scratch, options, config, fast, phase).run(device)
     return RowStatistics(*out[:4]), RowLoss(*out[4:])
+
+
+def row_split_sweeps(
+    student: torch.Tensor,
+    target: torch.Tensor,
+    delta: torch.Tensor | None = None,
+    delta_offset: torch.Tensor | None = None,
+    *,
+    student_bias: torch.Tensor | None = None,
+    target_bias: torch.Tensor | None = None,
+    options: RowOptions,
+    token_ids: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+    gradient: torch.Tensor | None = None,
+) -> RowLoss:
+    """The results of `row_statistics` and `row_loss_gradient` for few tokens, with their arguments; nothing else is written.
+
+    gradient: [C, V], or None for no gradient work; it may be ``target`` itself (same dtype and strides), whose slice has
+    been read for the last time when the gradient's is written.
+    """
+    name = "row_split_sweeps"
+    check_matrix_shape(name, "student", student)
+    check_device(name, "student", student)
+    check_not_relative(name, options.relative)
+    (rows, vocabulary), device = student.shape, student.device
+    check_rows(
+        name, student.shape, device, {"student": student, "target": target, "delta": delta, "gradient": gradient}
+    )
+    check_vector(name, "student_bias", student_bias, vocabulary, device, FLOATING)
+    check_vector(name, "target_bias", target_bias, vocabulary, device, FLOATING)
+    check_vector(name, "delta_offset", delta_offset, rows, device, (torch.float32,))
+    check_vector(name, "token_ids", token_ids, rows, device, (torch.int64,))
+    check_vector(name, "row_scale", row_scale, rows, device, (torch.float32,))
+    check_no_reinterpretation(name, "gradient", gradient, student=student, target=target, delta=delta)
+    if (delta is None) != (delta_offset is None):
+        raise ValueError(f"{name}: delta and delta_offset must be given together or not at all; got one of them")
+    out = result_rows(len(RowStatistics._fields) + len(RowLoss._fields), rows, device)
+    if rows:
+        config = shipped_config("single_read", device)
+        tensors = (student, target, delta, delta_offset, token_ids, row_scale, gradient, out)
+        scratch = scratch_for(student, config)
+        for phase in (1, 2, 3):
+            plan(
+                *tensors, scratch, options, config, fast_instructions(device), phase, student_bias, target_bias
+            ).run(device)  # fmt: skip
+    return RowLoss(*out[4:])
 
 
 def _check_residency(slices: int, device: torch.device) -> None:
@@ -94,37 +148,44 @@ def scratch_for(student: torch.Tensor, config: LaunchConfig) -> tuple[torch.Tens
 def plan(
     student: torch.Tensor,
     target: torch.Tensor,
-    delta: torch.Tensor,
-    delta_offset: torch.Tensor,
+    delta: torch.Tensor | None,
+    delta_offset: torch.Tensor | None,
     token_ids: torch.Tensor | None,
     row_scale: torch.Tensor | None,
-    gradient: torch.Tensor,
+    gradient: torch.Tensor | None,
     out: torch.Tensor,
     scratch: tuple[torch.Tensor, torch.Tensor],
     options: RowOptions,
     config: LaunchConfig,
     fast: bool,
     phase: int,
+    student_bias: torch.Tensor | None = None,
+    target_bias: torch.Tensor | None = None,
 ) -> Launch:
-    """The launch that `row_single_read` makes, unchecked. phase: 0 on a GPU; 1, 2, 3 in turn where programs cannot wait."""
+    """A launch of either function, unchecked. phase: 0 to wait for one another; 1, 2, 3 in turn not to."""
     tau = float(options.inv_temperature)
+    difference: Difference | None = None
+    pmi: tuple[float | None, float | None] = (None, None)
+    if delta is not None:
+        difference = Difference(delta, delta.stride(0), float(options.delta_scale) * tau)
+        pmi = (float(options.pmi_beta), None if options.pmi_clip is None else float(options.pmi_clip))
     rows, vocabulary = student.shape
     return Launch(
         row_single_read_kernel,
         rows * -(-vocabulary // config.block),
         {
-            "student": projection_stream(student, None, options.student, tau),
-            "target": projection_stream(target, None, options.target, tau),
-            "difference": Difference(delta, delta.stride(0), float(options.delta_scale) * tau),
+            "student": projection_stream(student, student_bias, options.student, tau),
+            "target": projection_stream(target, target_bias, options.target, tau),
+            "difference": difference,
             "offset_ptr": delta_offset,
             "token_ids_ptr": token_ids,
             "row_scale_ptr": row_scale,
-            "gradient": Gradient(gradient, gradient.stride(0)),
+            "gradient": None if gradient is None else Gradient(gradient, gradient.stride(0)),
             "out_ptr": out,
             "out_row_stride": out.stride(0),
             "partials_ptr": scratch[0],
             "counters_ptr": scratch[1],
-            "pmi": (float(options.pmi_beta), None if options.pmi_clip is None else float(options.pmi_clip)),
+            "pmi": pmi,
             "clips": tuple(None if x is None else float(x) for x in (options.entry_clip, options.token_clip)),
             "beta": float(options.beta),
             "V": vocabulary,
@@ -174,8 +235,12 @@ def row_single_read_kernel(
     mine = partials_ptr + row.to(tl.int64) * (12 * slices) + part
     beta = tl.cast(beta, tl.float32)
     s = floor_logit(load_logit(student, row, columns, V, masked, FAST), columns, V, masked)
-    offset = tl.load(offset_ptr + row)
+    offset = 0.0
+    if difference is not None:
+        offset = tl.load(offset_ptr + row)
     u = load_target_logit(target, difference, offset, pmi[0], pmi[1], row, columns, V, masked, FAST)
+    if difference is None:  # a composed target is floored already
+        u = floor_logit(u * target_gain(target, difference), columns, V, masked)
     if PHASE <= 1:
         _store_normaliser(mine, s, columns, V, slices)
         _store_normaliser(mine + 2 * slices, u, columns, V, slices)
@@ -198,12 +263,14 @@ def row_single_read_kernel(
                 sums, student, scalars, token_ids_ptr, out_ptr + 4 * out_row_stride, out_row_stride, row, row_scale,
                 beta, clips[0], clips[1], V, MODE, FAST,
             )  # fmt: skip
-            if row_scale == 0.0:
-                store_block(gradient, row, columns, tl.zeros([SLICE], tl.float32), V, masked)
-            else:
-                store_gradient(
-                    gradient, student, entries, slope_sum, row_scale, beta, clips[0], row, columns, V, MODE, masked, FAST
-                )  # fmt: skip
+            if gradient is not None:
+                if row_scale == 0.0:
+                    store_block(gradient, row, columns, tl.zeros([SLICE], tl.float32), V, masked)
+                else:
+                    store_gradient(
+                        gradient, student, entries, slope_sum, row_scale, beta, clips[0], row, columns,
+                        V, MODE, masked, FAST,
+                    )  # fmt: skip
 
 
 @triton.jit

@@ -31,7 +31,7 @@ import triton
 
 from popsd_kernels import launch, streaming_plan
 from popsd_kernels.divergence import FORWARD, divergence_mode
-from popsd_kernels.launch import FLOATING, MAX_VOCABULARY, check_device, check_vector, result_rows
+from popsd_kernels.launch import FLOATING, MAX_VOCABULARY, check_device, check_not_relative, check_vector, result_rows
 from popsd_kernels.options import RowLoss, RowOptions, RowStatistics
 from popsd_kernels.streaming_fold import SUMS, Scaling, Strip
 from popsd_kernels.streaming_plan import Call, Shape, TileConfig, make_streams, parts, tile_span
@@ -99,6 +99,7 @@ def stream_divergence(
     operands are rounded to their dtype before the last product. Raises ValueError, TypeError or RuntimeError before any
     launch. Not yet run on a GPU.
     """
+    check_not_relative(_NAME, options.relative)
     outputs = Outputs(dhidden, dweight, dbias)
     rows, device = _check_inputs(
         student, target, delta, student_weight, frozen_weight, delta_offset, student_bias, target_bias, token_ids,
