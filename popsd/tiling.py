@@ -19,8 +19,8 @@ from popsd.telemetry import purification_rows
 from popsd.types import Decomposition, Purification
 from popsd_kernels.options import LogitTransform, RowLoss, RowOptions, RowStatistics
 
-SWEEP_ELEMENTS = 3 << 17
-"""Elements per stream that a torch body sees at once: 1.5 MiB of float32, so that its seven temporaries stay in a shared cache
+SWEEP_ELEMENTS = 2 << 17
+"""Elements per stream that a torch body sees at once: 1 MiB of float32, so that its seven temporaries stay in a shared cache
 and the calls from Python (some 60 per block) cost less than 5 % of the matrix products."""
 
 CPU_WORKSPACE_MIB = 96.0

@@ -79,24 +79,24 @@ def row_sweeps(
     q.mul_(torch.exp(-target_logsum))
     shift = target_max if options.relative else target_max - student_max
     t.sub_(shift + (target_logsum - student_logsum))
-    log_p = torch.sub(s, student_logsum, out=free)
-    # the likeliest entry is a common one where log p + log q reaches the sum of both maxima, up to rounding
-    most = torch.add(t, log_p, alpha=2.0, out=more).amax(dim=1)
-    agreement = most + student_logsum[:, 0] + target_logsum[:, 0] >= -1e-5
+    student_logsum, target_logsum = student_logsum[:, 0], target_logsum[:, 0]
+    # the likeliest entry is a common one where s + u, both less their maxima, reach 0 up to rounding
+    agreement = torch.add(s, u, out=free).amax(dim=1) >= -1e-5
     if token_ids is None:
-        token_logprob = torch.full_like(most, float("nan"))
+        token_logprob = torch.full_like(student_logsum, float("nan"))
     else:
-        token_logprob = log_p.gather(1, token_ids.clamp_min(0)[:, None])[:, 0].where(token_ids >= 0, float("nan"))
-    target_entropy = -torch.add(log_p, t, out=more).mul_(q).sum(dim=1)
-    student_entropy = -log_p.mul_(p).sum(dim=1)
-    divergence, student_kl, target_kl, clip_fraction, form = _divergence(p, q, t, options, free, more)
+        token_logprob = s.gather(1, token_ids.clamp_min(0)[:, None])[:, 0] - student_logsum
+        token_logprob = token_logprob.where(token_ids >= 0, float("nan"))
+    student_entropy = student_logsum - torch.mul(p, s, out=free).sum(dim=1)
+    target_entropy = target_logsum - torch.mul(q, u, out=free).sum(dim=1)
+    divergence, student_kl, target_kl, clip_fraction, form, factor = _divergence(p, q, t, options, free, more)
     token_clipped = torch.zeros_like(divergence)
     if options.token_clip is not None:
         token_clipped = (divergence > options.token_clip).float()
         divergence = divergence.clamp_max(options.token_clip)
     if gradient is not None:
         grad = form()
-        chain = _chain(s, student_max, grad, options) * (1.0 - token_clipped)
+        chain = _chain(s, student_max, grad, options) * (factor * (1.0 - token_clipped))
         if row_scale is not None:
             chain = chain * row_scale
         torch.mul(grad, chain[:, None], out=gradient)
@@ -203,11 +203,11 @@ def _normaliser(logits: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor,
 
 def _divergence(
     p: torch.Tensor, q: torch.Tensor, t: torch.Tensor, options: RowOptions, free: torch.Tensor, more: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]]:
-    """Generalised JSD from p, q and t = log q − log p, [C, V] each: (divergence, KL(p‖m), KL(q‖m), clip share, gradient).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Callable[[], torch.Tensor], float]:
+    """Generalised JSD from p, q and t = log q − log p, [C, V]: (divergence, KL(p‖m), KL(q‖m), clip share, gradient, factor).
 
-    f are the contributions per entry and f' = ∂f/∂log p; the gradient over the logits is f' − p·Σf' (METHOD.md). It is
-    formed only when called for. All tensors handed in are overwritten.
+    f are the contributions per entry and f' = ∂f/∂log p; the gradient over the logits is f' − p·Σf' (METHOD.md): the factor
+    times what the callable forms when called for. All tensors handed in are overwritten.
     """
     beta = options.beta
 
@@ -234,7 +234,7 @@ def _divergence(
         student_kl, target_kl = (student_kl, divergence) if beta == 0.0 else (divergence, target_kl)
     if options.entry_clip is None:
         if beta == 0.0:
-            return divergence, student_kl, target_kl, clip_fraction, lambda: difference
+            return divergence, student_kl, target_kl, clip_fraction, lambda: difference, 1.0
         # f' = p·slope with its sum known; in reverse KL f' = p·(1 − t), whose 1 leaves no trace in f' − p·Σf'
         slope, factor, mean = (t, -1.0, log_ratio_mean) if beta == 1.0 else (log_m_over_p, beta - 1.0, -student_kl)
         return (
@@ -242,7 +242,8 @@ def _divergence(
             student_kl,
             target_kl,
             clip_fraction,
-            lambda: slope.sub_(mean[:, None]).mul_(p).mul_(factor),
+            lambda: slope.sub_(mean[:, None]).mul_(p),
+            factor,
         )
     if beta == 0.0:
         entries, slopes = q * t, -q
@@ -256,7 +257,7 @@ def _divergence(
     slopes.masked_fill_(capped, 0.0)
     clip_fraction = capped.sum(dim=1) / capped.shape[1]
     total = slopes.sum(dim=1)[:, None]
-    return divergence, student_kl, target_kl, clip_fraction, lambda: slopes.addcmul_(p, total, value=-1.0)
+    return divergence, student_kl, target_kl, clip_fraction, lambda: slopes.addcmul_(p, total, value=-1.0), 1.0
 
 
 def _difference(
@@ -293,4 +294,4 @@ def scratch(like: torch.Tensor, count: int) -> list[torch.Tensor]:
     return [buffers[i, : like.numel()].view(like.shape) for i in range(count)]
 
 
-_BUFFERS, _POOLED_ELEMENTS = 7, 3 << 17
+_BUFFERS, _POOLED_ELEMENTS = 7, 2 << 17
