@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import torch
 
 from popsd.config import Method
+from popsd.torch_tiles import scratch, tempered_logits
 from popsd.types import Decomposition, Head, centred_gram, mean_row
-from popsd_kernels.options import LOGIT_FLOOR
+from popsd_kernels.options import LOGIT_FLOOR, LogitTransform, RowOptions
 
 Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """‖Δ_total‖², ‖Δ_ref‖², ‖Δ_it‖², Δ_total·Δ_ref, Δ_total·Δ_it, [C] each."""
@@ -29,13 +30,39 @@ FIELDS = {Method.LOGITS: Decomposition._fields, Method.GRAM: Decomposition._fiel
 """What each method knows without being told a normaliser."""
 
 
-def decompose_rows(
+def row_moments(
+    student: torch.Tensor,
+    reference: torch.Tensor,
+    *,
+    teacher: torch.Tensor | None = None,
+    delta: torch.Tensor | None = None,
+    student_bias: torch.Tensor | None = None,
+    target_bias: torch.Tensor | None = None,
+    options: RowOptions,
+    masked: bool = True,
+) -> torch.Tensor:
+    """The torch body of ``popsd_kernels.row_moments``: [13, C] moments, see `fields_of`, from raw projections [C, V].
+
+    With ``delta`` the teacher is the reference plus its multiple. masked: whether a logit may be -inf.
+    """
+    z_teacher, own, other, *free = scratch(student, 6)
+    if masked or student_bias is not None or (options.student, options.inv_temperature) != (LogitTransform(), 1.0):
+        student = tempered_logits(student, student_bias, options.student, options, out=own)
+    if masked or target_bias is not None or (options.target, options.inv_temperature) != (LogitTransform(), 1.0):
+        reference = tempered_logits(reference, target_bias, options.target, options, out=other)
+    if teacher is None:
+        assert delta is not None
+        torch.add(reference, delta, alpha=options.delta_scale * options.inv_temperature, out=z_teacher)
+    else:
+        tempered_logits(teacher, target_bias, options.target, options, out=z_teacher)
+    return _moments(student, z_teacher, reference, free, masked=masked)
+
+
+def _moments(
     student: torch.Tensor, teacher: torch.Tensor, reference: torch.Tensor, free: list[torch.Tensor], *, masked: bool
 ) -> torch.Tensor:
-    """Moments [13, C] of all fields, see `fields_of`, from tempered float32 logits [C, V], with a floor for impossible tokens.
-
-    masked: whether there may be any. ``teacher`` and ``free``, three more of their shape, are overwritten.
-    """
+    """From tempered float32 logits [C, V], with a floor for impossible tokens. ``teacher`` and ``free``, three more of their
+    shape, are overwritten."""
     count = torch.full_like(student[:, 0], student.shape[1])
     more, root, induced = free
     outside = None

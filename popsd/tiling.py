@@ -5,6 +5,7 @@ no formula; the sweeps are Triton kernels or the torch bodies of the same signat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -12,12 +13,12 @@ import torch
 
 from popsd import torch_tiles
 from popsd.config import Impl, Method, Strategy
-from popsd.decomposition import decompose_hidden, decompose_rows, fields_of, gather
+from popsd.decomposition import decompose_hidden, fields_of, gather, row_moments
 from popsd.masks import mask_entries
 from popsd.streams import Chunk, GivenLogits, Problem, ProjectedStreams
 from popsd.telemetry import purification_rows
 from popsd.types import Decomposition, Purification
-from popsd_kernels.options import LogitTransform, RowLoss, RowOptions, RowStatistics
+from popsd_kernels.options import RowLoss, RowOptions, RowStatistics
 
 SWEEP_ELEMENTS = 2 << 17
 """Elements per stream that a torch body sees at once: 1 MiB of float32, so that its seven temporaries stay in a shared cache
@@ -37,6 +38,7 @@ class Bodies(NamedTuple):
     row_statistics: Callable[..., RowStatistics]
     row_sweeps: Callable[..., RowLoss]
     logit_difference: Callable[..., torch.Tensor]
+    row_moments: Callable[..., torch.Tensor]
     sweep_elements: int | None
 
 
@@ -57,10 +59,12 @@ def resolve_impl(impl: Impl, device: torch.device) -> Impl:
 
 def bodies_for(impl: Impl) -> Bodies:
     if impl is Impl.TORCH:
-        return Bodies(torch_tiles.row_statistics, torch_tiles.row_sweeps, torch_tiles.logit_difference, SWEEP_ELEMENTS)
+        tiles = torch_tiles
+        return Bodies(tiles.row_statistics, tiles.row_sweeps, tiles.logit_difference, row_moments, SWEEP_ELEMENTS)
     import popsd_kernels
 
-    return Bodies(popsd_kernels.row_statistics, _two_sweeps, popsd_kernels.logit_difference, None)
+    kernels = popsd_kernels
+    return Bodies(kernels.row_statistics, _two_sweeps, kernels.logit_difference, kernels.row_moments, None)
 
 
 def _two_sweeps(
@@ -161,11 +165,10 @@ def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> Tile
                 j = min(i + step, stop - start)
                 rows = slice(start + i, start + j)
                 part = chunk.rows(i, j)
-                for piece in _pieces(problem, part):
-                    if problem.decompose is Method.LOGITS:
-                        moments.append(_moments(problem, source, piece))
-                    if problem.telemetry:
-                        purifications.append(_purification(problem, source, piece))
+                if problem.decompose is Method.LOGITS:
+                    moments.append(_moments(problem, source, bodies, part))
+                if problem.telemetry:
+                    purifications += [_purification(problem, source, piece) for piece in _pieces(problem, part)]
                 losses.append(_sweep(problem, source, bodies, part, rows, gradient, slice(i, j)))
         source.fold(first, last)
     return TileResult(
@@ -272,31 +275,23 @@ def _difference(
 
 def _pieces(problem: Problem, chunk: Chunk) -> Iterator[Chunk]:
     """Few enough rows for a diagnostic in plain torch."""
-    if problem.decompose is not Method.LOGITS and not problem.telemetry:
-        return
     step = max(1, DIAGNOSTIC_ELEMENTS // problem.vocab_size)
     for start in range(0, chunk.student.shape[0], step):
         yield chunk.rows(start, start + step)
 
 
-def _moments(problem: Problem, source: ProjectedStreams | GivenLogits, chunk: Chunk) -> torch.Tensor:
-    options = problem.row_options()
-    assert chunk.reference is not None
-    student, reference = chunk.student, chunk.reference
-    teacher, own, other, *free = torch_tiles.scratch(student, 6)
-    masked = problem.heads is None or source.student_bias is not None or source.target_bias is not None
-    if masked or (options.student, options.target, options.inv_temperature) != (_PLAIN, _PLAIN, 1.0):
-        student = torch_tiles.tempered_logits(student, source.student_bias, options.student, options, out=own)
-        reference = torch_tiles.tempered_logits(reference, source.target_bias, options.target, options, out=other)
-    if chunk.teacher is None:
-        assert chunk.delta is not None
-        torch.add(reference, chunk.delta, alpha=options.delta_scale * options.inv_temperature, out=teacher)
-    else:
-        torch_tiles.tempered_logits(chunk.teacher, source.target_bias, options.target, options, out=teacher)
-    return decompose_rows(student, teacher, reference, free, masked=masked)
-
-
-_PLAIN = LogitTransform()
+def _moments(problem: Problem, source: ProjectedStreams | GivenLogits, bodies: Bodies, chunk: Chunk) -> torch.Tensor:
+    own, frozen = source.student_bias, source.target_bias
+    return bodies.row_moments(
+        chunk.student,
+        chunk.reference,
+        teacher=chunk.teacher,
+        delta=chunk.delta if chunk.teacher is None else None,
+        student_bias=own,
+        target_bias=frozen,
+        options=replace(problem.row_options(), relative=False),
+        masked=problem.heads is None or own is not None or frozen is not None,
+    )
 
 
 def _gram(problem: Problem) -> Decomposition:

@@ -33,6 +33,7 @@ def _import_interpreted() -> None:
             for name, member in list(vars(module).items()):
                 if isinstance(member, JITFunction):
                     setattr(module, name, InterpretedFunction(member.fn))
+        import popsd_kernels.decomposition
         import popsd_kernels.difference
         import popsd_kernels.loss_gradient
         import popsd_kernels.single_read

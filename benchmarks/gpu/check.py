@@ -147,6 +147,24 @@ def logits_case(size: Size, *, dtype: torch.dtype, beta: float, two: bool) -> di
     return compare(output, {"dhidden": leaf.grad}, Truth(truth.detach(), exact.grad, exact.grad, None), dtype)
 
 
+def decomposition_case(size: Size, *, dtype: torch.dtype, head: dict[str, Any]) -> dict[str, float]:
+    """Every field of Eq. 4 over its bound: norms relative, cosines absolute."""
+    hidden = make_hidden(size.tokens, size.width, 0.3, dtype=dtype, device=size.device)
+    made = make_head(size.vocab, size.width, dtype=dtype, device=size.device, bias=True)
+    own = Head(made.weight, made.bias, **head)
+    config = PurifiedConfig(vocab_size=size.used)
+    found = popsd.decompose(hidden, own, config=config, impl=size.impl)
+    student, _, teacher, reference = (popsd.oracle.head_logits(x, own) for x in hidden)
+    truth = popsd.oracle.decompose(student, teacher, reference, config)
+    bound = 1e-4 if dtype == torch.float32 else 1e-2
+    result = {}
+    for name, value in found._asdict().items():
+        exact = getattr(truth, name)
+        error = float((value.double() - exact).abs().max()) if "cos" in name else relative_l2(value, exact)
+        result[name] = error / bound
+    return result
+
+
 def beyond_int32(size: Size) -> dict[str, float]:
     """More than 2^31 logits in one tensor: the last rows must be as right as the first."""
     rows = 2**31 // size.vocab + 129 if size.device != "cpu" else size.tokens
@@ -261,6 +279,8 @@ def cases(size: Size) -> Iterator[Case]:
                 size, f, dtype=torch.float32, spread=0.3, beta=b, two=t, bias=True
             ),
         )
+    for dtype, (name, head) in itertools.product(dtypes[:2], {"plain": {}, **HEADS}.items()):
+        yield f"decomposition {dtype} {name}", lambda d=dtype, h=head: decomposition_case(size, dtype=d, head=h)
     yield "autocast", lambda: same_result(size, run_autocast)
     if size.device != "cpu":
         yield "more than 2^31 logits", lambda: beyond_int32(size)

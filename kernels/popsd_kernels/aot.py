@@ -23,7 +23,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from popsd_kernels import difference, launch, loss_gradient, single_read, statistics, streaming_aot
+from popsd_kernels import decomposition, difference, launch, loss_gradient, single_read, statistics, streaming_aot
 from popsd_kernels.launch import Launch, LaunchConfig
 from popsd_kernels.options import LogitTransform, RowOptions, RowStatistics
 
@@ -98,6 +98,12 @@ class Case:
                 None if self.gradient is None else rectangle(self.gradient), launch.result_rows(13, rows, meta),
                 single_read.scratch_for(student, config), self.options, config, fast, self.phase, bias, bias,
             )  # fmt: skip
+        if self.kernel == "moments":
+            own, delta = (None, rectangle(torch.float32)) if self.composed else (target, None)
+            return decomposition.plan(
+                student, target, own, delta, bias, bias, self.options, not self.composed,
+                launch.result_rows(decomposition.MOMENTS, rows, meta), config, fast,
+            )  # fmt: skip
         out = rectangle(torch.float32)
         return difference.plan(student, target, out, bias, self.options, self.center, vector, config, fast)
 
@@ -143,6 +149,12 @@ def shipped_cases() -> list[AnyCase]:
         *(Case("single_read", f"split, two, both clips, bias, launch {phase}", 12, replace(CLIPPED, student=CAPPED),
                torch.bfloat16, ODD_VOCABULARY, False, True, phase=phase) for phase in (1, 2, 3)),
         Case("single_read", "split, forward KL, no gradient, launch 3", 12, forward, gradient=None, phase=3),
+        Case("statistics", "relative", 12, replace(PLAIN, relative=True)),
+        Case("loss_gradient", "relative, forward KL, float32", 8, replace(forward, relative=True), gradient=torch.float32),
+        Case("loss_gradient", "relative, JSD, two, float32", 8, replace(PLAIN, relative=True), composed=False,
+             gradient=torch.float32),
+        Case("moments", "teacher as a difference", 12, PLAIN),
+        Case("moments", "masked, softcap, bias, bf16, odd V", 6, SOFTCAP, torch.bfloat16, ODD_VOCABULARY, False, True),
         Case("difference", "center, softcap", 8, SOFTCAP),
         Case("difference", "log-sum-exp", 8, PLAIN, center=False),
         *streaming_aot.cases(),
