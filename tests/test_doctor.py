@@ -17,7 +17,7 @@ def values(lines):
 def test_a_sound_installation_passes_its_own_check(capsys):
     assert cli.main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for part in (popsd.__version__, torch.__version__, "cpu impl=auto", "default 96 MiB", "of float64", "No problems."):
+    for part in (popsd.__version__, torch.__version__, "cpu impl=auto", "default 72 MiB", "of float64", "No problems."):
         assert part in printed
 
 

@@ -95,7 +95,7 @@ class PurifiedOPSDConfig(DistillationConfig):
     )
     impl: str = _option("auto", "Who computes the loss: 'auto', 'triton' or 'torch'.")
     strategy: str = _option("chunked", "How logits come and go: 'chunked', 'single_read' or 'streaming'.")
-    workspace_mib: float | None = _option(None, "Memory for logits in the loss. None: 96 MiB on CPU, 2 GiB on a GPU.")
+    workspace_mib: float | None = _option(None, "Memory for logits in the loss. None: 72 MiB on CPU, 2 GiB on a GPU.")
 
     question_template: str = _option(ContextConfig.question_template, "The student's prompt; holds {question}.")
     teacher_template: str = _option(ContextConfig.teacher_template, "Holds {question} and {solution}.")
