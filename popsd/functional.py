@@ -60,7 +60,8 @@ def linear_purified_jsd(
             for quantiles, about as much again as the loss itself on CPU.
         reduction: "none" gives one loss per token, "sum" their sum, for which a trainable head needs no recomputation.
         impl: "auto", "triton" or "torch", see `Impl`.
-        workspace_mib: memory for a chunk's logits and gradients; None: 72 on CPU (96 for four streams), 2048 on a GPU.
+        workspace_mib: memory for a chunk's logits and gradients; None: 72 on CPU, 2048 on a GPU, a third more
+            with ``decompose=True``.
         strategy: "chunked", "single_read" or "streaming", see `popsd.Strategy`.
 
     Returns: a `LossOutput`.

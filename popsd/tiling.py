@@ -25,8 +25,8 @@ SWEEP_ELEMENTS = 2 << 17
 and the calls from Python (some 60 per block) cost less than 5 % of the matrix products."""
 
 CPU_WORKSPACE_MIB = 72.0
-"""For three streams; a diagnostic's fourth comes on top, or the head would be read once more for it. Three chunks of 512 tokens
-at V = 32768 instead of two with 96 MiB: 5 % more time in the matrix products, 3 % less in page faults (two cores)."""
+"""512 tokens at V = 32768 make three chunks instead of two with 96 MiB: 5 % more time in the matrix products, 3 % less in page
+faults (two cores). A decomposition's stream comes on top, for it would cost one more reading of the head."""
 GPU_WORKSPACE_MIB = 2048.0
 DIAGNOSTIC_ELEMENTS = 1 << 24
 """Elements per stream that a diagnostic in plain torch sees at once: 64 MiB per temporary, beside the workspace."""
@@ -199,8 +199,9 @@ def plan_rows(problem: Problem, logit_bytes: int, gradient_bytes: int) -> tuple[
     small last chunk runs at a fraction of the product's speed.
     """
     tokens, on_gpu = max(problem.student.shape[0], 1), problem.student.device.type != "cpu"
-    streams = logit_bytes / (4 * problem.vocab_size)
-    default = GPU_WORKSPACE_MIB if on_gpu else CPU_WORKSPACE_MIB * max(1.0, streams / 3)
+    default = GPU_WORKSPACE_MIB if on_gpu else CPU_WORKSPACE_MIB
+    if problem.decompose is Method.LOGITS:
+        default *= 4 / 3
     budget = int((problem.workspace_mib or default) * 2**20)
     chunk = gradient = max(1, budget // (logit_bytes + gradient_bytes))
     if on_gpu and gradient_bytes:  # up to a third of the budget goes to filling the GPU in G·W

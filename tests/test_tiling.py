@@ -1,5 +1,7 @@
 """The workspace plan, and the mean row of a head."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -26,6 +28,12 @@ def test_the_plan_keeps_to_its_budget(tokens, device, mib, vocab):
     assert 1 <= chunk <= tokens and rows >= chunk and rows % chunk == 0
     budget = (mib or (CPU_WORKSPACE_MIB if device == "cpu" else GPU_WORKSPACE_MIB)) * 2**20
     assert chunk == 1 or chunk * logit_bytes + min(rows, tokens) * gradient_bytes <= budget
+
+
+def test_a_decomposition_reads_the_head_no_more_often_than_the_loss_alone():
+    plain = problem(512, "cpu")
+    decomposing = dataclasses.replace(plain, decompose=popsd.config.Method.LOGITS)
+    assert plan_rows(plain, 12 * 32784, 0) == plan_rows(decomposing, 16 * 32784, 0) == (176, 176)
 
 
 def test_default_gpu_plan_fills_the_gradient_product_within_two_gib():
