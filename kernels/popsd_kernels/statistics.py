@@ -161,7 +161,7 @@ def row_statistics_kernel(
     if difference is not None:
         offset = tl.load(offset_ptr + row)
     full: tl.constexpr = V // BLOCK * BLOCK
-    for start in tl.range(0, full, BLOCK, loop_unroll_factor=4):  # 22 to 19 instructions per entry: addresses, counters
+    for start in tl.range(0, full, BLOCK, loop_unroll_factor=8):  # 22 to 18 instructions per entry: addresses, counters
         s, u = _logits(
             student, target, difference, offset, target_out_ptr, target_out_row_stride, pmi_beta, pmi_clip,
             row, start + tl.arange(0, BLOCK), V, False, FAST,
