@@ -164,7 +164,7 @@ def tempered_logits(
     Where ``options.relative`` they are products of finite numbers, and may be ``raw`` itself if nothing else is to be done.
     """
     factor = transform.scale * options.inv_temperature
-    if options.relative and bias is None and factor == 1.0:
+    if options.relative and bias is None and factor == 1.0 and raw.dtype == torch.float32:
         return raw
     z = torch.empty_like(raw, dtype=torch.float32) if out is None else out
     if bias is None and raw.dtype == torch.float32:
