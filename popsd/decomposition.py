@@ -18,7 +18,7 @@ import torch
 from popsd.config import Method
 from popsd.torch_tiles import scratch, tempered_logits
 from popsd.types import Decomposition, Head, centred_gram, mean_row
-from popsd_kernels.options import LOGIT_FLOOR, LogitTransform, RowOptions
+from popsd_kernels.options import LOGIT_FLOOR, RowOptions
 
 Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """‖Δ_total‖², ‖Δ_ref‖², ‖Δ_it‖², Δ_total·Δ_ref, Δ_total·Δ_it, [C] each."""
@@ -46,10 +46,8 @@ def row_moments(
     With ``delta`` the teacher is the reference plus its multiple. masked: whether a logit may be -inf.
     """
     z_teacher, own, other, *free = scratch(student, 6)
-    if masked or student_bias is not None or (options.student, options.inv_temperature) != (LogitTransform(), 1.0):
-        student = tempered_logits(student, student_bias, options.student, options, out=own)
-    if masked or target_bias is not None or (options.target, options.inv_temperature) != (LogitTransform(), 1.0):
-        reference = tempered_logits(reference, target_bias, options.target, options, out=other)
+    student = tempered_logits(student, student_bias, options.student, options, out=own, finite=not masked)
+    reference = tempered_logits(reference, target_bias, options.target, options, out=other, finite=not masked)
     if teacher is None:
         assert delta is not None
         torch.add(reference, delta, alpha=options.delta_scale * options.inv_temperature, out=z_teacher)

@@ -37,7 +37,7 @@ def row_statistics(
     Returns four [C] float32 normalisers.
     """
     s, u, free = scratch(student, 3)
-    own = tempered_logits(student, student_bias, options.student, options, out=s)
+    own = tempered_logits(student, student_bias, options.student, options, out=s, finite=options.relative)
     composed = _target_logits(target, target_bias, delta, delta_offset, options, u, free)
     if target_out is not None:
         target_out.copy_(composed)
@@ -67,7 +67,7 @@ def row_sweeps(
     gradient: [C, V] of any floating dtype, or None for no gradient work; it may share memory with ``target``.
     """
     s, u, t, p, q, free, more = scratch(student, _BUFFERS)
-    own = tempered_logits(student, student_bias, options.student, options, out=s)
+    own = tempered_logits(student, student_bias, options.student, options, out=s, finite=options.relative)
     target = _target_logits(target, target_bias, delta, delta_offset, options, t if options.relative else u, free)
     student_max = own.amax(dim=1, keepdim=True)
     # through the logits: log_q - log_p would round at |log p| where the two nearly agree
@@ -158,13 +158,14 @@ def tempered_logits(
     options: RowOptions,
     *,
     out: torch.Tensor | None = None,
+    finite: bool = False,
 ) -> torch.Tensor:
     """Raw projections → tempered float32 logits in ``out``, floored so that -inf never meets -inf.
 
-    Where ``options.relative`` they are products of finite numbers, and may be ``raw`` itself if nothing else is to be done.
+    finite: there is none; where nothing else is to be done either, ``raw`` itself comes back and ``out`` is left alone.
     """
     factor = transform.scale * options.inv_temperature
-    if options.relative and bias is None and factor == 1.0 and raw.dtype == torch.float32:
+    if finite and bias is None and transform.softcap is None and factor == 1.0 and raw.dtype == torch.float32:
         return raw
     z = torch.empty_like(raw, dtype=torch.float32) if out is None else out
     if bias is None and raw.dtype == torch.float32:
@@ -189,7 +190,8 @@ def _target_logits(
 ) -> torch.Tensor:
     """The target's tempered logits: its own or, with ``delta`` and ``offset``, composed on the base's. Where
     ``options.relative``, less the student's."""
-    own = tempered_logits(target, None if options.relative else bias, options.target, options, out=out)
+    bias = None if options.relative else bias
+    own = tempered_logits(target, bias, options.target, options, out=out, finite=options.relative)
     if delta is None:
         return own
     assert offset is not None
