@@ -14,6 +14,7 @@ the purified target costs what two distributions cost.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +78,7 @@ class Problem:
         dtype = operand_dtype(self.heads[0].weight, self.student, self.autocast_dtype)
         return self.strategy is Strategy.CHUNKED and dtype == torch.float32
 
+    @cached_property
     def row_options(self) -> RowOptions:
         config, (student, frozen) = self.config, self.heads or (None, None)
         options = RowOptions(
@@ -135,7 +137,7 @@ class ProjectedStreams:
         assert problem.heads is not None
         student_head, frozen_head = problem.heads
         vocab, student = problem.vocab_size, problem.student
-        self.problem, self.vocab, self.options = problem, vocab, problem.row_options()
+        self.problem, self.vocab, self.options = problem, vocab, problem.row_options
         self.keep = None if problem.weights is None else (problem.weights != 0)[:, None]
         self.student_weight = operand(student_head.weight[:vocab], student, problem.autocast_dtype)
         self.frozen_weight = self.student_weight

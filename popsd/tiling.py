@@ -137,7 +137,7 @@ def _stream(problem: Problem, source: ProjectedStreams) -> RowLoss:
         frozen_weight=None if source.frozen_weight is source.student_weight else source.frozen_weight,
         student_bias=source.student_bias,
         target_bias=source.target_bias,
-        options=problem.row_options(),
+        options=problem.row_options,
         token_ids=problem.token_ids,
         row_scale=problem.weights,
         dhidden=source.dhidden,
@@ -183,7 +183,7 @@ def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> Tile
 def target_logits(problem: Problem) -> torch.Tensor:
     """Finished logits of the purified target over all tokens at once, [N, V] float32, from given logits."""
     bodies = bodies_for(resolve_impl(problem.impl, problem.student.device))
-    source, options = GivenLogits(problem, with_gradient=False), problem.row_options()
+    source, options = GivenLogits(problem, with_gradient=False), problem.row_options
     source.allocate(problem.student.shape[0], 0)
     chunk = source.load(0, problem.student.shape[0])
     assert chunk.delta is not None
@@ -222,7 +222,7 @@ def _sweep(
     gradient: torch.Tensor | None,
     local: slice,
 ) -> RowLoss:
-    options, target = problem.row_options(), chunk.target
+    options, target = problem.row_options, chunk.target
     offset = _difference(problem, source, bodies, chunk)
     token_ids = None if problem.token_ids is None else problem.token_ids[rows]
     row_scale = None if problem.weights is None else problem.weights[rows]
@@ -257,7 +257,7 @@ def _difference(
     problem: Problem, source: ProjectedStreams | GivenLogits, bodies: Bodies, chunk: Chunk
 ) -> torch.Tensor | None:
     """The finished difference in ``chunk.delta``, masks on its entries applied; returns its offset [n]."""
-    config, options, offset = problem.purified, problem.row_options(), chunk.offset
+    config, options, offset = problem.purified, problem.row_options, chunk.offset
     if config is None or chunk.delta is None:
         return offset
     frozen = (
@@ -294,7 +294,7 @@ def _moments(problem: Problem, source: ProjectedStreams | GivenLogits, bodies: B
         delta=chunk.delta if chunk.teacher is None else None,
         student_bias=own,
         target_bias=frozen,
-        options=replace(problem.row_options(), relative=False),
+        options=replace(problem.row_options, relative=False),
         masked=problem.heads is None or own is not None or frozen is not None,
     )
 
@@ -319,7 +319,7 @@ def _gram(problem: Problem) -> Decomposition:
 
 
 def _purification(problem: Problem, source: ProjectedStreams | GivenLogits, chunk: Chunk) -> Purification:
-    options, config = problem.row_options(), problem.purified
+    options, config = problem.row_options, problem.purified
     base, teacher, reference = _tempered_frozen(problem, source, chunk)
     assert config is not None and chunk.teacher is not None and chunk.reference is not None and teacher is not None
     delta, scale = torch.empty_like(base), options.inv_temperature
@@ -336,7 +336,7 @@ def _tempered_frozen(
     problem: Problem, source: ProjectedStreams | GivenLogits, chunk: Chunk
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Tempered float32 logits of base, and of teacher and reference where they come apart."""
-    options = problem.row_options()
+    options = problem.row_options
     base, teacher, reference = (
         None if x is None else torch_tiles.tempered_logits(x, source.target_bias, options.target, options)
         for x in (chunk.target, chunk.teacher, chunk.reference)

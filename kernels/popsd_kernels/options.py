@@ -38,7 +38,7 @@ class RowOptions:
     student, target: logit transforms of the student and of the base (or, with two distributions, target) stream.
     delta_scale: multiplies the difference of raw teacher and reference projections, before the temperature.
     relative: the base (or target) stream holds its difference to the student, target − student, without bias or soft cap: the
-        log-ratio that decides loss and gradient is then rounded relative to itself, not to the logits.
+        log-ratio that decides loss and gradient is then rounded relative to itself, not to the logits. Both are finite.
     """
 
     beta: float = 0.5
