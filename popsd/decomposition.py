@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from popsd.config import Method
-from popsd.torch_tiles import scratch, tempered_logits
+from popsd.torch_tiles import LN2, LOG2E, StudentRows, scratch, student_rows, tempered_logits
 from popsd.types import Decomposition, Head, centred_gram, mean_row
 from popsd_kernels.options import LOGIT_FLOOR, RowOptions
 
@@ -40,50 +40,42 @@ def row_moments(
     target_bias: torch.Tensor | None = None,
     options: RowOptions,
     masked: bool = True,
+    rows: StudentRows | None = None,
 ) -> torch.Tensor:
     """The torch body of ``popsd_kernels.row_moments``: [13, C] moments, see `fields_of`, from raw projections [C, V].
 
     With ``delta`` the teacher is the reference plus its multiple. masked: whether a logit may be -inf.
+    rows: `student_rows` of the same arguments where somebody has them already.
     """
-    z_teacher, own, other, *free = scratch(student, 6)
-    student = tempered_logits(student, student_bias, options.student, options, out=own, finite=not masked)
-    reference = tempered_logits(reference, target_bias, options.target, options, out=other, finite=not masked)
+    rows = rows or student_rows(student, student_bias, options)
+    total, induced, free = scratch(student, 3)
+    bias = None if options.relative else target_bias
+    finite = options.relative or not masked
+    other = tempered_logits(reference, bias, options.target, options, out=induced, finite=finite)
     if teacher is None:
         assert delta is not None
-        torch.add(reference, delta, alpha=options.delta_scale * options.inv_temperature, out=z_teacher)
+        own = torch.add(other, delta, alpha=options.delta_scale * options.inv_temperature, out=total)
     else:
-        tempered_logits(teacher, target_bias, options.target, options, out=z_teacher)
-    return _moments(student, z_teacher, reference, free, masked=masked)
-
-
-def _moments(
-    student: torch.Tensor, teacher: torch.Tensor, reference: torch.Tensor, free: list[torch.Tensor], *, masked: bool
-) -> torch.Tensor:
-    """From tempered float32 logits [C, V], with a floor for impossible tokens. ``teacher`` and ``free``, three more of their
-    shape, are overwritten."""
-    count = torch.full_like(student[:, 0], student.shape[1])
-    more, root, induced = free
-    outside = None
+        own = tempered_logits(teacher, bias, options.target, options, out=total, finite=not masked)
+    outside, count = None, torch.full_like(rows.maximum[:, 0], student.shape[1])
     if masked:
-        torch.minimum(torch.minimum(student, teacher, out=more), reference, out=more)
-        outside = more < 1e-6 * LOGIT_FLOOR  # whatever scale or temperature the floor went through
+        least = rows.logits
+        if not options.relative:
+            least = torch.minimum(least, torch.minimum(own, other, out=free), out=free)
+        outside = least < 1e-6 * LOGIT_FLOOR  # whatever scale or temperature the floor went through
         count -= outside.sum(dim=1)
-    # maximum and log-sum apart: their sum would round at |logit|, and a shift is what is left of two of them
-    (top_teacher, logsum_teacher), (top_reference, logsum_reference) = (
-        _normaliser(z, more) for z in (teacher, reference)
-    )
-    top, logsum = _normaliser(student, root)  # by the same arithmetic as the others: equal policies differ by exactly 0
-    root.sqrt_()  # √π_θ
-    total, total_mean = _centred(teacher.sub_(student), outside, count)
-    induced, induced_mean = _centred(torch.sub(reference, student, out=induced), outside, count)
-    a = total_mean - ((top_teacher - top) + (logsum_teacher - logsum))
-    b = induced_mean - ((top_reference - top) + (logsum_reference - logsum))
-    centred = _products(total, induced, more)
+    shifts = [_log_normaliser_ratio(_bits(z, rows, relative=options.relative, out=free), rows) for z in (own, other)]
+    if not options.relative:
+        own, other = torch.sub(own, rows.logits, out=total), torch.sub(other, rows.logits, out=induced)
+    means = [_centre(x, outside, count, out) for x, out in ((own, total), (other, induced))]
+    a, b = (mean - shift for mean, shift in zip(means, shifts, strict=True))
+    centred = _products(total, induced, free)
+    root = torch.sqrt(rows.probabilities, out=free)
     if outside is not None:
         root.masked_fill_(outside, 0.0)
     total.add_(a[:, None]).mul_(root)
     induced.add_(b[:, None]).mul_(root)
-    weighted = _products(total, induced, more)
+    weighted = _products(total, induced, free)
     return torch.stack([*centred, *weighted, a, b, count])
 
 
@@ -133,21 +125,33 @@ def _rows_in_use(head: Head, vocab_size: int) -> torch.Tensor | int:
     return vocab_size if head.bias is None else torch.isfinite(head.bias.detach()[:vocab_size]).sum()
 
 
-def _centred(x: torch.Tensor, outside: torch.Tensor | None, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x less its mean over the entries inside, 0 outside; and the mean [C]. In place."""
-    if outside is None:
-        mean = x.sum(dim=1) / count
-        return x.sub_(mean[:, None]), mean
-    mean = x.masked_fill_(outside, 0.0).sum(dim=1) / count
-    return x.sub_(mean[:, None]).masked_fill_(outside, 0.0), mean
+def _bits(z: torch.Tensor, rows: StudentRows, *, relative: bool, out: torch.Tensor) -> torch.Tensor:
+    """Logits less the student's maximum, in bits; ``relative``: z is what they are more than the student's."""
+    if relative:
+        return torch.add(rows.bits, z, alpha=LOG2E, out=out)
+    return torch.sub(z, rows.maximum, out=out).mul_(LOG2E)
 
 
-def _normaliser(logits: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maximum and log Σ exp(z − max), [C] each; the probabilities go into ``out``.
+def _log_normaliser_ratio(bits: torch.Tensor, rows: StudentRows) -> torch.Tensor:
+    """log Z / Z_θ of logits from `_bits`, [C]; overwrites them.
 
-    The likeliest entry has probability 1 / Σ exp(z − max), and softmax is one pass of torch's where the sum is four.
+    By the arithmetic of the student's own normaliser, so that equal policies give exactly 0; maximum and log-sum apart,
+    whose sum would round at the size of a logit.
     """
-    return logits.amax(dim=1), -torch.softmax(logits, dim=1, out=out).amax(dim=1).log()
+    top = bits.amax(dim=1, keepdim=True)
+    logsum = bits.sub_(top).exp2_().sum(dim=1, keepdim=True).log_()
+    return (LN2 * top + (logsum - rows.logsum))[:, 0]
+
+
+def _centre(x: torch.Tensor, outside: torch.Tensor | None, count: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """x less its mean over the entries inside, 0 outside, into ``out``, which may be x; returns the mean [C]."""
+    if outside is not None:
+        x = out.copy_(x).masked_fill_(outside, 0.0)
+    mean = x.sum(dim=1) / count
+    torch.sub(x, mean[:, None], out=out)
+    if outside is not None:
+        out.masked_fill_(outside, 0.0)
+    return mean
 
 
 def _products(total: torch.Tensor, induced: torch.Tensor, free: torch.Tensor) -> Products:

@@ -197,7 +197,8 @@ class ProjectedStreams:
                 offset = (exact @ self.mean_row).mul_(self.options.delta_scale * self.options.inv_temperature)
                 frozen += [high, pair[1]] if self.with_reference else [high]
         if self.options.relative:
-            frozen[0] = frozen[0].float() - student
+            for k in (0, 2) if self.with_reference else (0,):
+                frozen[k] = frozen[k].float() - student
         return HiddenRows(student, [x.to(self.frozen_weight.dtype) for x in frozen], low, offset)
 
     def load(self, start: int, stop: int) -> Chunk:

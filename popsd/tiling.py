@@ -5,7 +5,6 @@ no formula; the sweeps are Triton kernels or the torch bodies of the same signat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -35,12 +34,16 @@ GPU_GRADIENT_ROWS = 2048
 
 
 class Bodies(NamedTuple):
-    """An implementation of the row sweeps, and how many elements a stream should have per call (None: a whole chunk)."""
+    """An implementation of the row sweeps, and how many elements a stream should have per call (None: a whole chunk).
+
+    shared: arguments of `row_moments` and `row_sweeps` that both would otherwise derive from the student by themselves.
+    """
 
     row_statistics: Callable[..., RowStatistics]
     row_sweeps: Callable[..., RowLoss]
     logit_difference: Callable[..., torch.Tensor]
     row_moments: Callable[..., torch.Tensor]
+    shared: Callable[..., dict[str, Any]]
     sweep_elements: int | None
 
 
@@ -62,11 +65,19 @@ def resolve_impl(impl: Impl, device: torch.device) -> Impl:
 def bodies_for(impl: Impl) -> Bodies:
     if impl is Impl.TORCH:
         tiles = torch_tiles
-        return Bodies(tiles.row_statistics, tiles.row_sweeps, tiles.logit_difference, row_moments, SWEEP_ELEMENTS)
+        return Bodies(
+            tiles.row_statistics, tiles.row_sweeps, tiles.logit_difference, row_moments, _student_rows, SWEEP_ELEMENTS
+        )
     import popsd_kernels
 
     kernels = popsd_kernels
-    return Bodies(kernels.row_statistics, _two_sweeps, kernels.logit_difference, kernels.row_moments, None)
+    return Bodies(
+        kernels.row_statistics, _two_sweeps, kernels.logit_difference, kernels.row_moments, lambda *_: {}, None
+    )
+
+
+def _student_rows(*student: Any) -> dict[str, Any]:
+    return {"rows": torch_tiles.student_rows(*student)}
 
 
 def _two_sweeps(
@@ -167,11 +178,12 @@ def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> Tile
                 j = min(i + step, stop - start)
                 rows = slice(start + i, start + j)
                 part = chunk.rows(i, j)
+                shared = bodies.shared(part.student, source.student_bias, problem.row_options)
                 if problem.decompose is Method.LOGITS:
-                    moments.append(_moments(problem, source, bodies, part))
+                    moments.append(_moments(problem, source, bodies, part, shared))
                 if problem.telemetry:
                     purifications += [_purification(problem, source, piece) for piece in _pieces(problem, part)]
-                losses.append(_sweep(problem, source, bodies, part, rows, gradient, slice(i, j)))
+                losses.append(_sweep(problem, source, bodies, part, rows, gradient, slice(i, j), shared))
         source.fold(first, last)
     return TileResult(
         RowLoss(*map(torch.cat, zip(*losses, strict=True))),
@@ -221,6 +233,7 @@ def _sweep(
     rows: slice,
     gradient: torch.Tensor | None,
     local: slice,
+    shared: dict[str, Any],
 ) -> RowLoss:
     options, target = problem.row_options, chunk.target
     offset = _difference(problem, source, bodies, chunk)
@@ -250,6 +263,7 @@ def _sweep(
         token_ids=token_ids,
         row_scale=row_scale,
         gradient=None if gradient is None else gradient[local],
+        **shared,
     )
 
 
@@ -285,7 +299,9 @@ def _pieces(problem: Problem, chunk: Chunk) -> Iterator[Chunk]:
         yield chunk.rows(start, start + step)
 
 
-def _moments(problem: Problem, source: ProjectedStreams | GivenLogits, bodies: Bodies, chunk: Chunk) -> torch.Tensor:
+def _moments(
+    problem: Problem, source: ProjectedStreams | GivenLogits, bodies: Bodies, chunk: Chunk, shared: dict[str, Any]
+) -> torch.Tensor:
     own, frozen = source.student_bias, source.target_bias
     return bodies.row_moments(
         chunk.student,
@@ -294,8 +310,9 @@ def _moments(problem: Problem, source: ProjectedStreams | GivenLogits, bodies: B
         delta=chunk.delta if chunk.teacher is None else None,
         student_bias=own,
         target_bias=frozen,
-        options=replace(problem.row_options, relative=False),
+        options=problem.row_options,
         masked=problem.heads is None or own is not None or frozen is not None,
+        **shared,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +17,32 @@ from popsd_kernels.options import LOGIT_FLOOR, LogitTransform, RowLoss, RowOptio
 
 LN2 = math.log(2.0)
 LOG2E = 1.0 / LN2
+HELD = 3
+"""Scratch buffers of `StudentRows`."""
+
+
+class StudentRows(NamedTuple):
+    """What loss and decomposition both read of the student, in buffers that `scratch` holds for it until the next block."""
+
+    logits: torch.Tensor
+    """Tempered, [C, V] float32; the raw projections themselves where nothing is to be done to them."""
+    maximum: torch.Tensor
+    """[C, 1]."""
+    bits: torch.Tensor
+    """(logits − maximum) / ln 2: exp2 takes 47 µs per 2^18 entries, exp 111 (torch 2.13)."""
+    probabilities: torch.Tensor
+    logsum: torch.Tensor
+    """log Σ exp(logits − maximum), [C, 1]."""
+
+
+def student_rows(student: torch.Tensor, bias: torch.Tensor | None, options: RowOptions) -> StudentRows:
+    """From raw projections [C, V]."""
+    own, bits, p = scratch(student, HELD, held=0)
+    logits = tempered_logits(student, bias, options.student, options, out=own, finite=options.relative)
+    maximum = logits.amax(dim=1, keepdim=True)
+    torch.sub(logits, maximum, out=bits).mul_(LOG2E)
+    logsum = torch.exp2(bits, out=p).sum(dim=1, keepdim=True).log_()
+    return StudentRows(logits, maximum, bits, p.mul_(torch.exp(-logsum)), logsum)
 
 
 def row_statistics(
@@ -58,6 +85,7 @@ def row_sweeps(
     token_ids: torch.Tensor | None = None,
     row_scale: torch.Tensor | None = None,
     gradient: torch.Tensor | None = None,
+    rows: StudentRows | None = None,
 ) -> RowLoss:
     """Both sweeps: per-token results and, into ``gradient``, d divergence / d student raw projection times ``row_scale``.
 
@@ -65,15 +93,14 @@ def row_sweeps(
     per entry and stream serves the normaliser and the probability.
     token_ids: [C] int64, -1 for none. row_scale: [C]; a row of scale 0 gets an exactly zero gradient.
     gradient: [C, V] of any floating dtype, or None for no gradient work; it may share memory with ``target``.
+    rows: `student_rows` of the same arguments where somebody has them already; used up.
     """
-    s, u, t, p, q, free, more = scratch(student, _BUFFERS)
-    own = tempered_logits(student, student_bias, options.student, options, out=s, finite=options.relative)
+    own, student_max, s, p, student_logsum = rows or student_rows(student, student_bias, options)
+    u, t, q, free, more = scratch(student, 5)
     target = _target_logits(target, target_bias, delta, delta_offset, options, t if options.relative else u, free)
-    student_max = own.amax(dim=1, keepdim=True)
     # through the logits: log_q - log_p would round at |log p| where the two nearly agree
     ratio = target if options.relative else torch.sub(target, own, out=t)
-    # s and u: both logits less their maxima, in bits, for exp2 takes 47 µs per 2^18 entries and exp 111 (torch 2.13)
-    torch.sub(own, student_max, out=s).mul_(LOG2E)
+    # u: the target's logits less their maximum, in bits
     if options.relative:  # with the maximum gone nothing that matters is large, and the normaliser rounds at |t|
         shift = torch.add(s, ratio, alpha=LOG2E, out=u).amax(dim=1, keepdim=True)
         u.sub_(shift)
@@ -82,9 +109,7 @@ def row_sweeps(
         target_max = target.amax(dim=1, keepdim=True)
         torch.sub(target, target_max, out=u).mul_(LOG2E)
         shift = target_max - student_max
-    student_logsum = torch.exp2(s, out=p).sum(dim=1, keepdim=True).log_()
     target_logsum = torch.exp2(u, out=q).sum(dim=1, keepdim=True).log_()
-    p.mul_(torch.exp(-student_logsum))
     q.mul_(torch.exp(-target_logsum))
     torch.sub(ratio, shift + (target_logsum - student_logsum), out=t)
     student_logsum, target_logsum = student_logsum[:, 0], target_logsum[:, 0]
@@ -298,16 +323,18 @@ def _chain(logits: torch.Tensor, maximum: torch.Tensor, gradient: torch.Tensor, 
 _pool = threading.local()
 
 
-def scratch(like: torch.Tensor, count: int) -> list[torch.Tensor]:
+def scratch(like: torch.Tensor, count: int, *, held: int = HELD) -> list[torch.Tensor]:
     """``count`` float32 buffers of a shape, kept between calls of a thread: fresh pages for temporaries cost more than the
     arithmetic on them (one multiplication of 2^17 elements: 61 µs into fresh memory, 6 µs in place, glibc 2.36).
+
+    held: how many to leave alone, those of `StudentRows`.
     """
     if like.numel() > _POOLED_ELEMENTS or like.device.type != "cpu":
         return [torch.empty_like(like, dtype=torch.float32) for _ in range(count)]
     buffers = getattr(_pool, "buffers", None)
     if buffers is None:
         buffers = _pool.buffers = torch.empty(_BUFFERS, _POOLED_ELEMENTS)
-    return [buffers[i, : like.numel()].view(like.shape) for i in range(count)]
+    return [x[: like.numel()].view(like.shape) for x in buffers[held : held + count]]
 
 
-_BUFFERS, _POOLED_ELEMENTS = 7, 2 << 17
+_BUFFERS, _POOLED_ELEMENTS = HELD + 5, 2 << 17

@@ -74,6 +74,26 @@ def test_a_teacher_given_as_its_difference(masked):
     assert_close(fields_of(moments), truth([student, reference, teacher], options, [None] * 3), 1e-5, 1e-5)
 
 
+@pytest.mark.parametrize("apart", [1.0, 0.001])
+def test_a_reference_given_as_its_difference_to_the_student(apart):
+    """No log-ratio rounds at the size of the logits: a thousandth apart, 3e-7 instead of 3e-4 in the weighted fields; the raw
+    ones, which need the log-normalisers' difference, 6e-5 instead of 2e-4. Impossible tokens stay out."""
+    student, induced, delta = streams(300)[0], apart * torch.randn(3, 300), apart * torch.randn(3, 300)
+    bias = torch.randn(300).index_fill(0, torch.tensor([5, 40]), -torch.inf)
+    options, common = RowOptions(relative=True, inv_temperature=0.8), {"delta": delta, "student_bias": bias}
+    truths = [student.double() + bias, student.double() + bias + induced, student.double() + bias + induced + delta]
+    expected = oracle.decompose(*(0.8 * truths[k] for k in (0, 2, 1)), PurifiedConfig())
+    for body in (row_moments, torch_moments):
+        moments = body(student, induced, **common, options=options)
+        found = fields_of(moments)
+        assert_close(found, expected, 1e-4, 2e-4)
+        for name in Decomposition._fields[6:]:
+            assert relative_l2(getattr(found, name), getattr(expected, name)) < 2e-6, name
+        assert moments[12].tolist() == [298.0] * 3
+    with pytest.raises(ValueError, match=r"delta must be given where options\.relative is True, got teacher"):
+        row_moments(student, induced, teacher=student, options=options)
+
+
 def test_impossible_entries_leave_every_sum():
     raw = streams(300, impossible=True)
     moments = row_moments(raw[0], raw[1], teacher=raw[2], options=PLAIN)

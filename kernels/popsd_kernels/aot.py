@@ -154,6 +154,7 @@ def shipped_cases() -> list[AnyCase]:
         Case("loss_gradient", "relative, JSD, two, float32", 8, replace(PLAIN, relative=True), composed=False,
              gradient=torch.float32),
         Case("moments", "teacher as a difference", 12, PLAIN),
+        Case("moments", "relative", 12, replace(PLAIN, relative=True)),
         Case("moments", "masked, softcap, bias, bf16, odd V", 6, SOFTCAP, torch.bfloat16, ODD_VOCABULARY, False, True),
         Case("difference", "center, softcap", 8, SOFTCAP),
         Case("difference", "log-sum-exp", 8, PLAIN, center=False),

@@ -22,16 +22,15 @@ from popsd_kernels.launch import (
     LaunchConfig,
     check_device,
     check_matrix_shape,
-    check_not_relative,
     check_rows,
     check_vector,
     choose_config,
     fast_instructions,
     result_rows,
 )
-from popsd_kernels.logits import floor_logit, load_entries, load_logit, projection_stream
+from popsd_kernels.logits import floor_logit, load_entries, load_logit, projection_stream, target_stream
 from popsd_kernels.options import RowOptions
-from popsd_kernels.primitives import LOG2E, LOGIT_FLOOR, NOTHING, lane_sum, lse_finish, lse_fold
+from popsd_kernels.primitives import LOG2E, LOGIT_FLOOR, NOTHING, lane_sum, lse_finish, lse_fold, lse_fold_sum
 from popsd_kernels.target import Difference
 
 MOMENTS = 13
@@ -54,7 +53,8 @@ def row_moments(
     student, reference, and teacher or delta: [C, V] raw projections, float32, bfloat16 or float16, unit stride along V, any
         row stride; read only. With ``delta`` (teacher − reference) the teacher's logits are the reference's plus
         inv_temperature · delta_scale · delta. Biases: [V], contiguous; ``target_bias`` is teacher's and reference's.
-    options: logit transforms and temperature; nothing else of it is used.
+    options: logit transforms, temperature and ``relative``, with which ``reference`` holds its difference to the student
+        (and ``delta`` is needed); nothing else of it is used.
     masked: whether a logit may be −inf (or LOGIT_FLOOR). Such entries leave every sum; False saves looking for them.
     Returns [13, C] float32: ‖Δ_total‖², ‖Δ_ref‖², ‖Δ_it‖², Δ_total·Δ_ref, Δ_total·Δ_it of the log-ratios less their means
     over the vocabulary; the same five of the log-ratios themselves, each entry weighted by π_θ; mean Δ_total, mean Δ_ref;
@@ -62,7 +62,6 @@ def row_moments(
     """
     check_matrix_shape(_NAME, "student", student)
     check_device(_NAME, "student", student)
-    check_not_relative(_NAME, options.relative)
     (rows, vocabulary), device = student.shape, student.device
     matrices = {"student": student, "reference": reference, "teacher": teacher, "delta": delta}
     check_rows(_NAME, student.shape, device, matrices)
@@ -71,11 +70,16 @@ def row_moments(
     if (teacher is None) == (delta is None):
         given = "both" if delta is not None else "neither"
         raise ValueError(f"{_NAME}: one of teacher and delta must be given, got {given}; leave the other out")
+    if options.relative and delta is None:
+        raise ValueError(
+            f"{_NAME}: delta must be given where options.relative is True, got teacher; pass their difference"
+        )
     out = result_rows(MOMENTS, rows, device)
     if rows:
         tensors = (student, reference, teacher, delta, student_bias, target_bias)
         fast = fast_instructions(device)
-        key = (vocabulary, student.dtype, reference.dtype, teacher is None, masked, options.target.softcap is None)
+        softcap = options.target.softcap is not None
+        key = (vocabulary, student.dtype, reference.dtype, teacher is None, masked, softcap, options.relative)
         config = choose_config(
             "moments", device, key, lambda trial: plan(*tensors, options, masked, out, trial, fast)
         )  # fmt: skip
@@ -104,7 +108,7 @@ def plan(
         student.shape[0],
         {
             "student": projection_stream(student, student_bias, options.student, tau),
-            "reference": projection_stream(reference, target_bias, options.target, tau),
+            "reference": target_stream(reference, target_bias, options),
             "teacher": own,
             "difference": None
             if delta is None
@@ -115,6 +119,7 @@ def plan(
             "BLOCK": config.block,
             "VEC": config.vec,
             "MASKED": masked,
+            "RELATIVE": options.relative,
             "FAST": fast,
         },
         config,
@@ -142,6 +147,7 @@ def row_moments_kernel(
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
     MASKED: tl.constexpr,
+    RELATIVE: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """One program per token, twice over the row."""
@@ -152,13 +158,17 @@ def row_moments_kernel(
     total_sum, induced_sum, missing = zero, zero, zero
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s, r, t, inside = _logits(student, reference, teacher, difference, row, columns, V, MASKED, FAST)
-        total_sum += lane_sum(tl.where(inside, t - s, 0.0), VEC)
-        induced_sum += lane_sum(tl.where(inside, r - s, 0.0), VEC)
+        s, r, t, inside = _streams(student, reference, teacher, difference, row, columns, V, MASKED, RELATIVE, FAST)
+        total_sum += lane_sum(tl.where(inside, _ratio(t, s, RELATIVE), 0.0), VEC)
+        induced_sum += lane_sum(tl.where(inside, _ratio(r, s, RELATIVE), 0.0), VEC)
         missing += lane_sum(((columns < V) & (inside == 0)).to(tl.float32), VEC)
         s_top, s_total = lse_fold(s, s_top, s_total, VEC)
-        r_top, r_total = lse_fold(r, r_top, r_total, VEC)
-        t_top, t_total = lse_fold(t, t_top, t_total, VEC)
+        if RELATIVE:
+            r_top, r_total = lse_fold_sum(s, r, r_top, r_total, VEC, 1.0, 1.0)
+            t_top, t_total = lse_fold_sum(s, t, t_top, t_total, VEC, 1.0, 1.0)
+        else:
+            r_top, r_total = lse_fold(r, r_top, r_total, VEC)
+            t_top, t_total = lse_fold(t, t_top, t_total, VEC)
     s_max, s_logsum = lse_finish(s_top, s_total, V)
     r_max, r_logsum = lse_finish(r_top, r_total, V)
     t_max, t_logsum = lse_finish(t_top, t_total, V)
@@ -170,10 +180,10 @@ def row_moments_kernel(
     centred, weighted = Products(zero, zero, zero, zero), Products(zero, zero, zero, zero)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s, r, t, inside = _logits(student, reference, teacher, difference, row, columns, V, MASKED, FAST)
+        s, r, t, inside = _streams(student, reference, teacher, difference, row, columns, V, MASKED, RELATIVE, FAST)
         p = tl.where(inside, tl.exp2((s - s_max) * LOG2E - s_logsum * LOG2E), 0.0)
-        x = tl.where(inside, (t - s) - total_mean, 0.0)
-        y = tl.where(inside, (r - s) - induced_mean, 0.0)
+        x = tl.where(inside, _ratio(t, s, RELATIVE) - total_mean, 0.0)
+        y = tl.where(inside, _ratio(r, s, RELATIVE) - induced_mean, 0.0)
         centred = _accumulate(centred, x, y, 1.0, VEC)
         weighted = _accumulate(weighted, x + a, y + b, p, VEC)
     out_ptr += row
@@ -185,21 +195,41 @@ def row_moments_kernel(
 
 
 @triton.jit
-def _logits(
-    student, reference, teacher, difference, row, columns, V: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr
+def _streams(
+    student,
+    reference,
+    teacher,
+    difference,
+    row,
+    columns,
+    V: tl.constexpr,
+    MASKED: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    FAST: tl.constexpr,
 ):
-    """Floored logits of a block, and which entries are possible in all three; 0 or LOGIT_FLOOR beyond the vocabulary."""
+    """A block's floored logits, reference and teacher less the student where RELATIVE, and which entries are possible in all
+    three; 0 or LOGIT_FLOOR beyond the vocabulary."""
     s = floor_logit(load_logit(student, row, columns, V, True, FAST), columns, V, True)
-    r = floor_logit(load_logit(reference, row, columns, V, True, FAST), columns, V, True)
+    r, lowest = load_logit(reference, row, columns, V, True, FAST), s
+    if not RELATIVE:
+        r = floor_logit(r, columns, V, True)
+        lowest = tl.minimum(s, r)
     if teacher is not None:
         t = floor_logit(load_logit(teacher, row, columns, V, True, FAST), columns, V, True)
+        lowest = tl.minimum(lowest, t)
     else:
         delta = load_entries(difference.ptr, row, difference.row_stride, columns, V, True)
         t = r + delta * tl.cast(difference.gain, tl.float32)
     inside = columns < V
     if MASKED:  # whatever scale or temperature the floor went through
-        inside = inside & (tl.minimum(tl.minimum(s, r), t) > 1e-6 * LOGIT_FLOOR)
+        inside = inside & (lowest > 1e-6 * LOGIT_FLOOR)
     return s, r, t, inside
+
+
+@triton.jit
+def _ratio(x, s, RELATIVE: tl.constexpr):
+    """The log-ratio to the student but for the normalisers."""
+    return x if RELATIVE else x - s
 
 
 @triton.jit
