@@ -107,7 +107,7 @@ def decompose_hidden(
     gx, gy = x @ gram, y @ gram
     z, gz = x - y, gx - gy  # not ‖x‖² − 2x·y + ‖y‖², which cancels where the question adds little
     dot = torch.linalg.vecdot
-    centred = (*(dot(u, v).clamp_min(0.0) for u, v in ((x, gx), (y, gy), (z, gz))), dot(x, gy), dot(x, gz))
+    centred = [dot(u, v) for u, v in ((x, gx), (y, gy), (z, gz), (x, gy), (x, gz))]
     if log_normalisers is None:
         return Decomposition(*[None] * FAMILY, *_fields(*centred))
     of_student, of_teacher, of_reference = log_normalisers
@@ -182,7 +182,8 @@ def _fields(
     with_reference: torch.Tensor,
     with_transferable: torch.Tensor,
 ) -> list[torch.Tensor]:
-    total, induced, transferable = (x.sqrt() for x in (total, induced, transferable))
+    # the squares of both quadratic form and kernel are sums that may cancel to a rounding below 0
+    total, induced, transferable = (x.clamp_min(0.0).sqrt() for x in (total, induced, transferable))
     return [
         total,
         induced,

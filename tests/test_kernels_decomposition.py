@@ -74,6 +74,30 @@ def test_a_teacher_given_as_its_difference(masked):
     assert_close(fields_of(moments), truth([student, reference, teacher], options, [None] * 3), 1e-5, 1e-5)
 
 
+def test_likely_tokens_that_agree_beside_unlikely_ones_that_do_not():
+    """Log-ratios of 0.01 where the mass is and of 30 elsewhere: sums about the vocabulary's mean would lose four digits."""
+    torch.manual_seed(0)
+    student, likely = torch.randn(3, 1000) * 2, torch.randperm(1000)[:30]
+    student[:, likely] += 12.0
+    ratios = [30.0 + torch.randn(3, 1000) for _ in range(2)]
+    for ratio in ratios:
+        ratio[:, likely] = 0.01 * torch.randn(3, 30)
+    raw = [student, student + ratios[0], student + ratios[1]]
+    moments = row_moments(raw[0], raw[1], teacher=raw[2], options=PLAIN)
+    assert_close(fields_of(moments), truth(raw, PLAIN, [None] * 3), 2e-5, 2e-5)
+
+
+def test_streams_a_constant_apart_differ_in_nothing_but_rounding():
+    """Σx² about the mean is then a difference of sums that may fall below 0, which has no root."""
+    student = streams(1000)[0]
+    for k in range(20):
+        moments = row_moments(student, student + 0.1 * k, teacher=student - 0.3 * k, options=PLAIN)
+        for name, field in fields_of(moments)._asdict().items():
+            assert torch.isfinite(field).all(), name
+            if "norm" in name:
+                assert (field < 1e-4).all(), name
+
+
 @pytest.mark.parametrize("apart", [1.0, 0.001])
 def test_a_reference_given_as_its_difference_to_the_student(apart):
     """No log-ratio rounds at the size of the logits: a thousandth apart, 3e-7 instead of 3e-4 in the weighted fields; the raw

@@ -1,9 +1,11 @@
 """The decomposition of the teacher's signal (Eq. 4) as 13 sums per token, from which every norm and cosine follows.
 
-Two reads of student, teacher (or its difference to the reference) and reference, 24 bytes per entry in float32: first the
-normalisers and the mean log-ratios, then the products about them. One read would need sums about a guess: the weighted
+One read of student, teacher (or its difference to the reference) and reference, 12 bytes per entry in float32. The sums wanted
+are about values that only the end of the row knows: the plain ones about the mean log-ratio, the weighted ones about the
+difference of the log-normalisers. They are taken about a pivot and moved there. Which pivot decides the digits: the weighted
 products live at the likely tokens, where log-ratios are a hundred times smaller than their mean over the vocabulary, and
-Σ w·x² + 2c·Σ w·x + c²·Σ w would lose four digits there.
+Σ w·x² + 2c·Σ w·x + c²·Σ w about a mean would lose four digits there. So the pivot is the log-ratio at the likeliest token
+that a lane has met: moved from there, the entries that weigh anything are moved by next to nothing.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -30,7 +32,17 @@ from popsd_kernels.launch import (
 )
 from popsd_kernels.logits import floor_logit, load_entries, load_logit, projection_stream, target_stream
 from popsd_kernels.options import RowOptions
-from popsd_kernels.primitives import LOG2E, LOGIT_FLOOR, NOTHING, lane_sum, lse_finish, lse_fold, lse_fold_sum
+from popsd_kernels.primitives import (
+    LOG2E,
+    LOGIT_FLOOR,
+    NOTHING,
+    fma,
+    lse_finish,
+    lse_fold,
+    lse_fold_sum,
+    negative,
+    rounded_product,
+)
 from popsd_kernels.target import Difference
 
 MOMENTS = 13
@@ -126,13 +138,38 @@ def plan(
     )
 
 
-class Products(NamedTuple):
-    """Accumulators [BLOCK // VEC]: squares of total, induced and transferable, and total · transferable."""
+class Pivot(NamedTuple):
+    """The logit of the likeliest token a lane has met and the log-ratios there, [BLOCK // VEC] each."""
 
-    total: Any
-    induced: Any
-    transferable: Any
-    with_transferable: Any
+    logit: Any
+    x: Any
+    y: Any
+
+
+class Sums(NamedTuple):
+    """Of weights, and of weighted products of x = Δ_total, y = Δ_ref and z = x − y less their pivots, [BLOCK // VEC] each."""
+
+    weight: Any
+    x: Any
+    y: Any
+    xx: Any
+    yy: Any
+    zz: Any
+    xz: Any
+
+
+class State(NamedTuple):
+    """Online log-sum-exps of student, reference and teacher, and the sums; the weights are exp(s − s_top)."""
+
+    s_top: Any
+    s_total: Any
+    r_top: Any
+    r_total: Any
+    t_top: Any
+    t_total: Any
+    pivot: Pivot
+    plain: Sums
+    weighted: Sums
 
 
 @triton.jit(do_not_specialize=["out_row_stride"])
@@ -150,47 +187,36 @@ def row_moments_kernel(
     RELATIVE: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """One program per token, twice over the row."""
-    row = tl.program_id(0)
+    """One program per token. Full blocks run unmasked; a vocabulary that BLOCK does not divide has one masked tail."""
+    row, full = tl.program_id(0), V // BLOCK * BLOCK
     zero = tl.zeros([BLOCK // VEC], tl.float32)
-    s_top, r_top, t_top = zero + NOTHING, zero + NOTHING, zero + NOTHING
-    s_total, r_total, t_total = zero, zero, zero
-    total_sum, induced_sum, missing = zero, zero, zero
-    for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        s, r, t, inside = _streams(student, reference, teacher, difference, row, columns, V, MASKED, RELATIVE, FAST)
-        total_sum += lane_sum(tl.where(inside, _ratio(t, s, RELATIVE), 0.0), VEC)
-        induced_sum += lane_sum(tl.where(inside, _ratio(r, s, RELATIVE), 0.0), VEC)
-        missing += lane_sum(((columns < V) & (inside == 0)).to(tl.float32), VEC)
-        s_top, s_total = lse_fold(s, s_top, s_total, VEC)
-        if RELATIVE:
-            r_top, r_total = lse_fold_sum(s, r, r_top, r_total, VEC, 1.0, 1.0)
-            t_top, t_total = lse_fold_sum(s, t, t_top, t_total, VEC, 1.0, 1.0)
-        else:
-            r_top, r_total = lse_fold(r, r_top, r_total, VEC)
-            t_top, t_total = lse_fold(t, t_top, t_total, VEC)
-    s_max, s_logsum = lse_finish(s_top, s_total, V)
-    r_max, r_logsum = lse_finish(r_top, r_total, V)
-    t_max, t_logsum = lse_finish(t_top, t_total, V)
-    count = V - tl.sum(missing, axis=0)
-    total_mean = tl.sum(total_sum, axis=0) / count
-    induced_mean = tl.sum(induced_sum, axis=0) / count
-    a = total_mean - ((t_max - s_max) + (t_logsum - s_logsum))
-    b = induced_mean - ((r_max - s_max) + (r_logsum - s_logsum))
-    centred, weighted = Products(zero, zero, zero, zero), Products(zero, zero, zero, zero)
-    for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        s, r, t, inside = _streams(student, reference, teacher, difference, row, columns, V, MASKED, RELATIVE, FAST)
-        p = tl.where(inside, tl.exp2((s - s_max) * LOG2E - s_logsum * LOG2E), 0.0)
-        x = tl.where(inside, _ratio(t, s, RELATIVE) - total_mean, 0.0)
-        y = tl.where(inside, _ratio(r, s, RELATIVE) - induced_mean, 0.0)
-        centred = _accumulate(centred, x, y, 1.0, VEC)
-        weighted = _accumulate(weighted, x + a, y + b, p, VEC)
+    none, low = Sums(zero, zero, zero, zero, zero, zero, zero), zero + NOTHING
+    state = State(low, zero, low, zero, low, zero, Pivot(low, zero, zero), none, none)
+    for start in range(0, full, BLOCK):
+        s, r, t, inside = _streams(
+            student, reference, teacher, difference, row, start + tl.arange(0, BLOCK), V, False, MASKED, RELATIVE, FAST
+        )
+        state = _fold(state, s, r, t, inside, VEC, MASKED, RELATIVE)
+    if full < V:
+        s, r, t, inside = _streams(
+            student, reference, teacher, difference, row, full + tl.arange(0, BLOCK), V, True, MASKED, RELATIVE, FAST
+        )
+        state = _fold(state, s, r, t, inside, VEC, True, RELATIVE)
+    s_max, s_logsum = lse_finish(state.s_top, state.s_total, V)
+    r_max, r_logsum = lse_finish(state.r_top, state.r_total, V)
+    t_max, t_logsum = lse_finish(state.t_top, state.t_total, V)
+    x_shift = (t_max - s_max) + (t_logsum - s_logsum)
+    y_shift = (r_max - s_max) + (r_logsum - s_logsum)
+    count, pivot = tl.sum(state.plain.weight, axis=0), state.pivot
+    x_mean = tl.sum(fma(pivot.x, state.plain.weight, state.plain.x), axis=0) / count
+    y_mean = tl.sum(fma(pivot.y, state.plain.weight, state.plain.y), axis=0) / count
     out_ptr += row
-    _store(out_ptr, centred, out_row_stride)
+    _store(out_ptr, _moved(state.plain, pivot.x - x_mean, pivot.y - y_mean, 1.0), out_row_stride)
+    share = tl.exp2((state.s_top - s_max) * LOG2E - s_logsum * LOG2E)
+    weighted = _moved(state.weighted, pivot.x - x_shift, pivot.y - y_shift, share)
     _store(out_ptr + 5 * out_row_stride, weighted, out_row_stride)
-    tl.store(out_ptr + 10 * out_row_stride, a)
-    tl.store(out_ptr + 11 * out_row_stride, b)
+    tl.store(out_ptr + 10 * out_row_stride, x_mean - x_shift)
+    tl.store(out_ptr + 11 * out_row_stride, y_mean - y_shift)
     tl.store(out_ptr + 12 * out_row_stride, count)
 
 
@@ -203,22 +229,23 @@ def _streams(
     row,
     columns,
     V: tl.constexpr,
+    TAIL: tl.constexpr,
     MASKED: tl.constexpr,
     RELATIVE: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """A block's floored logits, reference and teacher less the student where RELATIVE, and which entries are possible in all
-    three; 0 or LOGIT_FLOOR beyond the vocabulary."""
-    s = floor_logit(load_logit(student, row, columns, V, True, FAST), columns, V, True)
-    r, lowest = load_logit(reference, row, columns, V, True, FAST), s
+    three. TAIL: some are beyond the vocabulary."""
+    s = floor_logit(load_logit(student, row, columns, V, TAIL, FAST), columns, V, TAIL)
+    r, lowest = load_logit(reference, row, columns, V, TAIL, FAST), s
     if not RELATIVE:
-        r = floor_logit(r, columns, V, True)
+        r = floor_logit(r, columns, V, TAIL)
         lowest = tl.minimum(s, r)
     if teacher is not None:
-        t = floor_logit(load_logit(teacher, row, columns, V, True, FAST), columns, V, True)
+        t = floor_logit(load_logit(teacher, row, columns, V, TAIL, FAST), columns, V, TAIL)
         lowest = tl.minimum(lowest, t)
     else:
-        delta = load_entries(difference.ptr, row, difference.row_stride, columns, V, True)
+        delta = load_entries(difference.ptr, row, difference.row_stride, columns, V, TAIL)
         t = r + delta * tl.cast(difference.gain, tl.float32)
     inside = columns < V
     if MASKED:  # whatever scale or temperature the floor went through
@@ -227,29 +254,83 @@ def _streams(
 
 
 @triton.jit
-def _ratio(x, s, RELATIVE: tl.constexpr):
-    """The log-ratio to the student but for the normalisers."""
-    return x if RELATIVE else x - s
+def _fold(state, s, r, t, inside, VEC: tl.constexpr, PARTIAL: tl.constexpr, RELATIVE: tl.constexpr):
+    """The state with a block more. PARTIAL: whether an entry may not be ``inside``."""
+    s_top, s_total = lse_fold(s, state.s_top, state.s_total, VEC)
+    if RELATIVE:
+        x, y = t, r
+        r_top, r_total = lse_fold_sum(s, r, state.r_top, state.r_total, VEC, 1.0, 1.0)
+        t_top, t_total = lse_fold_sum(s, t, state.t_top, state.t_total, VEC, 1.0, 1.0)
+    else:
+        x, y = t - s, r - s
+        r_top, r_total = lse_fold(r, state.r_top, state.r_total, VEC)
+        t_top, t_total = lse_fold(t, state.t_top, state.t_total, VEC)
+    shape: tl.constexpr = [s.shape[0] // VEC, VEC]
+    s, x, y = tl.reshape(s, shape), tl.reshape(x, shape), tl.reshape(y, shape)
+    origin = rounded_product(s_top, LOG2E)
+    one, w = tl.full(shape, 1.0, tl.float32), tl.exp2(fma(s, LOG2E, negative(origin)[:, None]))
+    if PARTIAL:
+        inside = tl.reshape(inside, shape)
+        one, w, s = tl.where(inside, 1.0, 0.0), tl.where(inside, w, 0.0), tl.where(inside, s, NOTHING)
+    pivot, old = _likelier(state.pivot, s, x, y), state.pivot
+    shrink = tl.exp2(rounded_product(state.s_top, LOG2E) - origin)
+    x, y, dx, dy = x - pivot.x[:, None], y - pivot.y[:, None], old.x - pivot.x, old.y - pivot.y
+    if PARTIAL:
+        x, y = tl.where(inside, x, 0.0), tl.where(inside, y, 0.0)
+    plain = _more(_moved(state.plain, dx, dy, 1.0), one, x, y)
+    weighted = _more(_moved(state.weighted, dx, dy, shrink), w, x, y)
+    return State(s_top, s_total, r_top, r_total, t_top, t_total, pivot, plain, weighted)
 
 
 @triton.jit
-def _accumulate(sums, x, y, weight, VEC: tl.constexpr):
+def _likelier(pivot, s, x, y):
+    """The pivot, or what a block [BLOCK // VEC, VEC] has instead. Of equally likely entries any one's values will do."""
+    best = tl.max(s, axis=1)
+    here, better = s == best[:, None], best > pivot.logit
+    return Pivot(
+        tl.maximum(best, pivot.logit),
+        tl.where(better, tl.max(tl.where(here, x, NOTHING), axis=1), pivot.x),
+        tl.where(better, tl.max(tl.where(here, y, NOTHING), axis=1), pivot.y),
+    )
+
+
+@triton.jit
+def _moved(sums, dx, dy, factor):
+    """The sums of values that are larger by dx and dy, with weights ``factor`` times as large."""
+    dz, z = dx - dy, sums.x - sums.y
+    return Sums(
+        factor * sums.weight,
+        factor * fma(dx, sums.weight, sums.x),
+        factor * fma(dy, sums.weight, sums.y),
+        factor * fma(dx, fma(dx, sums.weight, 2.0 * sums.x), sums.xx),
+        factor * fma(dy, fma(dy, sums.weight, 2.0 * sums.y), sums.yy),
+        factor * fma(dz, fma(dz, sums.weight, 2.0 * z), sums.zz),
+        factor * fma(dz, fma(dx, sums.weight, sums.x), fma(dx, z, sums.xz)),
+    )
+
+
+@triton.jit
+def _more(sums, w, x, y):
+    """The sums with a block [BLOCK // VEC, VEC] of weights and values about the pivot."""
     z = x - y
-    wx, wz = weight * x, weight * z
-    return Products(
-        sums.total + lane_sum(wx * x, VEC),
-        sums.induced + lane_sum(weight * y * y, VEC),
-        sums.transferable + lane_sum(wz * z, VEC),
-        sums.with_transferable + lane_sum(wx * z, VEC),
+    wx, wy, wz = w * x, w * y, w * z
+    return Sums(
+        sums.weight + tl.sum(w, axis=1),
+        sums.x + tl.sum(wx, axis=1),
+        sums.y + tl.sum(wy, axis=1),
+        sums.xx + tl.sum(wx * x, axis=1),
+        sums.yy + tl.sum(wy * y, axis=1),
+        sums.zz + tl.sum(wz * z, axis=1),
+        sums.xz + tl.sum(wx * z, axis=1),
     )
 
 
 @triton.jit
 def _store(pointer, sums, stride):
     """Δ_total·Δ_ref is what Δ_total·Δ_it leaves of ‖Δ_total‖²."""
-    total, with_transferable = tl.sum(sums.total, axis=0), tl.sum(sums.with_transferable, axis=0)
+    total, with_transferable = tl.sum(sums.xx, axis=0), tl.sum(sums.xz, axis=0)
     tl.store(pointer, total)
-    tl.store(pointer + stride, tl.sum(sums.induced, axis=0))
-    tl.store(pointer + 2 * stride, tl.sum(sums.transferable, axis=0))
+    tl.store(pointer + stride, tl.sum(sums.yy, axis=0))
+    tl.store(pointer + 2 * stride, tl.sum(sums.zz, axis=0))
     tl.store(pointer + 3 * stride, total - with_transferable)
     tl.store(pointer + 4 * stride, with_transferable)

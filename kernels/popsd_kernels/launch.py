@@ -47,10 +47,11 @@ class LaunchConfig:
 # The single read keeps its block, a slice of the row, in registers: 64 of them, 4 programs, 7 rows of 151,936 in flight
 # on an H200; 4,096 over 16 warps take 77 and leave 1. With entry_clip sweep 2 has three more accumulators: 2,048
 # entries leave 2 or 3 programs, 1,024 over 8 warps spill (2 instructions, sm_90), over 4 warps 5 to 8 programs fit.
-# The moments have 8 accumulators: 2,048 entries spill under a soft cap (4 instructions, sm_90), 1,024 over 4 warps on sm_100.
+# The moments have 22 accumulators to a lane: 1,024 entries over 4 warps are two lanes per thread and 48 KiB in flight at the
+# 4 programs that fit; lanes of 8 cost 10 instructions per entry more in fp32, whose loads are of 4 entries (sm_90).
 _DEFAULT = {name: LaunchConfig(2048, 4, 8) for name in ("statistics", "loss_gradient", "difference", "single_read")}
 _DEFAULT["loss_gradient_entry_clip"] = LaunchConfig(1024, 4, 4)
-_DEFAULT["moments"] = LaunchConfig(1024, 4, 8)
+_DEFAULT["moments"] = LaunchConfig(1024, 4, 4)
 _WAVE64 = {name: LaunchConfig(config.block, config.vec, 4) for name, config in _DEFAULT.items()}
 TABLES: Mapping[str, Mapping[str, LaunchConfig]] = {
     "sm_80": _DEFAULT,

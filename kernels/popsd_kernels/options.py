@@ -37,8 +37,8 @@ class RowOptions:
     token_clip: upper bound on the token's loss; a capped token has zero gradient.
     student, target: logit transforms of the student and of the base (or, with two distributions, target) stream.
     delta_scale: multiplies the difference of raw teacher and reference projections, before the temperature.
-    relative: the base (or target) stream holds its difference to the student, target − student, without bias or soft cap: the
-        log-ratio that decides loss and gradient is then rounded relative to itself, not to the logits. Both are finite.
+    relative: the base (or target) stream, in a decomposition the reference, holds its difference to the student, without
+        bias or soft cap: the log-ratio is then rounded relative to itself, not to the logits. Differences are finite.
     """
 
     beta: float = 0.5
