@@ -4,7 +4,7 @@ no formula; the sweeps are Triton kernels or the torch bodies of the same signat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from popsd.config import Impl, Method, Strategy
 from popsd.decomposition import decompose_hidden, fields_of, gather, row_moments
 from popsd.masks import mask_entries
 from popsd.streams import Chunk, GivenLogits, Problem, ProjectedStreams
-from popsd.telemetry import purification_rows
+from popsd.telemetry import movement_rows, size_rows
 from popsd.types import Decomposition, Purification
 from popsd_kernels.options import RowLoss, RowOptions, RowStatistics
 
@@ -274,9 +274,9 @@ def _difference(
     config, options, offset = problem.purified, problem.row_options, chunk.offset
     if config is None or chunk.delta is None:
         return offset
-    frozen = (
-        _tempered_frozen(problem, source, chunk) if config.masks_entries else None
-    )  # before delta takes their place
+    frozen = None
+    if config.masks_entries:  # before delta takes their place
+        frozen = _tempered_frozen(problem, source, chunk, torch_tiles.scratch(chunk.target, 3, held=_BESIDE))
     if problem.apart:
         offset = bodies.logit_difference(
             chunk.teacher,
@@ -336,27 +336,31 @@ def _gram(problem: Problem) -> Decomposition:
 
 
 def _purification(problem: Problem, source: ProjectedStreams | GivenLogits, chunk: Chunk) -> Purification:
-    options, config = problem.row_options, problem.purified
-    base, teacher, reference = _tempered_frozen(problem, source, chunk)
+    options, config, scale = problem.row_options, problem.purified, problem.row_options.inv_temperature
+    *buffers, delta, free = torch_tiles.scratch(chunk.target, 5, held=_BESIDE)
+    base, teacher, reference = _tempered_frozen(problem, source, chunk, buffers)
     assert config is not None and chunk.teacher is not None and chunk.reference is not None and teacher is not None
-    delta, scale = torch.empty_like(base), options.inv_temperature
     offset = torch_tiles.logit_difference(
         chunk.teacher, chunk.reference, out=delta, bias=source.target_bias, options=options, center=config.center
     )
-    centred = scale * delta - offset[:, None]
+    size = size_rows(torch.mul(delta, scale, out=free).sub_(offset[:, None]).abs_(), config.pmi_clip)
     mask_entries(delta, offset, scale, base, teacher, reference, config)
-    target = base + torch_tiles.purified_shift(delta, offset, options, out=delta)
-    return purification_rows(centred, base, teacher, target, config.pmi_clip)
+    target = torch_tiles.purified_shift(delta, offset, options, out=delta).add_(base)
+    return Purification(*size, *movement_rows(base, teacher, target, buffers[2], free))
 
 
 def _tempered_frozen(
-    problem: Problem, source: ProjectedStreams | GivenLogits, chunk: Chunk
+    problem: Problem, source: ProjectedStreams | GivenLogits, chunk: Chunk, buffers: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Tempered float32 logits of base, and of teacher and reference where they come apart."""
-    options = problem.row_options
+    """Tempered float32 logits of base, and of teacher and reference where they come apart, in the buffers."""
+    options, bias = problem.row_options, source.target_bias
     base, teacher, reference = (
-        None if x is None else torch_tiles.tempered_logits(x, source.target_bias, options.target, options)
-        for x in (chunk.target, chunk.teacher, chunk.reference)
+        None if x is None else torch_tiles.tempered_logits(x, bias, options.target, options, out=out)
+        for x, out in zip((chunk.target, chunk.teacher, chunk.reference), buffers, strict=True)
     )
     assert base is not None
     return base, teacher, reference
+
+
+_BESIDE = torch_tiles.HELD + torch_tiles.DIFFERENCE
+"""Scratch buffers that are taken while `logit_difference` runs."""

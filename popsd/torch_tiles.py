@@ -19,6 +19,8 @@ LN2 = math.log(2.0)
 LOG2E = 1.0 / LN2
 HELD = 3
 """Scratch buffers of `StudentRows`."""
+DIFFERENCE = 3
+"""Those of `logit_difference`, after them."""
 
 
 class StudentRows(NamedTuple):
@@ -70,7 +72,7 @@ def row_statistics(
         target_out.copy_(composed)
     if options.relative:
         composed = torch.add(composed, own, out=u)
-    return RowStatistics(*_normaliser(own, free), *_normaliser(composed, free))
+    return RowStatistics(*normaliser(own, free), *normaliser(composed, free))
 
 
 def row_sweeps(
@@ -162,7 +164,7 @@ def logit_difference(
     Δ̄ = inv_temperature · out − offset, with the offset the vocabulary mean (Eq. 14) or, uncentred, the difference of the
     log-normalisers. Entries outside the support of either get the value that makes Δ̄ zero. ``out`` may be either input.
     """
-    z_teacher, z_reference, free = scratch(teacher, 3)
+    z_teacher, z_reference, free = scratch(teacher, DIFFERENCE)
     tempered_logits(teacher, bias, options.target, options, out=z_teacher)
     tempered_logits(reference, bias, options.target, options, out=z_reference)
     floor = 0.5 * LOGIT_FLOOR * options.target.scale * options.inv_temperature
@@ -237,9 +239,10 @@ def purified_shift(
     return scaled.sigmoid_().mul_(2.0 * limit).sub_(limit)
 
 
-def _normaliser(logits: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normaliser(logits: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """max and log Σ exp(z − max), [C] each; exp(z − max) is left in ``out``."""
     maximum = logits.amax(dim=1)
-    return maximum, torch.sub(logits, maximum[:, None], out=free).exp_().sum(dim=1).log_()
+    return maximum, torch.sub(logits, maximum[:, None], out=out).mul_(LOG2E).exp2_().sum(dim=1).log_()
 
 
 def _divergence(
@@ -327,14 +330,14 @@ def scratch(like: torch.Tensor, count: int, *, held: int = HELD) -> list[torch.T
     """``count`` float32 buffers of a shape, kept between calls of a thread: fresh pages for temporaries cost more than the
     arithmetic on them (one multiplication of 2^17 elements: 61 µs into fresh memory, 6 µs in place, glibc 2.36).
 
-    held: how many to leave alone, those of `StudentRows`.
+    held: how many to leave alone, by default those of `StudentRows`.
     """
     if like.numel() > _POOLED_ELEMENTS or like.device.type != "cpu":
         return [torch.empty_like(like, dtype=torch.float32) for _ in range(count)]
     buffers = getattr(_pool, "buffers", None)
-    if buffers is None:
+    if buffers is None:  # one block, which huge pages can back; those never asked for never become resident
         buffers = _pool.buffers = torch.empty(_BUFFERS, _POOLED_ELEMENTS)
     return [x[: like.numel()].view(like.shape) for x in buffers[held : held + count]]
 
 
-_BUFFERS, _POOLED_ELEMENTS = HELD + 5, 2 << 17
+_BUFFERS, _POOLED_ELEMENTS = HELD + DIFFERENCE + 5, 2 << 17
