@@ -1,11 +1,12 @@
 import pytest
 import torch
+from tiny_models import tiny_qwen3
 
 from popsd_integrations.contexts import Prompts, pack
 from popsd_integrations.frozen import EMA, AdapterOff, FrozenCopy, eval_mode, frozen_states, frozen_weights
 from popsd_integrations.heads import head_from_model, hidden_states
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 PROMPTS = [Prompts([3, 4, 5], [3, 4, 5, 9, 8, 7], [9, 8, 7]), Prompts([6], [6, 11, 12], [11, 12])]
@@ -13,19 +14,7 @@ COMPLETIONS = [[10, 20], [30, 31, 32]]
 
 
 def tiny(dropout=0.0):
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        attention_dropout=dropout,
-        initializer_range=0.3,
-    )
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    return tiny_qwen3(40, attention_dropout=dropout, initializer_range=0.3)
 
 
 def lora(model, **options):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import tiny_qwen3
 
 import popsd
 from popsd_integrations.contexts import Prompts
@@ -15,7 +16,7 @@ from popsd_integrations.heads import head_from_model, hidden_states
 from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
 from popsd_integrations.torch_loop import TrainConfig, hf_generate, train
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 EOS = VOCABULARY.index("EOS")
@@ -33,22 +34,8 @@ CONFIG = TrainConfig(
 
 
 def tiny(seed=0):
-    torch.manual_seed(seed)
-    config = transformers.Qwen3Config(
-        vocab_size=len(VOCABULARY),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        eos_token_id=EOS,
-        pad_token_id=10,
-        bos_token_id=None,
-    )
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    special = {"eos_token_id": EOS, "pad_token_id": 10, "bos_token_id": None}
+    return tiny_qwen3(len(VOCABULARY), seed, tie_word_embeddings=True, initializer_range=0.2, **special)
 
 
 def run(folder, config=CONFIG, model=None, prompts=PROMPTS, **options):

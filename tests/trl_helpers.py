@@ -7,10 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
-import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, Qwen3Config
+from tiny_models import tiny_qwen3
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
 from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
@@ -34,23 +33,8 @@ LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linea
 
 
 def tiny(seed=0, tied=True, **options):
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(VOCABULARY),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        **options,
-    )
-    return AutoModelForCausalLM.from_config(config)
+    special = {"eos_token_id": EOS, "pad_token_id": PAD, "bos_token_id": None}
+    return tiny_qwen3(len(VOCABULARY), seed, tie_word_embeddings=tied, initializer_range=0.2, **special, **options)
 
 
 def config(folder, **options):

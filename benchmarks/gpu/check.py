@@ -2,13 +2,15 @@
 
     PYTHONPATH=.:kernels:integrations python benchmarks/gpu/check.py --out check.json
 
-Needs torch and Triton only. Prints one line per case, the failures again at the end, and exits with their number.
+Needs torch and Triton only. Prints one line per case, the failures again at the end, and exits with their number. On a GPU
+eight processes share the cases, since most of the time goes to compiling them.
 `--device cpu --tokens 24 --vocab 997 --width 48` runs the same cases through the torch bodies on a machine without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import platform
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pool import run_all
 
 import popsd
 from popsd import Head, PurifiedConfig
@@ -289,6 +292,17 @@ def cases(size: Size) -> Iterator[Case]:
         yield "another stream", lambda: same_result(size, run_on_stream)
 
 
+def run_case(size: Size, name: str) -> dict[str, Any]:
+    """Errors as shares of their bounds, and seconds; a broken case must not hide the others."""
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    try:
+        result: dict[str, Any] = {"errors": dict(cases(size))[name]()}
+    except Exception as error:
+        result = {"exception": f"{type(error).__name__}: {error}"[:300]}
+    return result | {"seconds": round(time.perf_counter() - start, 2)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -297,30 +311,26 @@ def main() -> int:
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--processes", type=int, help="default: 8 on a GPU, this one alone on CPU")
     parser.add_argument("--out", type=Path, help="write results as JSON after every case")
     arguments = parser.parse_args()
     size = Size(arguments.tokens, arguments.vocab, arguments.width, arguments.device, arguments.impl)
-    torch.manual_seed(0)
     results: dict[str, Any] = {}
     report = {"versions": versions(arguments.device), "arguments": vars(arguments) | {"out": None}, "cases": results}
-    for name, case in cases(size):
-        if arguments.only not in name:
-            continue
-        start = time.perf_counter()
-        try:
-            errors = case()
-            passed = all(x <= 1.0 for x in errors.values())
-        except Exception as error:  # a broken case must not hide the others
-            errors, passed = {"exception": f"{type(error).__name__}: {error}"[:300]}, False
-        results[name] = {"passed": passed, "seconds": round(time.perf_counter() - start, 2), "errors": errors}
-        shown = {key: round(x, 3) if isinstance(x, float) else x for key, x in errors.items()}
+    names = [name for name, _ in cases(size) if arguments.only in name]
+    run, processes = functools.partial(run_case, size), arguments.processes or (1 if size.device == "cpu" else 8)
+    found = ((name, run(name)) for name in names) if processes == 1 else run_all(run, names, processes)
+    for name, result in found:
+        passed = "exception" not in result and all(x <= 1.0 for x in result["errors"].values())
+        results[name] = {"passed": passed, **result}
+        shown = {key: round(x, 3) for key, x in result.get("errors", {}).items()} or result
         print(f"{'ok  ' if passed else 'FAIL'} {name}: {shown}", flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps(report, indent=1))
     failed = [name for name, result in results.items() if not result["passed"]]
     print(f"{len(results) - len(failed)} passed, {len(failed)} failed (errors are shares of their bounds)")
     for name in failed:
-        print("FAIL", name, results[name]["errors"])
+        print("FAIL", name, results[name])
     return min(len(failed), 125) if results else 1
 
 

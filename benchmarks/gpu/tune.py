@@ -26,6 +26,7 @@ from popsd.tiling import sweep_bytes
 from popsd_kernels import (
     RowOptions,
     RowStatistics,
+    decomposition,
     launch,
     loss_gradient,
     row_loss_gradient,
@@ -93,6 +94,12 @@ def sweeps(vocab: int, rows: int = 1024) -> Iterator[Line]:
                 16,
                 lambda config, o=options: statistics.plan(
                     student, base, delta, offset, None, None, o, torch.empty_like(base), normal, config, fast
+                ),
+            )
+            plans["moments"] = (
+                12,
+                lambda config, o=options: decomposition.plan(
+                    student, base, None, delta, None, None, o, False, both, config, fast
                 ),
             )
         for name, (bytes_per_entry, plan) in plans.items():

@@ -132,7 +132,7 @@ def _time_rounds(runners: list[_Runner], problem: Problem, effort: Effort) -> No
             continue
         problem.clear()
         with _Catch(runner, problem):
-            seconds = _seconds(runner.step, problem.case.device)
+            seconds = seconds_of(runner.step, problem.case.device)
             if i:
                 runner.cell.seconds.append(seconds)
 
@@ -144,7 +144,7 @@ def in_turns(contestants: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
         yield from ((i, one) for one in [*contestants[shift:], *contestants[:shift]])
 
 
-def _seconds(step: Step, device: str) -> float:
+def seconds_of(step: Step, device: str) -> float:
     if device == "cpu":
         start = time.perf_counter()
         step()

@@ -1,9 +1,10 @@
-"""What the diagnostics cost beside the loss on CPU, and how exact the two ways to decompose are.
+"""What the diagnostics cost beside the loss, and how exact the two ways to decompose are.
 
-    python benchmarks/cpu_decompose.py [--n 512 --vocab 32768 --width 512 --repeats 9 --json out.json]
+    python benchmarks/diagnostics.py                                                          # CPU, float32
+    python benchmarks/diagnostics.py --device cuda --n 8192 --vocab 151936 --width 4096 --dtype bfloat16 --json out.json
 
-Forward and backward in float32 with a frozen head, each in turns within one process, ratios to the plain loss round by
-round. Errors are relative L2 per field against the float64 oracle, over several distances of student and teacher.
+Forward and backward with a frozen head, each in turns within one process, ratios to the plain loss round by round. Errors
+are relative L2 per field against the float64 oracle, over several distances of student and teacher.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import popsd
 from popsd import oracle
 from popsd.testing import relative_l2
 from popsd_benchmarks.cells import Case, Shape
-from popsd_benchmarks.measure import in_turns
+from popsd_benchmarks.measure import in_turns, seconds_of
 from popsd_benchmarks.problems import Problem, make_problem
 from popsd_benchmarks.provenance import describe
 
@@ -40,7 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def run(problem: Problem, **options: Any) -> None:
     problem.clear()
     options = {"config": problem.config} | options
-    popsd.linear_purified_jsd(problem.hidden, problem.head, reduction="sum", impl="torch", **options).loss.backward()
+    popsd.linear_purified_jsd(problem.hidden, problem.head, reduction="sum", **options).loss.backward()
 
 
 def errors(problem: Problem, rows: int = 32) -> dict[str, dict[str, float]]:
@@ -67,25 +67,27 @@ def main() -> int:
     parser.add_argument("--n", type=int, default=512, help="tokens")
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=9, help="rounds")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--repeats", type=int, default=13, help="rounds")
+    parser.add_argument("--threads", type=int, default=2, help="on CPU")
     parser.add_argument("--json", type=Path, help="also write everything measured here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     shape = Shape(name="decompose", tokens=options.n, vocab=options.vocab, width=options.width)
-    problem, meta = make_problem(Case(loss="purified", shape=shape)), describe("cpu")
-    print(f"N={options.n} V={options.vocab} D={options.width} float32, {meta}\n\nrelative error, worst field:")
+    case = Case(loss="purified", shape=shape, dtype=options.dtype, device=options.device)
+    problem, meta = make_problem(case), describe(options.device)
+    print(f"N={options.n} V={options.vocab} D={options.width} {options.dtype}, {meta}\n\nrelative error, worst field:")
     found = errors(problem)
-    for case, families in found.items():
-        print(f"  {case:14}" + "".join(f"  {family} {error:.1e}" for family, error in families.items()))
+    for apart, families in found.items():
+        print(f"  {apart:14}" + "".join(f"  {family} {error:.1e}" for family, error in families.items()))
     runs = {name: lambda way=way: run(problem, **way) for name, way in WAYS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i, name in in_turns(list(runs), options.repeats):
-        start = time.perf_counter()
-        runs[name]()
+        took = seconds_of(runs[name], options.device)
         if i:
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(took)
     rows = {}
     print("\nof the plain loss, median of rounds (range):")
     for name in list(WAYS)[1:]:
@@ -95,7 +97,7 @@ def main() -> int:
         verdict = "" if most is None else f"  <= {most} {'met' if ratio <= most else 'MISSED'}"
         print(f"  {name:18} {ratio:.3f} ({min(ratios):.3f}-{max(ratios):.3f}){verdict}")
     if options.json:
-        content = {"meta": meta, "shape": [options.n, options.vocab, options.width]}
+        content = {"meta": meta, "shape": [options.n, options.vocab, options.width], "dtype": options.dtype}
         options.json.write_text(json.dumps(content | {"errors": found, "ratios": rows}, indent=1) + "\n")
     return 0
 
