@@ -118,6 +118,20 @@ def test_float32_is_accurate_where_student_and_target_nearly_agree(std, spread, 
     assert relative_l2(dhidden, truth.dhidden) < 2e-5
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_each_token_is_accurate_where_one_entry_has_nearly_all_the_mass(beta):
+    """The gradient is then made of the other entries, and a normaliser rounded at 1e-7 is much beside them."""
+    hidden, head, config = make_hidden(200, 64, 0.01), make_head(4096, 64, 10.0), PurifiedConfig(beta=beta)
+    truth = true_purified(hidden, (head, head), config, torch.ones(200))
+    top = oracle.head_logits(hidden.student, head).softmax(-1).amax(-1)
+    few = (top > 0.97) & (truth.loss > 2e-5) & (truth.loss < 1e-2)
+    assert few.sum() > 20
+    output, dhidden = run(hidden, head, None, config, torch.ones(200))
+    errors = (dhidden.double() - truth.dhidden).norm(dim=-1) / truth.dhidden.norm(dim=-1)
+    assert errors[few].max() < 5e-5
+    assert ((output.loss - truth.loss).abs() / truth.loss)[few].max() < 5e-5
+
+
 def test_telemetry_matches_the_oracle():
     hidden, head, config = make_hidden(40, D, 0.4), head_of("plain"), PurifiedConfig(beta=0.3, temperature=1.2)
     ids = torch.arange(40) * 5
