@@ -113,10 +113,10 @@ def unclipped_slope_sum(student_kl, beta, MODE: tl.constexpr):
 
 @triton.jit
 def entry_gradient(p, q, t, beta, capped, slope_sum, MODE: tl.constexpr, FAST: tl.constexpr):
-    """d loss / d logit = h_j - p_j * sum_v h_v."""
+    """d loss / d logit = h_j - p_j * sum_v h_v. slope_sum: None where it is 0, in forward KL without clipping."""
     a, r = slope_factors(p, q, t, beta, capped, MODE, FAST)
     if MODE == FORWARD:
-        if capped is None:
+        if slope_sum is None:
             return a
         else:  # noqa: RET505
             return a - p * slope_sum

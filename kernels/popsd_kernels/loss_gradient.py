@@ -1,28 +1,19 @@
 """Sweep 2: per-token loss and telemetry, and the gradient of the student's raw projections.
 
 The gradient of an entry needs sums over the whole row (divergence.py), so the row is read twice: 8 bytes per entry for
-the sums, 8 again for the gradient, 2 written in bfloat16. Forward KL without clipping needs no such sum: one read.
+the sums, 8 again for the gradient, 2 written in bfloat16. Forward KL without clipping needs no such sum: one read, but where
+the target is relative to the student and rounding is all that is left to be wrong, Σ(p − q), which should be 0, is taken out.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 # Triton evaluates annotations: only constexpr parameters may carry one.
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from popsd_kernels.divergence import (
-    FORWARD,
-    combine,
-    divergence_mode,
-    divergence_terms,
-    entry_gradient,
-    slope_factors,
-    unclipped_slope_sum,
-)
+from popsd_kernels.divergence import FORWARD, divergence_mode
 from popsd_kernels.entries import row_entries, row_scalars
 from popsd_kernels.launch import (
     FLOATING,
@@ -37,9 +28,9 @@ from popsd_kernels.launch import (
     fast_instructions,
     result_rows,
 )
-from popsd_kernels.logits import load_logit, logit_slope, logit_stream, projection_stream, target_stream
+from popsd_kernels.logits import logit_stream, projection_stream, target_stream
+from popsd_kernels.loss_rows import Gradient, accumulate, finish_row, store_block, store_gradient, zero_sums
 from popsd_kernels.options import RowLoss, RowOptions, RowStatistics
-from popsd_kernels.primitives import LN2, LOGIT_FLOOR, lane_max, lane_sum
 
 
 def row_loss_gradient(
@@ -152,29 +143,6 @@ def plan(
     )
 
 
-class Gradient(NamedTuple):
-    """The gradient [C, V] as a kernel argument."""
-
-    ptr: Any
-    row_stride: Any
-
-
-class Sums(NamedTuple):
-    """Accumulators of a row [BLOCK // VEC]; logarithms are base 2, but for the clipped divergence.
-
-    ``top`` is the largest log p + log q; the last three are used with entry_clip only.
-    """
-
-    student_kl: Any
-    target_kl: Any
-    student_entropy: Any
-    target_entropy: Any
-    top: Any
-    clipped_divergence: Any
-    capped: Any
-    slope: Any
-
-
 @triton.jit(
     do_not_specialize=["out_row_stride"],
     do_not_specialize_on_alignment=["statistics", "token_ids_ptr", "row_scale_ptr"],
@@ -205,28 +173,29 @@ def row_loss_gradient_kernel(
     row_scale = 1.0
     if row_scale_ptr is not None:
         row_scale = tl.load(row_scale_ptr + row)
-    one_read: tl.constexpr = MODE == FORWARD and entry_clip is None and token_clip is None and gradient is not None
+    unclipped: tl.constexpr = entry_clip is None and token_clip is None
+    one_read: tl.constexpr = MODE == FORWARD and not RELATIVE and unclipped and gradient is not None
     sums = zero_sums(BLOCK // VEC)
     full: tl.constexpr = V // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         entries = row_entries(student, target, scalars, row, columns, V, False, FAST, MODE != FORWARD, RELATIVE)
-        sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST)
+        sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST, RELATIVE)
         if one_read:
             store_gradient(
-                gradient, student, entries, 0.0, row_scale, beta, None, row, columns, V, MODE, False, FAST
+                gradient, student, entries, None, row_scale, beta, None, row, columns, V, MODE, False, FAST
             )  # fmt: skip
     if full < V:
         columns = full + tl.arange(0, BLOCK)
         entries = row_entries(student, target, scalars, row, columns, V, True, FAST, MODE != FORWARD, RELATIVE)
-        sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST)
+        sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST, RELATIVE)
         if one_read:
             store_gradient(
-                gradient, student, entries, 0.0, row_scale, beta, None, row, columns, V, MODE, True, FAST
+                gradient, student, entries, None, row_scale, beta, None, row, columns, V, MODE, True, FAST
             )  # fmt: skip
     slope_sum, row_scale = finish_row(
         sums, student, scalars, token_ids_ptr, out_ptr, out_row_stride, row, row_scale, beta, entry_clip, token_clip,
-        V, MODE, FAST,
+        V, MODE, FAST, RELATIVE,
     )  # fmt: skip
     if gradient is not None:
         if row_scale == 0.0:
@@ -248,140 +217,3 @@ def row_loss_gradient_kernel(
                     gradient, student, entries, slope_sum, row_scale, beta, entry_clip, row, columns,
                     V, MODE, True, FAST,
                 )  # fmt: skip
-
-
-@triton.jit
-def zero_sums(LANES: tl.constexpr):
-    zero = tl.zeros([LANES], tl.float32)
-    return Sums(zero, zero, zero, zero, zero + LOGIT_FLOOR, zero, zero, zero)
-
-
-@triton.jit
-def accumulate(sums, entries, beta, entry_clip, VEC: tl.constexpr, MODE: tl.constexpr, FAST: tl.constexpr):
-    """Adds a block to the sums."""
-    p, q = entries.p, entries.q
-    student_kl, target_kl = divergence_terms(p, q, entries.t, beta, MODE, FAST)
-    clipped_divergence, capped_count, slope = sums.clipped_divergence, sums.capped, sums.slope
-    if entry_clip is not None:
-        limit = tl.cast(entry_clip, tl.float32)
-        f = combine(student_kl, target_kl, beta, MODE) * LN2
-        a, r = slope_factors(p, q, entries.t, beta, f > limit, MODE, FAST)
-        clipped_divergence += lane_sum(tl.minimum(f, limit), VEC)
-        capped_count += lane_sum((f > limit).to(tl.float32), VEC)
-        slope += lane_sum(a * r, VEC)
-    return Sums(
-        sums.student_kl + lane_sum(student_kl, VEC),
-        sums.target_kl + lane_sum(target_kl, VEC),
-        sums.student_entropy - lane_sum(p * entries.log_p, VEC),
-        sums.target_entropy - lane_sum(q * entries.log_q, VEC),
-        tl.maximum(sums.top, lane_max(entries.log_p + entries.log_q, VEC)),
-        clipped_divergence,
-        capped_count,
-        slope,
-    )
-
-
-@triton.jit
-def finish_row(
-    sums,
-    student,
-    scalars,
-    token_ids_ptr,
-    out_ptr,
-    out_row_stride,
-    row,
-    row_scale,
-    beta,
-    entry_clip,
-    token_clip,
-    V: tl.constexpr,
-    MODE: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """Stores the row's nine results; returns (sum of slopes, row_scale or 0 where token_clip capped)."""
-    student_kl, target_kl = tl.sum(sums.student_kl, axis=0) * LN2, tl.sum(sums.target_kl, axis=0) * LN2
-    student_entropy, target_entropy = tl.sum(sums.student_entropy, axis=0), tl.sum(sums.target_entropy, axis=0)
-    if MODE == FORWARD:
-        # entries were not EXACT: what that costs is a factor of each sum
-        p_rounding, q_rounding = scalars.student_line.rounding, scalars.target_line.rounding
-        target_kl *= tl.exp2(q_rounding)
-        student_entropy = tl.exp2(p_rounding) * student_entropy - p_rounding
-        target_entropy = tl.exp2(q_rounding) * target_entropy - q_rounding
-    divergence, clip_fraction = combine(student_kl, target_kl, beta, MODE), 0.0
-    slope_sum = unclipped_slope_sum(student_kl, beta, MODE)
-    if entry_clip is not None:
-        divergence = tl.sum(sums.clipped_divergence, axis=0)
-        clip_fraction = tl.sum(sums.capped, axis=0) * (1.0 / V)
-        slope_sum = tl.sum(sums.slope, axis=0)
-    token_clipped = 0.0
-    if token_clip is not None:
-        limit = tl.cast(token_clip, tl.float32)
-        token_clipped = (divergence > limit).to(tl.float32)
-        row_scale = tl.where(divergence > limit, 0.0, row_scale)
-        divergence = tl.where(divergence > limit, limit, divergence)
-    # log p + log q peaks at the two maxima exactly where they share an entry, up to the rounding of the logits
-    log2sums = scalars.student_log2sum + scalars.target_log2sum
-    rounding = 2.4e-7 * (tl.abs(scalars.student_max) + tl.abs(scalars.target_max) + log2sums)
-    agreement = tl.max(sums.top, axis=0) >= -log2sums - rounding
-    token_logprob = float("nan")
-    if token_ids_ptr is not None:
-        token = tl.load(token_ids_ptr + row)
-        known = (token >= 0) & (token < V)
-        logit = load_logit(student, row, tl.where(known, token, 0), V, False, FAST)
-        logit = tl.maximum(logit, LOGIT_FLOOR, propagate_nan=tl.PropagateNan.ALL)
-        log_p = (logit - scalars.student_max) - scalars.student_log2sum * LN2
-        token_logprob = tl.where(known, log_p, float("nan"))
-    out_ptr += row
-    tl.store(out_ptr, divergence)
-    tl.store(out_ptr + out_row_stride, student_kl)
-    tl.store(out_ptr + 2 * out_row_stride, target_kl)
-    tl.store(out_ptr + 3 * out_row_stride, student_entropy * LN2)
-    tl.store(out_ptr + 4 * out_row_stride, target_entropy * LN2)
-    tl.store(out_ptr + 5 * out_row_stride, clip_fraction)
-    tl.store(out_ptr + 6 * out_row_stride, token_clipped)
-    tl.store(out_ptr + 7 * out_row_stride, agreement.to(tl.float32))
-    tl.store(out_ptr + 8 * out_row_stride, token_logprob)
-    return slope_sum, row_scale
-
-
-@triton.jit
-def store_gradient(
-    gradient,
-    student,
-    entries,
-    slope_sum,
-    row_scale,
-    beta,
-    entry_clip,
-    row,
-    columns,
-    V: tl.constexpr,
-    MODE: tl.constexpr,
-    MASKED: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """d loss / d raw projection of a block."""
-    g = projection_gradient(student, entries, slope_sum, row_scale, beta, entry_clip, MODE, FAST)
-    store_block(gradient, row, columns, g, V, MASKED)
-
-
-@triton.jit
-def projection_gradient(
-    student, entries, slope_sum, row_scale, beta, entry_clip, MODE: tl.constexpr, FAST: tl.constexpr
-):
-    """d loss / d raw projection of entries, times ``row_scale``."""
-    p, q, t = entries.p, entries.q, entries.t
-    capped = None
-    if entry_clip is not None:
-        student_kl, target_kl = divergence_terms(p, q, t, beta, MODE, FAST)
-        capped = combine(student_kl, target_kl, beta, MODE) * LN2 > tl.cast(entry_clip, tl.float32)
-    return entry_gradient(p, q, t, beta, capped, slope_sum, MODE, FAST) * (row_scale * logit_slope(student, entries.s))
-
-
-@triton.jit
-def store_block(gradient, row, columns, g, V: tl.constexpr, MASKED: tl.constexpr):
-    pointers = gradient.ptr + row.to(tl.int64) * gradient.row_stride + columns
-    if MASKED:
-        tl.store(pointers, g.to(gradient.ptr.dtype.element_ty), mask=columns < V)
-    else:
-        tl.store(pointers, g.to(gradient.ptr.dtype.element_ty))

@@ -37,7 +37,7 @@ from popsd_kernels.launch import (
     shipped_config,
 )
 from popsd_kernels.logits import floor_logit, load_logit, projection_stream
-from popsd_kernels.loss_gradient import Gradient, Sums, accumulate, finish_row, store_block, store_gradient, zero_sums
+from popsd_kernels.loss_rows import Gradient, Sums, accumulate, finish_row, store_block, store_gradient, zero_sums
 from popsd_kernels.options import RowLoss, RowOptions, RowStatistics
 from popsd_kernels.primitives import LOG2E, LOGIT_FLOOR, NOTHING, fma, lse_finish
 from popsd_kernels.target import Difference, load_target_logit, target_gain

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from popsd_kernels.divergence import FORWARD
 from popsd_kernels.entries import entries_from, row_scalars
-from popsd_kernels.loss_gradient import Sums, accumulate, finish_row, projection_gradient
+from popsd_kernels.loss_rows import Sums, accumulate, finish_row, projection_gradient
 from popsd_kernels.primitives import LN2, LOGIT_FLOOR
 from popsd_kernels.streaming_tiles import Extent, load_offsets, program_share, project, quarter_columns, tile_logits
 
