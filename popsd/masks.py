@@ -1,9 +1,9 @@
 """Purification masks: which tokens the loss keeps, and which vocabulary entries of the target may move.
 
 Token masks are functions of the [N] telemetry, so they are plain autograd after the operator: its per-token loss takes any
-upstream gradient. Entry masks are edits of the difference teacher − reference before the sweeps: an entry that must not move
-gets the value that makes its Δ̄ zero, one that may move little is clamped. So the sweeps, in Triton or in torch, need no
-option for them, and without masks nothing changes.
+upstream gradient. Entry masks are edits of the difference teacher − reference before the sweeps, by a kernel of
+`popsd_kernels.masks` or its torch body here: an entry that must not move gets the value that makes its Δ̄ zero, one that may
+move little is clamped. So the sweeps need no option for them, and without masks nothing changes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import warnings
 import torch
 
 from popsd.config import MaskConfig, PurifiedConfig
+from popsd.torch_tiles import normaliser, scratch, tempered_logits
 from popsd.types import Decomposition
+from popsd_kernels.options import RowOptions
 
 
 def token_weights(
@@ -70,33 +72,61 @@ def warn_if_nothing_is_kept(masked: torch.Tensor, weights: torch.Tensor) -> None
         )
 
 
+def entry_thresholds(
+    base: torch.Tensor | None,
+    teacher: torch.Tensor | None,
+    reference: torch.Tensor | None,
+    *,
+    bias: torch.Tensor | None = None,
+    options: RowOptions,
+    plausibility: float | None = None,
+    tail_floor: float | None = None,
+) -> torch.Tensor:
+    """The torch body of ``popsd_kernels.entry_thresholds``: [3, C] tempered logits below which a mask applies."""
+    like = base if base is not None else teacher
+    assert like is not None
+    out = like.new_full((3, like.shape[0]), -torch.inf, dtype=torch.float32)
+    z, free = scratch(like, 2)
+    if base is not None and plausibility is not None:
+        out[0] = tempered_logits(base, bias, options.target, options, out=z).amax(dim=1) + math.log(plausibility)
+    for row, stream in ((1, teacher), (2, reference)):
+        if stream is not None and tail_floor is not None:
+            maximum, logsum = normaliser(tempered_logits(stream, bias, options.target, options, out=z), free)
+            out[row] = maximum + logsum + math.log(tail_floor)
+    return out
+
+
 def mask_entries(
     delta: torch.Tensor,
     offset: torch.Tensor,
-    scale: float,
-    base: torch.Tensor,
-    teacher: torch.Tensor | None,
+    thresholds: torch.Tensor,
+    base: torch.Tensor | None,
     reference: torch.Tensor | None,
-    config: PurifiedConfig,
+    *,
+    bias: torch.Tensor | None = None,
+    options: RowOptions,
+    tail_reach: float | None = None,
 ) -> None:
-    """Edit raw differences [C, V] in place, Δ̄ = scale·delta − offset, so that Δ̃ obeys the masks of ``config``.
+    """The torch body of ``popsd_kernels.mask_entries``: edits raw differences [C, V] in place."""
+    gain = options.delta_scale * options.inv_temperature
+    still, (implausible, faint_teacher, faint) = (offset / gain)[:, None], thresholds[:, :, None]
+    z, free = scratch(delta, 2)
+    if reference is not None and tail_reach is not None:
+        tempered_logits(reference, bias, options.target, options, out=z)
+        both = z < faint
+        both &= z.add_(delta, alpha=gain) < faint_teacher
+        reach = tail_reach / gain
+        torch.where(both, torch.clamp(delta, still - reach, still + reach, out=free), delta, out=delta)
+    if base is not None:
+        below = tempered_logits(base, bias, options.target, options, out=z) < implausible
+        torch.where(below, still, delta, out=delta)
 
-    base, teacher, reference: tempered float32 logits [C, V]; the last two only for ``tail_floor``.
-    """
-    still = (offset / scale)[:, None]
-    if config.tail_floor is not None and config.tail_cap is not None:
-        assert teacher is not None and reference is not None
-        least = math.log(config.tail_floor)
-        faint = teacher < least + torch.logsumexp(teacher, dim=1, keepdim=True)
-        faint &= reference < least + torch.logsumexp(reference, dim=1, keepdim=True)
-        reach = config.tail_cap  # |Δ̃| ≤ cap is |Δ̄| ≤ c·artanh(cap/c)
-        if config.pmi_clip is not None:
-            reach = config.pmi_clip * math.atanh(config.tail_cap / config.pmi_clip)
-        reach /= scale
-        delta.copy_(torch.where(faint, torch.clamp(delta, still - reach, still + reach), delta))
-    if config.plausibility is not None:
-        implausible = base < base.amax(dim=1, keepdim=True) + math.log(config.plausibility)
-        delta.copy_(torch.where(implausible, still, delta))
+
+def tail_reach(config: PurifiedConfig) -> float | None:
+    """How far Δ̄ may go so that |Δ̃| ≤ tail_cap: c·artanh(cap/c)."""
+    if config.tail_cap is None or config.pmi_clip is None:
+        return config.tail_cap
+    return config.pmi_clip * math.atanh(config.tail_cap / config.pmi_clip)
 
 
 def _step(excess: torch.Tensor, config: MaskConfig) -> torch.Tensor:

@@ -4,16 +4,15 @@ no formula; the sweeps are Triton kernels or the torch bodies of the same signat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 
-from popsd import torch_tiles
+from popsd import masks, torch_tiles
 from popsd.config import Impl, Method, Strategy
 from popsd.decomposition import decompose_hidden, fields_of, gather, row_moments
-from popsd.masks import mask_entries
 from popsd.streams import Chunk, GivenLogits, Problem, ProjectedStreams
 from popsd.telemetry import movement_rows, size_rows
 from popsd.types import Decomposition, Purification
@@ -43,6 +42,8 @@ class Bodies(NamedTuple):
     row_sweeps: Callable[..., RowLoss]
     logit_difference: Callable[..., torch.Tensor]
     row_moments: Callable[..., torch.Tensor]
+    entry_thresholds: Callable[..., torch.Tensor]
+    mask_entries: Callable[..., None]
     shared: Callable[..., dict[str, Any]]
     sweep_elements: int | None
 
@@ -64,15 +65,27 @@ def resolve_impl(impl: Impl, device: torch.device) -> Impl:
 
 def bodies_for(impl: Impl) -> Bodies:
     if impl is Impl.TORCH:
-        tiles = torch_tiles
         return Bodies(
-            tiles.row_statistics, tiles.row_sweeps, tiles.logit_difference, row_moments, _student_rows, SWEEP_ELEMENTS
+            torch_tiles.row_statistics,
+            torch_tiles.row_sweeps,
+            torch_tiles.logit_difference,
+            row_moments,
+            masks.entry_thresholds,
+            masks.mask_entries,
+            _student_rows,
+            SWEEP_ELEMENTS,
         )
     import popsd_kernels
 
-    kernels = popsd_kernels
     return Bodies(
-        kernels.row_statistics, _two_sweeps, kernels.logit_difference, kernels.row_moments, lambda *_: {}, None
+        popsd_kernels.row_statistics,
+        _two_sweeps,
+        popsd_kernels.logit_difference,
+        popsd_kernels.row_moments,
+        popsd_kernels.entry_thresholds,
+        popsd_kernels.mask_entries,
+        lambda *_: {},
+        None,
     )
 
 
@@ -274,9 +287,7 @@ def _difference(
     config, options, offset = problem.purified, problem.row_options, chunk.offset
     if config is None or chunk.delta is None:
         return offset
-    frozen = None
-    if config.masks_entries:  # before delta takes their place
-        frozen = _tempered_frozen(problem, source, chunk, torch_tiles.scratch(chunk.target, 3, held=_BESIDE))
+    mask = _entry_mask(problem, source, bodies, chunk)  # before delta takes the place of a stream
     if problem.apart:
         offset = bodies.logit_difference(
             chunk.teacher,
@@ -286,10 +297,25 @@ def _difference(
             options=options,
             center=config.center,
         )
-    if frozen is not None:
-        assert offset is not None
-        mask_entries(chunk.delta, offset, options.delta_scale * options.inv_temperature, *frozen, config)
+    mask(chunk.delta, offset)
     return offset
+
+
+def _entry_mask(
+    problem: Problem, source: ProjectedStreams | GivenLogits, bodies: Bodies, chunk: Chunk
+) -> Callable[[torch.Tensor, torch.Tensor | None], None]:
+    """Applies plausibility and the tail cap, as far as there are any, to a difference [n, V] with its offset [n]."""
+    config, common = problem.purified, {"bias": source.target_bias, "options": problem.row_options}
+    if config is None or not config.masks_entries:
+        return lambda delta, offset: None
+    base = None if config.plausibility is None else chunk.target
+    teacher, reference = (None, None) if config.tail_floor is None else (chunk.teacher, chunk.reference)
+    thresholds = bodies.entry_thresholds(
+        base, teacher, reference, plausibility=config.plausibility, tail_floor=config.tail_floor, **common
+    )
+    return lambda delta, offset: bodies.mask_entries(
+        delta, offset, thresholds, base, reference, tail_reach=masks.tail_reach(config), **common
+    )
 
 
 def _pieces(problem: Problem, chunk: Chunk) -> Iterator[Chunk]:
@@ -336,30 +362,20 @@ def _gram(problem: Problem) -> Decomposition:
 
 
 def _purification(problem: Problem, source: ProjectedStreams | GivenLogits, chunk: Chunk) -> Purification:
+    """In plain torch, whatever computes the loss."""
     options, config, scale = problem.row_options, problem.purified, problem.row_options.inv_temperature
-    *buffers, delta, free = torch_tiles.scratch(chunk.target, 5, held=_BESIDE)
-    base, teacher, reference = _tempered_frozen(problem, source, chunk, buffers)
-    assert config is not None and chunk.teacher is not None and chunk.reference is not None and teacher is not None
+    assert config is not None and chunk.teacher is not None and chunk.reference is not None
+    base, teacher, delta, *free = torch_tiles.scratch(chunk.target, 5, held=_BESIDE)
+    for raw, out in ((chunk.target, base), (chunk.teacher, teacher)):
+        torch_tiles.tempered_logits(raw, source.target_bias, options.target, options, out=out)
+    mask = _entry_mask(problem, source, bodies_for(Impl.TORCH), chunk)
     offset = torch_tiles.logit_difference(
         chunk.teacher, chunk.reference, out=delta, bias=source.target_bias, options=options, center=config.center
     )
-    size = size_rows(torch.mul(delta, scale, out=free).sub_(offset[:, None]).abs_(), config.pmi_clip)
-    mask_entries(delta, offset, scale, base, teacher, reference, config)
+    size = size_rows(torch.mul(delta, scale, out=free[0]).sub_(offset[:, None]).abs_(), config.pmi_clip)
+    mask(delta, offset)
     target = torch_tiles.purified_shift(delta, offset, options, out=delta).add_(base)
-    return Purification(*size, *movement_rows(base, teacher, target, buffers[2], free))
-
-
-def _tempered_frozen(
-    problem: Problem, source: ProjectedStreams | GivenLogits, chunk: Chunk, buffers: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Tempered float32 logits of base, and of teacher and reference where they come apart, in the buffers."""
-    options, bias = problem.row_options, source.target_bias
-    base, teacher, reference = (
-        None if x is None else torch_tiles.tempered_logits(x, bias, options.target, options, out=out)
-        for x, out in zip((chunk.target, chunk.teacher, chunk.reference), buffers, strict=True)
-    )
-    assert base is not None
-    return base, teacher, reference
+    return Purification(*size, *movement_rows(base, teacher, target, *free))
 
 
 _BESIDE = torch_tiles.HELD + torch_tiles.DIFFERENCE

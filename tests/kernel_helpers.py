@@ -36,6 +36,7 @@ def _import_interpreted() -> None:
         import popsd_kernels.decomposition
         import popsd_kernels.difference
         import popsd_kernels.loss_gradient
+        import popsd_kernels.masks
         import popsd_kernels.single_read
         import popsd_kernels.statistics
         import popsd_kernels.streaming  # noqa: F401

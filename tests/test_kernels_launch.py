@@ -85,7 +85,8 @@ def test_unlisted_devices_take_the_nearest_older_table(capability, expected):
 def test_tables_name_every_kernel_and_fit_a_block():
     for architecture, table in launch.TABLES.items():
         assert set(table) == {
-            "statistics", "loss_gradient", "loss_gradient_entry_clip", "difference", "moments", "single_read",
+            "statistics", "loss_gradient", "loss_gradient_entry_clip", "difference", "masks", "moments",
+            "single_read",
         }  # fmt: skip
         lanes = 64 if architecture.startswith("gfx") else 32
         assert all(config.num_warps * lanes <= 1024 for config in table.values())

@@ -43,6 +43,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pmi_beta": {"pmi_beta": 2.0},
     "uncentred": {"center": False},
     "exact_difference": {"exact_difference": True},
+    "plausibility": {"plausibility": 0.1},
+    "tail cap": {"tail_floor": 1e-3, "tail_cap": 0.1},
 }
 HEADS: dict[str, dict[str, Any]] = {"scale": {"logit_scale": 0.5}, "softcap": {"softcap": 30.0}}
 

@@ -13,7 +13,9 @@ __all__ = [
     "RowLoss",
     "RowOptions",
     "RowStatistics",
+    "entry_thresholds",
     "logit_difference",
+    "mask_entries",
     "row_loss_gradient",
     "row_moments",
     "row_single_read",
@@ -23,6 +25,8 @@ __all__ = [
 ]
 
 _LAUNCHERS = {
+    "entry_thresholds": "popsd_kernels.masks",
+    "mask_entries": "popsd_kernels.masks",
     "logit_difference": "popsd_kernels.difference",
     "row_statistics": "popsd_kernels.statistics",
     "row_loss_gradient": "popsd_kernels.loss_gradient",

@@ -23,7 +23,16 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from popsd_kernels import decomposition, difference, launch, loss_gradient, single_read, statistics, streaming_aot
+from popsd_kernels import (
+    decomposition,
+    difference,
+    launch,
+    loss_gradient,
+    masks,
+    single_read,
+    statistics,
+    streaming_aot,
+)
 from popsd_kernels.launch import Launch, LaunchConfig
 from popsd_kernels.options import LogitTransform, RowOptions, RowStatistics
 
@@ -104,6 +113,18 @@ class Case:
                 student, target, own, delta, bias, bias, self.options, not self.composed,
                 launch.result_rows(decomposition.MOMENTS, rows, meta), config, fast,
             )  # fmt: skip
+        if self.kernel == "masks":
+            tail = None if self.composed else target
+            if self.phase == 0:
+                floors = (-2.3, None if tail is None else -4.6)
+                thresholds = launch.result_rows(3, rows, meta)
+                return masks.plan_thresholds(
+                    (student, tail, tail), bias, self.options, floors, thresholds, config, fast
+                )
+            return masks.plan_masks(
+                rectangle(torch.float32), vector, launch.result_rows(3, rows, meta), student, tail, bias, self.options,
+                None if tail is None else 0.1, config, fast,
+            )  # fmt: skip
         out = rectangle(torch.float32)
         return difference.plan(student, target, out, bias, self.options, self.center, vector, config, fast)
 
@@ -156,6 +177,9 @@ def shipped_cases() -> list[AnyCase]:
         Case("moments", "teacher as a difference", 12, PLAIN),
         Case("moments", "relative", 12, replace(PLAIN, relative=True)),
         Case("moments", "masked, softcap, bias, bf16, odd V", 6, SOFTCAP, torch.bfloat16, ODD_VOCABULARY, False, True),
+        *(Case("masks", f"plausibility, launch {k + 1}", (4, 8)[k], PLAIN, phase=k) for k in (0, 1)),
+        *(Case("masks", f"both, softcap, bias, bf16, odd V, launch {k + 1}", (2, 8)[k], SOFTCAP, torch.bfloat16,
+               ODD_VOCABULARY, False, True, phase=k) for k in (0, 1)),
         Case("difference", "center, softcap", 8, SOFTCAP),
         Case("difference", "log-sum-exp", 8, PLAIN, center=False),
         *streaming_aot.cases(),

@@ -49,7 +49,9 @@ class LaunchConfig:
 # entries leave 2 or 3 programs, 1,024 over 8 warps spill (2 instructions, sm_90), over 4 warps 5 to 8 programs fit.
 # The moments have 22 accumulators to a lane: 1,024 entries over 4 warps are two lanes per thread and 48 KiB in flight at the
 # 4 programs that fit; lanes of 8 cost 10 instructions per entry more in fp32, whose loads are of 4 entries (sm_90).
-_DEFAULT = {name: LaunchConfig(2048, 4, 8) for name in ("statistics", "loss_gradient", "difference", "single_read")}
+_DEFAULT = {
+    name: LaunchConfig(2048, 4, 8) for name in ("statistics", "loss_gradient", "difference", "masks", "single_read")
+}
 _DEFAULT["loss_gradient_entry_clip"] = LaunchConfig(1024, 4, 4)
 _DEFAULT["moments"] = LaunchConfig(1024, 4, 4)
 _WAVE64 = {name: LaunchConfig(config.block, config.vec, 4) for name, config in _DEFAULT.items()}

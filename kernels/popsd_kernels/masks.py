@@ -1,0 +1,233 @@
+"""Entries of the purified target that must not move, or not far: edits of the difference teacher − reference in place.
+
+An entry that must stay gets the value that makes its Δ̄ zero, one that may move little is clamped about it; the sweeps need no
+option for that. 4 bytes per entry of each stream that has a threshold to find, then 12 to 16 to apply them.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton evaluates annotations: only constexpr parameters may carry one.
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from popsd_kernels.launch import (
+    FLOATING,
+    Launch,
+    LaunchConfig,
+    check_device,
+    check_matrix_shape,
+    check_rows,
+    check_vector,
+    choose_config,
+    fast_instructions,
+    result_rows,
+)
+from popsd_kernels.logits import floor_logit, load_entries, load_logit, projection_stream
+from popsd_kernels.options import RowOptions
+from popsd_kernels.primitives import NOTHING, lane_max, lse_finish, lse_fold
+
+Streams = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def entry_thresholds(
+    base: torch.Tensor | None,
+    teacher: torch.Tensor | None,
+    reference: torch.Tensor | None,
+    *,
+    bias: torch.Tensor | None = None,
+    options: RowOptions,
+    plausibility: float | None = None,
+    tail_floor: float | None = None,
+) -> torch.Tensor:
+    """Tempered logits below which an entry is implausible or faint: [3, C] float32, −inf where nothing is asked.
+
+    First row: the largest of ``base`` plus log plausibility, None both or given both. Second and third: of ``teacher`` and
+    ``reference``, their log-normaliser plus log tail_floor, all three or none of them.
+    base, teacher, reference: [C, V] raw projections, float32, bfloat16 or float16, unit stride along V. bias: [V], of them all.
+    Raises ValueError, TypeError or RuntimeError before any launch. Not yet run on a GPU.
+    """
+    name, streams = "entry_thresholds", {"base": base, "teacher": teacher, "reference": reference}
+    if (base is None) != (plausibility is None) or len({x is None for x in (teacher, reference, tail_floor)}) > 1:
+        raise ValueError(
+            f"{name}: base goes with plausibility, and teacher and reference with tail_floor, got "
+            f"{[x for x, value in streams.items() if value is not None]} with plausibility={plausibility} and "
+            f"tail_floor={tail_floor}; leave out the streams that have no threshold"
+        )
+    given = next((x for x in streams.values() if x is not None), None)
+    if given is None:
+        raise ValueError(f"{name}: a stream with its threshold must be given, got none; without masks do not call it")
+    _check(name, given, streams, bias)
+    out = result_rows(3, given.shape[0], given.device).fill_(-torch.inf)
+    if given.shape[0]:
+        floors = tuple(None if x is None else math.log(x) for x in (plausibility, tail_floor))
+        arguments, fast = ((base, teacher, reference), bias, options, floors, out), fast_instructions(given.device)
+        key = ("thresholds", given.shape[1], given.dtype, base is None, tail_floor is None)
+        config = choose_config("masks", given.device, key, lambda trial: plan_thresholds(*arguments, trial, fast))
+        plan_thresholds(*arguments, config, fast).run(given.device)
+    return out
+
+
+def mask_entries(
+    delta: torch.Tensor,
+    offset: torch.Tensor,
+    thresholds: torch.Tensor,
+    base: torch.Tensor | None,
+    reference: torch.Tensor | None,
+    *,
+    bias: torch.Tensor | None = None,
+    options: RowOptions,
+    tail_reach: float | None = None,
+) -> None:
+    """Edits ``delta`` [C, V] float32 in place, Δ̄ = inv_temperature · delta_scale · delta − offset, offset [C] float32.
+
+    Where the tempered logits of ``reference`` and of the teacher, which is reference plus difference, are below ``thresholds``,
+    |Δ̄| ≤ tail_reach; then, where those of ``base`` are, Δ̄ = 0. None leaves a mask out. thresholds: `entry_thresholds`.
+    base, reference, bias, options: as there. Raises ValueError, TypeError or RuntimeError before any launch.
+    """
+    name = "mask_entries"
+    _check(name, delta, {"base": base, "reference": reference, "delta": delta}, bias)
+    check_vector(name, "offset", offset, delta.shape[0], delta.device, (torch.float32,))
+    for row in range(3):
+        check_vector(name, f"thresholds[{row}]", thresholds[row], delta.shape[0], delta.device, (torch.float32,))
+    if delta.dtype != torch.float32:
+        raise TypeError(f"{name}: delta must be torch.float32, got {delta.dtype}; the difference is composed in it")
+    if (reference is None) != (tail_reach is None):
+        raise ValueError(f"{name}: reference and tail_reach must be given together, got tail_reach={tail_reach}")
+    if delta.shape[0]:
+        rest, fast = (offset, thresholds, base, reference, bias, options, tail_reach), fast_instructions(delta.device)
+        key = ("masks", delta.shape[1], base is None, reference is None)
+        config = choose_config(
+            "masks", delta.device, key, lambda trial: plan_masks(torch.empty_like(delta), *rest, trial, fast)
+        )
+        plan_masks(delta, *rest, config, fast).run(delta.device)
+
+
+def _check(name: str, given: torch.Tensor, streams: dict[str, torch.Tensor | None], bias: torch.Tensor | None) -> None:
+    check_matrix_shape(name, next(key for key, x in streams.items() if x is given), given)
+    check_device(name, next(key for key, x in streams.items() if x is given), given)
+    check_rows(name, given.shape, given.device, streams)
+    check_vector(name, "bias", bias, given.shape[1], given.device, FLOATING)
+
+
+def plan_thresholds(
+    streams: Streams,
+    bias: torch.Tensor | None,
+    options: RowOptions,
+    floors: tuple[float | None, ...],
+    out: torch.Tensor,
+    config: LaunchConfig,
+    fast: bool,
+) -> Launch:
+    """The launch that `entry_thresholds` makes, unchecked. floors: logarithms of plausibility and tail_floor."""
+    base, teacher, reference = (_stream(x, bias, options) for x in streams)
+    given = next(x for x in streams if x is not None)
+    arguments = {"base": base, "teacher": teacher, "reference": reference, "plausibility": floors[0], "tail": floors[1]}
+    arguments |= {"out_ptr": out, "out_row_stride": out.stride(0), "V": given.shape[1]}
+    arguments |= {"BLOCK": config.block, "VEC": config.vec, "FAST": fast}
+    return Launch(entry_thresholds_kernel, given.shape[0], arguments, config)
+
+
+def plan_masks(
+    delta: torch.Tensor,
+    offset: torch.Tensor,
+    thresholds: torch.Tensor,
+    base: torch.Tensor | None,
+    reference: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    options: RowOptions,
+    tail_reach: float | None,
+    config: LaunchConfig,
+    fast: bool,
+) -> Launch:
+    """The launch that `mask_entries` makes, unchecked."""
+    arguments = {"delta_ptr": delta, "delta_row_stride": delta.stride(0), "offset_ptr": offset}
+    arguments |= {"threshold_ptr": thresholds, "threshold_row_stride": thresholds.stride(0)}
+    arguments |= {"base": _stream(base, bias, options), "reference": _stream(reference, bias, options)}
+    arguments |= {"gain": float(options.delta_scale) * float(options.inv_temperature), "reach": tail_reach}
+    arguments |= {"V": delta.shape[1], "BLOCK": config.block, "FAST": fast}
+    return Launch(mask_entries_kernel, delta.shape[0], arguments, config)
+
+
+def _stream(tensor: torch.Tensor | None, bias: torch.Tensor | None, options: RowOptions) -> object:
+    return None if tensor is None else projection_stream(tensor, bias, options.target, float(options.inv_temperature))
+
+
+@triton.jit(do_not_specialize=["out_row_stride"])
+def entry_thresholds_kernel(
+    base,
+    teacher,
+    reference,
+    plausibility,
+    tail,
+    out_ptr,
+    out_row_stride,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """One program per token."""
+    row = tl.program_id(0)
+    if base is not None:
+        top = tl.full([BLOCK // VEC], float("-inf"), tl.float32)
+        for start in range(0, V, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            z = floor_logit(load_logit(base, row, columns, V, True, FAST), columns, V, True)
+            top = tl.maximum(top, lane_max(z, VEC))
+        tl.store(out_ptr + row, tl.max(top, axis=0) + tl.cast(plausibility, tl.float32))
+    if teacher is not None:
+        tl.store(
+            out_ptr + out_row_stride + row, _log_sum(teacher, row, V, BLOCK, VEC, FAST) + tl.cast(tail, tl.float32)
+        )
+        log_sum = _log_sum(reference, row, V, BLOCK, VEC, FAST)
+        tl.store(out_ptr + 2 * out_row_stride + row, log_sum + tl.cast(tail, tl.float32))
+
+
+@triton.jit
+def _log_sum(stream, row, V: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, FAST: tl.constexpr):
+    """The log-normaliser of a row."""
+    top, total = tl.full([BLOCK // VEC], NOTHING, tl.float32), tl.zeros([BLOCK // VEC], tl.float32)
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = tl.where(columns < V, load_logit(stream, row, columns, V, True, FAST), float("-inf"))
+        top, total = lse_fold(z, top, total, VEC)
+    row_max, logsum = lse_finish(top, total, V)
+    return row_max + logsum
+
+
+@triton.jit(do_not_specialize=["threshold_row_stride"])
+def mask_entries_kernel(
+    delta_ptr,
+    delta_row_stride,
+    offset_ptr,
+    threshold_ptr,
+    threshold_row_stride,
+    base,
+    reference,
+    gain,
+    reach,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """One program per token."""
+    row = tl.program_id(0)
+    gain = tl.cast(gain, tl.float32)
+    still, threshold_ptr = tl.load(offset_ptr + row) / gain, threshold_ptr + row
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        delta = load_entries(delta_ptr, row, delta_row_stride, columns, V, True)
+        if reference is not None:
+            r = floor_logit(load_logit(reference, row, columns, V, True, FAST), columns, V, True)
+            faint = r < tl.load(threshold_ptr + 2 * threshold_row_stride)
+            faint = faint & (r + gain * delta < tl.load(threshold_ptr + threshold_row_stride))
+            far = tl.cast(reach, tl.float32) / gain
+            delta = tl.where(faint, tl.minimum(tl.maximum(delta, still - far), still + far), delta)
+        if base is not None:
+            b = floor_logit(load_logit(base, row, columns, V, True, FAST), columns, V, True)
+            delta = tl.where(b < tl.load(threshold_ptr), still, delta)
+        tl.store(delta_ptr + row.to(tl.int64) * delta_row_stride + columns, delta, mask=columns < V)
