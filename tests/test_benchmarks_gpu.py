@@ -54,7 +54,7 @@ def test_a_part_that_fails_or_takes_too_long_is_told_of(monkeypatch, tmp_path):
 
     log = tmp_path / "log.txt"
 
-    def run(code, seconds=20.0):
+    def run(code, seconds=120.0):
         return everything.run(everything.Part("x", 1.0, [sys.executable, "-c", code]), log, seconds)
 
     assert run("import popsd, popsd_kernels, popsd_benchmarks; print('fine')") == "done"
