@@ -14,7 +14,7 @@ COMPLETIONS = [[10, 20], [30, 31, 32]]
 
 
 def tiny(dropout=0.0):
-    return tiny_qwen3(40, attention_dropout=dropout, initializer_range=0.3)
+    return tiny_qwen3(40, attention_dropout=dropout, initializer_range=0.3).eval()
 
 
 def lora(model, **options):

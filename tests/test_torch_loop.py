@@ -35,7 +35,7 @@ CONFIG = TrainConfig(
 
 def tiny(seed=0):
     special = {"eos_token_id": EOS, "pad_token_id": 10, "bos_token_id": None}
-    return tiny_qwen3(len(VOCABULARY), seed, tie_word_embeddings=True, initializer_range=0.2, **special)
+    return tiny_qwen3(len(VOCABULARY), seed, tie_word_embeddings=True, initializer_range=0.2, **special).eval()
 
 
 def run(folder, config=CONFIG, model=None, prompts=PROMPTS, **options):
