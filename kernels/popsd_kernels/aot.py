@@ -176,6 +176,7 @@ def shipped_cases() -> list[AnyCase]:
              gradient=torch.float32),
         Case("moments", "teacher as a difference", 12, PLAIN),
         Case("moments", "relative", 12, replace(PLAIN, relative=True)),
+        Case("moments", "teacher apart, softcap", 12, SOFTCAP, composed=False),
         Case("moments", "masked, softcap, bias, bf16, odd V", 6, SOFTCAP, torch.bfloat16, ODD_VOCABULARY, False, True),
         *(Case("masks", f"plausibility, launch {k + 1}", (4, 8)[k], PLAIN, phase=k) for k in (0, 1)),
         *(Case("masks", f"both, softcap, bias, bf16, odd V, launch {k + 1}", (2, 8)[k], SOFTCAP, torch.bfloat16,

@@ -241,7 +241,7 @@ def _streams(
     if not RELATIVE:
         r = floor_logit(r, columns, V, TAIL)
         lowest = tl.minimum(s, r)
-    if teacher is not None:
+    if difference is None:  # not `teacher`: Triton 3.6 cannot compare with None a tuple that holds one
         t = floor_logit(load_logit(teacher, row, columns, V, TAIL, FAST), columns, V, TAIL)
         lowest = tl.minimum(lowest, t)
     else:

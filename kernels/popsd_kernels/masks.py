@@ -148,7 +148,7 @@ def plan_masks(
     arguments |= {"threshold_ptr": thresholds, "threshold_row_stride": thresholds.stride(0)}
     arguments |= {"base": _stream(base, bias, options), "reference": _stream(reference, bias, options)}
     arguments |= {"gain": float(options.delta_scale) * float(options.inv_temperature), "reach": tail_reach}
-    arguments |= {"V": delta.shape[1], "BLOCK": config.block, "FAST": fast}
+    arguments |= {"PLAUSIBLE": base is not None, "V": delta.shape[1], "BLOCK": config.block, "FAST": fast}
     return Launch(mask_entries_kernel, delta.shape[0], arguments, config)
 
 
@@ -172,14 +172,14 @@ def entry_thresholds_kernel(
 ):
     """One program per token."""
     row = tl.program_id(0)
-    if base is not None:
+    if plausibility is not None:  # not `base`: Triton 3.6 cannot compare with None a tuple that holds one
         top = tl.full([BLOCK // VEC], float("-inf"), tl.float32)
         for start in range(0, V, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             z = floor_logit(load_logit(base, row, columns, V, True, FAST), columns, V, True)
             top = tl.maximum(top, lane_max(z, VEC))
         tl.store(out_ptr + row, tl.max(top, axis=0) + tl.cast(plausibility, tl.float32))
-    if teacher is not None:
+    if tail is not None:
         tl.store(
             out_ptr + out_row_stride + row, _log_sum(teacher, row, V, BLOCK, VEC, FAST) + tl.cast(tail, tl.float32)
         )
@@ -210,6 +210,7 @@ def mask_entries_kernel(
     reference,
     gain,
     reach,
+    PLAUSIBLE: tl.constexpr,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
     FAST: tl.constexpr,
@@ -221,13 +222,13 @@ def mask_entries_kernel(
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         delta = load_entries(delta_ptr, row, delta_row_stride, columns, V, True)
-        if reference is not None:
+        if reach is not None:
             r = floor_logit(load_logit(reference, row, columns, V, True, FAST), columns, V, True)
             faint = r < tl.load(threshold_ptr + 2 * threshold_row_stride)
             faint = faint & (r + gain * delta < tl.load(threshold_ptr + threshold_row_stride))
             far = tl.cast(reach, tl.float32) / gain
             delta = tl.where(faint, tl.minimum(tl.maximum(delta, still - far), still + far), delta)
-        if base is not None:
+        if PLAUSIBLE:
             b = floor_logit(load_logit(base, row, columns, V, True, FAST), columns, V, True)
             delta = tl.where(b < tl.load(threshold_ptr), still, delta)
         tl.store(delta_ptr + row.to(tl.int64) * delta_row_stride + columns, delta, mask=columns < V)

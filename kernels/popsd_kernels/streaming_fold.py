@@ -21,7 +21,9 @@ SUMS = 9
 
 class Strip(NamedTuple):
     """The gradient of the tiles of one Extent, [tokens rounded up, columns]; and with ``skip_below``, per tile whether
-    any entry of a row reaches it, [tokens rounded up, 4 * vocabulary tiles] int32, a flag per quarter."""
+    any entry of a row reaches it, [tokens rounded up, 4 * vocabulary tiles] int32, a flag per quarter.
+
+    No gradient: ``ptr`` is None, not the strip itself. Triton 3.6 cannot compare with None a tuple that holds one."""
 
     ptr: Any
     row_stride: Any
@@ -109,7 +111,7 @@ def stream_fold_kernel(
         sums, token_logit = _zero_sums(BLOCK_M), tl.zeros([BLOCK_M], tl.float32)
         if token_ids_ptr is not None:
             token = tl.load(token_ids_ptr + rows)
-    if strip is not None:
+    if strip.ptr is not None:
         slope_sum, scale = tl.zeros([BLOCK_M, 1], tl.float32), tl.full([BLOCK_M, 1], 1.0, tl.float32)
         if scaling.slope_sum_ptr is not None:
             slope_sum = tl.load(scaling.slope_sum_ptr + rows)[:, None]
@@ -127,7 +129,7 @@ def stream_fold_kernel(
                 sums = _add_tile(sums, entries, beta, entry_clip, MODE, FAST)
                 if token_ids_ptr is not None:
                     token_logit += tl.sum(tl.where(columns[None, :] == token[:, None], s, 0.0), axis=1)
-            if strip is not None:
+            if strip.ptr is not None:
                 g = _gradient(streams, entries, slope_sum, scale, beta, entry_clip, MODE, FAST)
                 _store_strip(strip, g, row, columns, first * BLOCK_V, tile - first, quarter, V, MASKED)
     if sums_out is not None:

@@ -124,7 +124,7 @@ class Call:
             "token_ids_ptr": token_ids,
             "scaling": scaling,
             "sums_out": sums,
-            "strip": strip,
+            "strip": strip or Strip(*[None] * len(Strip._fields)),
             "beta": float(self.options.beta),
             "entry_clip": None if entry_clip is None else float(entry_clip),
             "MODE": divergence_mode(self.options.beta),
