@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from kernel_helpers import run_without_interpreter
@@ -21,9 +23,18 @@ def _instructions(report: str, kernel: str, flags: str) -> float:
     return sum(map(float, found[1].split(" + ")))
 
 
+@pytest.fixture(scope="module")
+def reports():
+    """Per architecture the finished command: as many at a time as there are processors, for each takes most of a minute."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        names = sorted(aot.DEVICES)
+        found = pool.map(lambda name: run_without_interpreter("-m", "popsd_kernels.aot", "--arch", name), names)
+        return dict(zip(names, found, strict=True))
+
+
 @pytest.mark.parametrize("architecture", sorted(aot.DEVICES))
-def test_shipped_kernels_compile_without_spills(architecture):
-    finished = run_without_interpreter("-m", "popsd_kernels.aot", "--arch", architecture)
+def test_shipped_kernels_compile_without_spills(architecture, reports):
+    finished = reports[architecture]
     assert finished.returncode == 0, finished.stdout + finished.stderr[-2000:]
     assert finished.stdout.count(f"{architecture} ") == len(aot.shipped_cases())
     for line in finished.stdout.splitlines():

@@ -90,7 +90,7 @@ def test_likely_tokens_that_agree_beside_unlikely_ones_that_do_not():
 def test_streams_a_constant_apart_differ_in_nothing_but_rounding():
     """Σx² about the mean is then a difference of sums that may fall below 0, which has no root."""
     student = streams(1000)[0]
-    for k in range(20):
+    for k in (0, 3, 7, 13):
         moments = row_moments(student, student + 0.1 * k, teacher=student - 0.3 * k, options=PLAIN)
         for name, field in fields_of(moments)._asdict().items():
             assert torch.isfinite(field).all(), name
