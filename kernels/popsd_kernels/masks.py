@@ -57,10 +57,9 @@ def entry_thresholds(
             f"{[x for x, value in streams.items() if value is not None]} with plausibility={plausibility} and "
             f"tail_floor={tail_floor}; leave out the streams that have no threshold"
         )
-    given = next((x for x in streams.values() if x is not None), None)
-    if given is None:
+    if base is None and teacher is None:
         raise ValueError(f"{name}: a stream with its threshold must be given, got none; without masks do not call it")
-    _check(name, given, streams, bias)
+    given = _checked(name, "teacher" if base is None else "base", streams, bias)
     out = result_rows(3, given.shape[0], given.device).fill_(-torch.inf)
     if given.shape[0]:
         floors = tuple(None if x is None else math.log(x) for x in (plausibility, tail_floor))
@@ -89,7 +88,7 @@ def mask_entries(
     base, reference, bias, options: as there. Raises ValueError, TypeError or RuntimeError before any launch.
     """
     name = "mask_entries"
-    _check(name, delta, {"base": base, "reference": reference, "delta": delta}, bias)
+    _checked(name, "delta", {"delta": delta, "base": base, "reference": reference}, bias)
     check_vector(name, "offset", offset, delta.shape[0], delta.device, (torch.float32,))
     for row in range(3):
         check_vector(name, f"thresholds[{row}]", thresholds[row], delta.shape[0], delta.device, (torch.float32,))
@@ -106,11 +105,17 @@ def mask_entries(
         plan_masks(delta, *rest, config, fast).run(delta.device)
 
 
-def _check(name: str, given: torch.Tensor, streams: dict[str, torch.Tensor | None], bias: torch.Tensor | None) -> None:
-    check_matrix_shape(name, next(key for key, x in streams.items() if x is given), given)
-    check_device(name, next(key for key, x in streams.items() if x is given), given)
-    check_rows(name, given.shape, given.device, streams)
-    check_vector(name, "bias", bias, given.shape[1], given.device, FLOATING)
+def _checked(
+    function: str, first: str, streams: dict[str, torch.Tensor | None], bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The stream named ``first``, which fixes C and V for the others and the bias."""
+    given = streams[first]
+    assert given is not None
+    check_matrix_shape(function, first, given)
+    check_device(function, first, given)
+    check_rows(function, given.shape, given.device, streams)
+    check_vector(function, "bias", bias, given.shape[1], given.device, FLOATING)
+    return given
 
 
 def plan_thresholds(
@@ -125,10 +130,24 @@ def plan_thresholds(
     """The launch that `entry_thresholds` makes, unchecked. floors: logarithms of plausibility and tail_floor."""
     base, teacher, reference = (_stream(x, bias, options) for x in streams)
     given = next(x for x in streams if x is not None)
-    arguments = {"base": base, "teacher": teacher, "reference": reference, "plausibility": floors[0], "tail": floors[1]}
-    arguments |= {"out_ptr": out, "out_row_stride": out.stride(0), "V": given.shape[1]}
-    arguments |= {"BLOCK": config.block, "VEC": config.vec, "FAST": fast}
-    return Launch(entry_thresholds_kernel, given.shape[0], arguments, config)
+    return Launch(
+        entry_thresholds_kernel,
+        given.shape[0],
+        {
+            "base": base,
+            "teacher": teacher,
+            "reference": reference,
+            "plausibility": floors[0],
+            "tail": floors[1],
+            "out_ptr": out,
+            "out_row_stride": out.stride(0),
+            "V": given.shape[1],
+            "BLOCK": config.block,
+            "VEC": config.vec,
+            "FAST": fast,
+        },
+        config,
+    )
 
 
 def plan_masks(
@@ -144,12 +163,26 @@ def plan_masks(
     fast: bool,
 ) -> Launch:
     """The launch that `mask_entries` makes, unchecked."""
-    arguments = {"delta_ptr": delta, "delta_row_stride": delta.stride(0), "offset_ptr": offset}
-    arguments |= {"threshold_ptr": thresholds, "threshold_row_stride": thresholds.stride(0)}
-    arguments |= {"base": _stream(base, bias, options), "reference": _stream(reference, bias, options)}
-    arguments |= {"gain": float(options.delta_scale) * float(options.inv_temperature), "reach": tail_reach}
-    arguments |= {"PLAUSIBLE": base is not None, "V": delta.shape[1], "BLOCK": config.block, "FAST": fast}
-    return Launch(mask_entries_kernel, delta.shape[0], arguments, config)
+    return Launch(
+        mask_entries_kernel,
+        delta.shape[0],
+        {
+            "delta_ptr": delta,
+            "delta_row_stride": delta.stride(0),
+            "offset_ptr": offset,
+            "threshold_ptr": thresholds,
+            "threshold_row_stride": thresholds.stride(0),
+            "base": _stream(base, bias, options),
+            "reference": _stream(reference, bias, options),
+            "gain": float(options.delta_scale) * float(options.inv_temperature),
+            "reach": tail_reach,
+            "PLAUSIBLE": base is not None,
+            "V": delta.shape[1],
+            "BLOCK": config.block,
+            "FAST": fast,
+        },
+        config,
+    )
 
 
 def _stream(tensor: torch.Tensor | None, bias: torch.Tensor | None, options: RowOptions) -> object:
@@ -180,11 +213,9 @@ def entry_thresholds_kernel(
             top = tl.maximum(top, lane_max(z, VEC))
         tl.store(out_ptr + row, tl.max(top, axis=0) + tl.cast(plausibility, tl.float32))
     if tail is not None:
-        tl.store(
-            out_ptr + out_row_stride + row, _log_sum(teacher, row, V, BLOCK, VEC, FAST) + tl.cast(tail, tl.float32)
-        )
-        log_sum = _log_sum(reference, row, V, BLOCK, VEC, FAST)
-        tl.store(out_ptr + 2 * out_row_stride + row, log_sum + tl.cast(tail, tl.float32))
+        floor = tl.cast(tail, tl.float32)
+        tl.store(out_ptr + out_row_stride + row, _log_sum(teacher, row, V, BLOCK, VEC, FAST) + floor)
+        tl.store(out_ptr + 2 * out_row_stride + row, _log_sum(reference, row, V, BLOCK, VEC, FAST) + floor)
 
 
 @triton.jit
@@ -219,16 +250,18 @@ def mask_entries_kernel(
     row = tl.program_id(0)
     gain = tl.cast(gain, tl.float32)
     still, threshold_ptr = tl.load(offset_ptr + row) / gain, threshold_ptr + row
+    implausible = tl.load(threshold_ptr)
+    faint_teacher = tl.load(threshold_ptr + threshold_row_stride)
+    faint_reference = tl.load(threshold_ptr + 2 * threshold_row_stride)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         delta = load_entries(delta_ptr, row, delta_row_stride, columns, V, True)
         if reach is not None:
             r = floor_logit(load_logit(reference, row, columns, V, True, FAST), columns, V, True)
-            faint = r < tl.load(threshold_ptr + 2 * threshold_row_stride)
-            faint = faint & (r + gain * delta < tl.load(threshold_ptr + threshold_row_stride))
+            faint = (r < faint_reference) & (r + gain * delta < faint_teacher)
             far = tl.cast(reach, tl.float32) / gain
             delta = tl.where(faint, tl.minimum(tl.maximum(delta, still - far), still + far), delta)
         if PLAUSIBLE:
             b = floor_logit(load_logit(base, row, columns, V, True, FAST), columns, V, True)
-            delta = tl.where(b < tl.load(threshold_ptr), still, delta)
+            delta = tl.where(b < implausible, still, delta)
         tl.store(delta_ptr + row.to(tl.int64) * delta_row_stride + columns, delta, mask=columns < V)
