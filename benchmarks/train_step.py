@@ -282,7 +282,7 @@ def measure_trainer(options: argparse.Namespace) -> dict[str, Any]:
                     processing_class=build_tokenizer(),
                 )
                 trainer.train()
-            if round_ >= 0:  # and of each run the last step alone
+            if round_ >= 0:  # the one before warms up, and of each run the last step alone counts
                 seconds[target]["generation"].append(trainer.generation)
                 seconds[target]["step"].append(trainer.seconds)
             del trainer

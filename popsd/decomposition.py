@@ -56,7 +56,7 @@ def row_moments(
         assert delta is not None
         own = torch.add(other, delta, alpha=options.delta_scale * options.inv_temperature, out=total)
     else:
-        own = tempered_logits(teacher, bias, options.target, options, out=total, finite=not masked)
+        own = tempered_logits(teacher, bias, options.target, options, out=total, finite=finite)
     outside, count = None, torch.full_like(rows.maximum[:, 0], student.shape[1])
     if masked:
         least = rows.logits

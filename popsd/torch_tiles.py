@@ -279,8 +279,14 @@ def _divergence(
     if options.entry_clip is None:
         if beta == 0.0:
             # less what rounding left of Σ(p − q), 2e-3 of the gradient where one entry has nearly all the mass
-            exact = lambda: difference.addcmul_(p, excess[:, None], value=-1.0)  # noqa: E731
-            return divergence, student_kl, target_kl, clip_fraction, exact, 1.0
+            return (
+                divergence,
+                student_kl,
+                target_kl,
+                clip_fraction,
+                lambda: difference.addcmul_(p, excess[:, None], value=-1.0),
+                1.0,
+            )
         # f' = p·slope with its sum known; in reverse KL f' = p·(1 − t), whose 1 leaves no trace in f' − p·Σf'
         slope, factor, mean = (t, -1.0, log_ratio_mean) if beta == 1.0 else (log_m_over_p, beta - 1.0, -student_kl)
         return (

@@ -34,7 +34,6 @@ from popsd_kernels.logits import floor_logit, load_entries, load_logit, projecti
 from popsd_kernels.options import RowOptions
 from popsd_kernels.primitives import (
     LOG2E,
-    LOGIT_FLOOR,
     NOTHING,
     fma,
     lse_finish,
@@ -249,7 +248,7 @@ def _streams(
         t = r + delta * tl.cast(difference.gain, tl.float32)
     inside = columns < V
     if MASKED:  # whatever scale or temperature the floor went through
-        inside = inside & (lowest > 1e-6 * LOGIT_FLOOR)
+        inside = inside & (lowest > NOTHING)
     return s, r, t, inside
 
 
