@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from importlib.util import find_spec
 from typing import Literal, TypeVar
 
@@ -15,6 +16,11 @@ from popsd.types import Head, HiddenStates
 
 Streams = dict[str, torch.Tensor]
 C = TypeVar("C", bound=DivergenceConfig)
+E = TypeVar("E", bound=StrEnum)
+
+_IMPLS = {member.value: member for member in Impl}
+_METHODS = {member.value: member for member in Method}
+_STRATEGIES = {member.value: member for member in Strategy}
 
 
 def checked_config(config: DivergenceConfig | None, kind: type[C]) -> C:
@@ -27,10 +33,7 @@ def checked_config(config: DivergenceConfig | None, kind: type[C]) -> C:
 
 def checked_impl(impl: Impl | str, device: torch.device) -> Impl:
     """A known implementation that can run there; TRITON never falls back."""
-    try:
-        impl = Impl(impl)
-    except ValueError:
-        raise ValueError(f"impl: expected one of {[i.value for i in Impl]}; got {impl!r}.") from None
+    impl = _member("impl", impl, _IMPLS)
     if impl is Impl.TRITON:
         if find_spec("triton") is None:
             raise ValueError(
@@ -176,10 +179,7 @@ def checked_strategy(
 
     normalisers: a diagnostic is asked for that needs those of teacher and reference.
     """
-    try:
-        strategy = Strategy(strategy)
-    except ValueError:
-        raise ValueError(f"strategy: expected one of {[s.value for s in Strategy]}; got {strategy!r}.") from None
+    strategy = _member("strategy", strategy, _STRATEGIES)
     if strategy is Strategy.CHUNKED:
         return strategy
     obstacle = None
@@ -189,7 +189,7 @@ def checked_strategy(
         obstacle = "hidden states and a head, not logits"
     elif purified is not None and comes_apart(purified, heads[1], normalisers):
         obstacle = (
-            "teacher and reference as one difference: no soft cap, centred or without pmi_clip, no tail_floor, "
+            "teacher and reference as one difference: no soft cap, centred or without pmi_clip and plausibility, no tail_floor, "
             "telemetry=False, decompose=False or 'gram'"
         )
     elif strategy is Strategy.STREAMING and purified is not None and purified.masks_entries:
@@ -211,10 +211,7 @@ def checked_method(
     """How to decompose, None for not at all; GRAM only where one head without soft cap serves all streams."""
     if isinstance(decompose, bool):
         return Method.LOGITS if decompose else None
-    try:
-        method = Method(decompose)
-    except ValueError:
-        raise ValueError(f"{argument}: expected one of {[m.value for m in Method]}; got {decompose!r}.") from None
+    method = _member(argument, decompose, _METHODS)
     if method is Method.GRAM:
         obstacle = gram_obstacle(heads)
         if obstacle is not None:
@@ -333,6 +330,18 @@ def check_finite(
 def may_look(tensor: torch.Tensor) -> bool:
     """Whether values can be looked at for free: a GPU would have to be waited for, a compiler's trace has none."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _member(argument: str, value: str, members: Mapping[str, E]) -> E:
+    """The member of an enumeration, which may be given as its value.
+
+    Looked up, not constructed: torch.compile before 2.13 cannot trace the call of an enumeration's class where the value
+    is a member already (2.11, arguments that come from a NamedTuple's defaults).
+    """
+    member = members.get(value) if isinstance(value, str) else None
+    if member is None:
+        raise ValueError(f"{argument}: expected one of {list(members)}; got {value!r}.")
+    return member
 
 
 def _check_token_tensor(name: str, tensor: torch.Tensor, shape: Sequence[int], device: torch.device) -> None:
