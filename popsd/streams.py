@@ -24,6 +24,11 @@ from popsd.types import Head, mean_row
 from popsd_kernels.options import LOGIT_FLOOR, LogitTransform, RowOptions
 
 
+NO_CLIP = 1e7
+"""A ``pmi_clip`` beyond which the sweeps leave the tanh out: c·tanh(x/c) is x to float32's last bit for |x| up to 4e3 there,
+and near 1e38 the factors of the tanh overflow."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """Validated inputs of one loss over N tokens; the streams are hidden states [N, D] or, without heads, logits [N, V].
@@ -93,15 +98,17 @@ class Problem:
         )
         if self.purified is None:
             return options
-        return replace(options, pmi_beta=self.purified.pmi_beta, pmi_clip=self.purified.pmi_clip)
+        clip = self.purified.pmi_clip
+        return replace(options, pmi_beta=self.purified.pmi_beta, pmi_clip=None if clip is None or clip > NO_CLIP else clip)
 
 
 def comes_apart(config: PurifiedConfig, frozen_head: Head | None, normalisers: bool) -> bool:
     """Whether Δ_it needs the logits of teacher and reference apart: given logits, a soft cap, or their normalisers."""
     if frozen_head is None or frozen_head.softcap is not None or normalisers or config.tail_floor is not None:
         return True
-    # without a tanh the softmax absorbs any constant, so an uncentred Δ_it needs no normalisers either
-    return not config.center and config.pmi_clip is not None
+    # the softmax absorbs the normalisers of an uncentred Δ_it, but only as a constant of the whole row: a tanh bends it, and
+    # an entry that a mask holds at Δ̃ = 0 does not take part in it
+    return not config.center and (config.pmi_clip is not None or config.masks_entries)
 
 
 class Chunk(NamedTuple):
