@@ -57,6 +57,8 @@ class DivergenceConfig:
     vocab_size: >= 1 or None; the number of leading vocabulary rows in use. Padding rows beyond it leave every softmax,
         mean and norm.
     check_finite: look for NaN and inf in the inputs before any work. None: only on CPU and uncompiled, where looking is free.
+
+    Precision is no option: float32 operands are multiplied in full float32 whatever TF32 switches the process has set.
     """
 
     beta: float = 0.5

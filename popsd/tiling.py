@@ -13,6 +13,7 @@ import torch
 from popsd import masks, torch_tiles
 from popsd.config import Impl, Method, Strategy
 from popsd.decomposition import decompose_hidden, fields_of, gather, row_moments
+from popsd.precision import exact_matmuls
 from popsd.streams import Chunk, GivenLogits, Problem, ProjectedStreams
 from popsd.telemetry import movement_rows, size_rows
 from popsd.types import Decomposition, Purification
@@ -138,7 +139,7 @@ def sweep_bytes(options: RowOptions, composed: bool, with_gradient: bool) -> tup
 
 def run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> TileResult:
     """Per-token results; gradients of Σ weights·divergence, where ``source`` wants them, end up in it."""
-    with torch.autocast(problem.student.device.type, enabled=False):  # precision is decided here, stream by stream
+    with exact_matmuls(problem.student.device):
         if problem.strategy is Strategy.STREAMING:
             assert isinstance(source, ProjectedStreams)
             result = TileResult(_stream(problem, source), None, None)
