@@ -89,7 +89,7 @@ def check_vocabulary(streams: Streams, heads: tuple[Head, Head] | None, config: 
     """One vocabulary, of the given logits or of both heads, and heads that fit their streams. Returns how much is in use."""
     if heads is None:
         sizes = {name: x.shape[-1] for name, x in streams.items()}
-        if len(set(sizes.values())) > 1 or 0 in sizes.values():
+        if len(set(sizes.values())) > 1 or not all(sizes.values()):
             raise ValueError(
                 f"{next(iter(sizes))}: expected one non-empty vocabulary for all logits; got {sizes}. "
                 "Cut padded logits to the common vocabulary first."
@@ -189,8 +189,8 @@ def checked_strategy(
         obstacle = "hidden states and a head, not logits"
     elif purified is not None and comes_apart(purified, heads[1], normalisers):
         obstacle = (
-            "teacher and reference as one difference: no soft cap, centred or without pmi_clip and plausibility, no tail_floor, "
-            "telemetry=False, decompose=False or 'gram'"
+            "teacher and reference as one difference: no soft cap, centred or without pmi_clip and plausibility, "
+            "no tail_floor, telemetry=False, decompose=False or 'gram'"
         )
     elif strategy is Strategy.STREAMING and purified is not None and purified.masks_entries:
         obstacle = "a configuration without plausibility: it never holds a row's logits to look for the largest"

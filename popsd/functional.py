@@ -43,8 +43,9 @@ def linear_purified_jsd(
     """Purified OPSD loss per token from last hidden states and the LM head, Eq. 12-18 of arXiv 2607.02234.
 
     No full-vocabulary tensor over all tokens is ever formed. With one shared frozen head it costs four matrix products:
-    student, base and (teacher − reference) forward, and the student's hidden gradient. Products of float32 operands are formed in
-    full float32, whatever ``torch.set_float32_matmul_precision`` or the TF32 switches say; under autocast in its dtype on a GPU.
+    student, base and (teacher − reference) forward, and the student's hidden gradient. Float32 operands are multiplied in
+    full float32, whatever ``torch.set_float32_matmul_precision`` or the TF32 switches say; under autocast on a GPU they
+    are converted to its dtype first.
 
     Args:
         hidden: four streams [N, D] or [B, T, D], float32, bfloat16 or float16. Only ``student`` receives gradient.

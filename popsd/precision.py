@@ -40,7 +40,8 @@ def _switches() -> tuple[_Switch, ...]:
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
         return (_Switch(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),)
     # The older two set these, but asking them raises RuntimeError where the newer ones were set by themselves.
-    families = (torch.backends.cuda.matmul, torch.backends.cudnn), (torch.backends.mkldnn.matmul, torch.backends.mkldnn)
+    cuda, cudnn, mkldnn = (getattr(torch.backends, name) for name in ("cuda", "cudnn", "mkldnn"))
+    families = ((cuda.matmul, cudnn), (mkldnn.matmul, mkldnn))
     return tuple(_fp32_precision(matmul, family) for matmul, family in families)
 
 

@@ -270,6 +270,7 @@ def _divergence(
         # log(m/p) = log1p(beta·expm1(t)) where p's share of m is the larger, else t + log1p((1 − beta)·expm1(−t)): no
         # overflow, and full relative accuracy where student and target nearly agree or beta is near 0 or 1. (Split at t = 0
         # instead, t and −t + beta·expm1(t) would cancel at small beta: loss off 5e-4 at 1e-4, 3 % at 1e-6.)
+        weight: float | torch.Tensor
         if beta == 0.5:
             below, above, weight = torch.clamp_max(t, 0.0, out=more), t.clamp_min_(0.0), 0.5
         else:
