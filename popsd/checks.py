@@ -51,13 +51,14 @@ def hidden_streams(hidden: HiddenStates) -> Streams:
     """The four streams by name, all present."""
     if not isinstance(hidden, HiddenStates):
         raise TypeError(f"hidden: expected a popsd.HiddenStates; got {type(hidden).__name__}.")
-    missing = [name for name, x in zip(hidden._fields, hidden, strict=True) if x is None]
+    streams = {f"hidden.{name}": x for name, x in zip(HiddenStates._fields, hidden, strict=True) if x is not None}
+    missing = [name for name in HiddenStates._fields if f"hidden.{name}" not in streams]
     if missing:
         raise ValueError(
             f"hidden.{missing[0]}: expected a tensor; got None. The purified target needs all four streams; "
             "for the teacher alone as target use popsd.linear_jsd."
         )
-    return {f"hidden.{name}": x for name, x in zip(hidden._fields, hidden, strict=True) if x is not None}
+    return streams
 
 
 def check_streams(streams: Streams) -> torch.Size:
@@ -335,10 +336,11 @@ def may_look(tensor: torch.Tensor) -> bool:
 def _member(argument: str, value: str, members: Mapping[str, E]) -> E:
     """The member of an enumeration, which may be given as its value.
 
-    Looked up, not constructed: torch.compile before 2.13 cannot trace the call of an enumeration's class where the value
-    is a member already (2.11, arguments that come from a NamedTuple's defaults).
+    Looked up by its value, not constructed: torch.compile before 2.13 cannot trace the call of an enumeration's class where the
+    value is a member already (2.11, arguments that come from a NamedTuple's defaults), and 2.8 takes members for no str.
     """
-    member = members.get(value) if isinstance(value, str) else None
+    key = value.value if isinstance(value, StrEnum) else value
+    member = members.get(key) if isinstance(key, str) else None
     if member is None:
         raise ValueError(f"{argument}: expected one of {list(members)}; got {value!r}.")
     return member

@@ -321,7 +321,8 @@ def _divergence(
         weights,
         token_ids,
     )
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (student, *tensors[4:6])]
+    trained = (student, tensors.student_weight, tensors.student_bias)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in trained]
     train_head = needs[1] or needs[2]
     inside = total and masks is None  # token masks come after the operator, and with them the sum
     early = own is not None and (inside or not train_head)
