@@ -265,7 +265,7 @@ class ProjectedStreams:
         inner, weight = self.columns.inner, self.student_weight
         if inner == self.vocab:
             return gradient @ weight[:inner]
-        out = torch.empty(gradient.shape[0], weight.shape[1], device=gradient.device)
+        out = torch.empty(gradient.shape[0], weight.shape[1], dtype=torch.float32, device=gradient.device)
         project(gradient[:, :inner], weight[:inner].t(), out)
         project(gradient[:, inner:], weight[inner : self.vocab].t(), out, accumulate=True)
         return out
