@@ -83,7 +83,7 @@ def divergence(tensors: Tensors, spec: Spec) -> tuple[torch.Tensor, dict[str, to
 def _row_names(spec: Spec) -> list[str]:
     names = list(RowLoss._fields)
     if spec.decompose is not None:
-        known = DECOMPOSITION_FIELDS[Method(spec.decompose)]
+        known = DECOMPOSITION_FIELDS[spec.decompose]
         names += [name for name in Decomposition._fields if name in known]
     return names + list(Purification._fields if spec.telemetry else ())
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from importlib.util import find_spec
 from typing import Literal, TypeVar
 
@@ -15,6 +16,11 @@ from popsd.types import Head, HiddenStates
 
 Streams = dict[str, torch.Tensor]
 C = TypeVar("C", bound=DivergenceConfig)
+E = TypeVar("E", bound=StrEnum)
+
+_IMPLS = {member.value: member for member in Impl}
+_METHODS = {member.value: member for member in Method}
+_STRATEGIES = {member.value: member for member in Strategy}
 
 
 def checked_config(config: DivergenceConfig | None, kind: type[C]) -> C:
@@ -27,10 +33,7 @@ def checked_config(config: DivergenceConfig | None, kind: type[C]) -> C:
 
 def checked_impl(impl: Impl | str, device: torch.device) -> Impl:
     """A known implementation that can run there; TRITON never falls back."""
-    try:
-        impl = Impl(impl)
-    except ValueError:
-        raise ValueError(f"impl: expected one of {[i.value for i in Impl]}; got {impl!r}.") from None
+    impl = _member("impl", impl, _IMPLS)
     if impl is Impl.TRITON:
         if find_spec("triton") is None:
             raise ValueError(
@@ -48,13 +51,14 @@ def hidden_streams(hidden: HiddenStates) -> Streams:
     """The four streams by name, all present."""
     if not isinstance(hidden, HiddenStates):
         raise TypeError(f"hidden: expected a popsd.HiddenStates; got {type(hidden).__name__}.")
-    missing = [name for name, x in zip(hidden._fields, hidden, strict=True) if x is None]
+    streams = {f"hidden.{name}": x for name, x in zip(HiddenStates._fields, hidden, strict=True) if x is not None}
+    missing = [name for name in HiddenStates._fields if f"hidden.{name}" not in streams]
     if missing:
         raise ValueError(
             f"hidden.{missing[0]}: expected a tensor; got None. The purified target needs all four streams; "
             "for the teacher alone as target use popsd.linear_jsd."
         )
-    return {f"hidden.{name}": x for name, x in zip(hidden._fields, hidden, strict=True) if x is not None}
+    return streams
 
 
 def check_streams(streams: Streams) -> torch.Size:
@@ -86,7 +90,7 @@ def check_vocabulary(streams: Streams, heads: tuple[Head, Head] | None, config: 
     """One vocabulary, of the given logits or of both heads, and heads that fit their streams. Returns how much is in use."""
     if heads is None:
         sizes = {name: x.shape[-1] for name, x in streams.items()}
-        if len(set(sizes.values())) > 1 or 0 in sizes.values():
+        if len(set(sizes.values())) > 1 or not all(sizes.values()):
             raise ValueError(
                 f"{next(iter(sizes))}: expected one non-empty vocabulary for all logits; got {sizes}. "
                 "Cut padded logits to the common vocabulary first."
@@ -176,10 +180,7 @@ def checked_strategy(
 
     normalisers: a diagnostic is asked for that needs those of teacher and reference.
     """
-    try:
-        strategy = Strategy(strategy)
-    except ValueError:
-        raise ValueError(f"strategy: expected one of {[s.value for s in Strategy]}; got {strategy!r}.") from None
+    strategy = _member("strategy", strategy, _STRATEGIES)
     if strategy is Strategy.CHUNKED:
         return strategy
     obstacle = None
@@ -189,8 +190,8 @@ def checked_strategy(
         obstacle = "hidden states and a head, not logits"
     elif purified is not None and comes_apart(purified, heads[1], normalisers):
         obstacle = (
-            "teacher and reference as one difference: no soft cap, centred or without pmi_clip, no tail_floor, "
-            "telemetry=False, decompose=False or 'gram'"
+            "teacher and reference as one difference: no soft cap, centred or without pmi_clip and plausibility, "
+            "no tail_floor, telemetry=False, decompose=False or 'gram'"
         )
     elif strategy is Strategy.STREAMING and purified is not None and purified.masks_entries:
         obstacle = "a configuration without plausibility: it never holds a row's logits to look for the largest"
@@ -211,10 +212,7 @@ def checked_method(
     """How to decompose, None for not at all; GRAM only where one head without soft cap serves all streams."""
     if isinstance(decompose, bool):
         return Method.LOGITS if decompose else None
-    try:
-        method = Method(decompose)
-    except ValueError:
-        raise ValueError(f"{argument}: expected one of {[m.value for m in Method]}; got {decompose!r}.") from None
+    method = _member(argument, decompose, _METHODS)
     if method is Method.GRAM:
         obstacle = gram_obstacle(heads)
         if obstacle is not None:
@@ -333,6 +331,19 @@ def check_finite(
 def may_look(tensor: torch.Tensor) -> bool:
     """Whether values can be looked at for free: a GPU would have to be waited for, a compiler's trace has none."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _member(argument: str, value: str, members: Mapping[str, E]) -> E:
+    """The member of an enumeration, which may be given as its value.
+
+    Looked up by its value, not constructed: torch.compile before 2.13 cannot trace the call of an enumeration's class where the
+    value is a member already (2.11, arguments that come from a NamedTuple's defaults), and 2.8 takes members for no str.
+    """
+    key = value.value if isinstance(value, StrEnum) else value
+    member = members.get(key) if isinstance(key, str) else None
+    if member is None:
+        raise ValueError(f"{argument}: expected one of {list(members)}; got {value!r}.")
+    return member
 
 
 def _check_token_tensor(name: str, tensor: torch.Tensor, shape: Sequence[int], device: torch.device) -> None:

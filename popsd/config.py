@@ -39,11 +39,17 @@ class Strategy(StrEnum):
     STREAMING = "streaming"
 
 
+BETA_RESOLUTION = 2.0**-24
+"""How near to 0 or 1 a ``beta`` counts as 0 or 1."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DivergenceConfig:
     """Generalised Jensen-Shannon divergence between student p and target q, m = (1−beta)·p + beta·q (arXiv 2306.13649).
 
-    beta: in [0, 1]. 0 is forward KL(q‖p), 1 is reverse KL(p‖q), between them beta·KL(q‖m) + (1−beta)·KL(p‖m).
+    beta: in [0, 1]. 0 is forward KL(q‖p), 1 is reverse KL(p‖q), between them beta·KL(q‖m) + (1−beta)·KL(p‖m). A value within
+        2⁻²⁴ (6e-8) of 0 or 1 becomes 0 or 1: float32 cannot tell 1−beta from 1 there, and it comes from rounding, as in
+        1 − 10·0.1. Mind the step: towards 0 the mixture's divergence goes to 0 like beta·KL(q‖p), towards 1 likewise.
     temperature: > 0; divides every stream's logits. No temperature² factor is applied.
     token_clip: > 0 or None; caps the token's loss. A capped token has zero gradient.
     entry_clip: > 0 or None; caps each vocabulary entry's contribution (OPSD's stabiliser, arXiv 2601.18734). A capped entry
@@ -51,6 +57,8 @@ class DivergenceConfig:
     vocab_size: >= 1 or None; the number of leading vocabulary rows in use. Padding rows beyond it leave every softmax,
         mean and norm.
     check_finite: look for NaN and inf in the inputs before any work. None: only on CPU and uncompiled, where looking is free.
+
+    Precision is no option: float32 operands are multiplied in full float32 whatever TF32 switches the process has set.
     """
 
     beta: float = 0.5
@@ -65,6 +73,8 @@ class DivergenceConfig:
             raise ValueError(
                 f"beta: expected a number in [0, 1]; got {self.beta}. 0 is forward KL, 0.5 the symmetric JSD, 1 reverse KL."
             )
+        if abs(self.beta - round(self.beta)) <= BETA_RESOLUTION:
+            object.__setattr__(self, "beta", float(round(self.beta)))
         _require_positive("temperature", self.temperature)
         for name in ("token_clip", "entry_clip", "vocab_size"):
             if getattr(self, name) is not None:

@@ -26,8 +26,11 @@ Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.T
 FAMILY = 6
 """Fields of a family, in the order of `Decomposition`: raw, centred, weighted."""
 
-FIELDS = {Method.LOGITS: Decomposition._fields, Method.GRAM: Decomposition._fields[FAMILY : 2 * FAMILY]}
-"""What each method knows without being told a normaliser."""
+FIELDS: dict[str, tuple[str, ...]] = {
+    Method.LOGITS.value: Decomposition._fields,
+    Method.GRAM.value: Decomposition._fields[FAMILY : 2 * FAMILY],
+}
+"""What each method, by its value, knows without being told a normaliser."""
 
 
 def row_moments(

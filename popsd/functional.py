@@ -13,6 +13,7 @@ from popsd.checks import Streams
 from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy
 from popsd.decomposition import decompose_hidden
 from popsd.masks import token_weights, warn_if_nothing_is_kept
+from popsd.precision import exact_matmuls
 from popsd.streams import Problem, operand, project
 from popsd.tiling import resolve_impl, target_logits
 from popsd.torch_tiles import tempered_logits
@@ -42,7 +43,9 @@ def linear_purified_jsd(
     """Purified OPSD loss per token from last hidden states and the LM head, Eq. 12-18 of arXiv 2607.02234.
 
     No full-vocabulary tensor over all tokens is ever formed. With one shared frozen head it costs four matrix products:
-    student, base and (teacher − reference) forward, and the student's hidden gradient.
+    student, base and (teacher − reference) forward, and the student's hidden gradient. Float32 operands are multiplied in
+    full float32, whatever ``torch.set_float32_matmul_precision`` or the TF32 switches say; under autocast on a GPU they
+    are converted to its dtype first.
 
     Args:
         hidden: four streams [N, D] or [B, T, D], float32, bfloat16 or float16. Only ``student`` receives gradient.
@@ -237,7 +240,7 @@ def _decompose_by_gram(
     vocab_size = checks.check_vocabulary(streams, heads, config)
     checks.check_finite(streams, None, config)
     student, _, teacher, reference = (_flat(x) for x in streams.values())
-    with torch.autocast(student.device.type, enabled=False):
+    with exact_matmuls(student.device):
         parts = decompose_hidden(
             student,
             teacher,
@@ -250,6 +253,7 @@ def _decompose_by_gram(
     return Decomposition(*(None if x is None else x.unflatten(0, shape) for x in parts))
 
 
+@torch.compiler.disable  # the precision of matmuls is a switch of the process, which no graph may set
 @torch.no_grad()
 def head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     """[N, D] hidden states → [N, V] float32 logits in the model's own order: projection, bias, scale, soft cap.
@@ -261,7 +265,8 @@ def head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
         raise ValueError(f"hidden: expected shape [N, {width}] to fit head.weight; got {list(hidden.shape)}.")
     weight = operand(head.weight, hidden, None)
     logits = torch.empty(hidden.shape[0], weight.shape[0], device=hidden.device)
-    project(hidden.to(weight.dtype), weight, logits)
+    with exact_matmuls(hidden.device):
+        project(hidden.to(weight.dtype), weight, logits)
     bias = None if head.bias is None else head.bias.float()
     return tempered_logits(logits, bias, LogitTransform(head.logit_scale, head.softcap), RowOptions(), out=logits)
 
@@ -316,7 +321,8 @@ def _divergence(
         weights,
         token_ids,
     )
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (student, *tensors[4:6])]
+    trained = (student, tensors.student_weight, tensors.student_bias)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in trained]
     train_head = needs[1] or needs[2]
     inside = total and masks is None  # token masks come after the operator, and with them the sum
     early = own is not None and (inside or not train_head)

@@ -20,8 +20,13 @@ from typing import Any, NamedTuple
 import torch
 
 from popsd.config import DivergenceConfig, Impl, Method, PurifiedConfig, Strategy
+from popsd.planning import Work, vocabulary_columns
 from popsd.types import Head, mean_row
 from popsd_kernels.options import LOGIT_FLOOR, LogitTransform, RowOptions
+
+NO_CLIP = 1e7
+"""A ``pmi_clip`` beyond which the sweeps leave the tanh out: c·tanh(x/c) is x to float32's last bit for |x| up to 4e3 there,
+and near 1e38 the factors of the tanh overflow."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +98,19 @@ class Problem:
         )
         if self.purified is None:
             return options
-        return replace(options, pmi_beta=self.purified.pmi_beta, pmi_clip=self.purified.pmi_clip)
+        clip = self.purified.pmi_clip
+        return replace(
+            options, pmi_beta=self.purified.pmi_beta, pmi_clip=None if clip is None or clip > NO_CLIP else clip
+        )
 
 
 def comes_apart(config: PurifiedConfig, frozen_head: Head | None, normalisers: bool) -> bool:
     """Whether Δ_it needs the logits of teacher and reference apart: given logits, a soft cap, or their normalisers."""
     if frozen_head is None or frozen_head.softcap is not None or normalisers or config.tail_floor is not None:
         return True
-    # without a tanh the softmax absorbs any constant, so an uncentred Δ_it needs no normalisers either
-    return not config.center and config.pmi_clip is not None
+    # the softmax absorbs the normalisers of an uncentred Δ_it, but only as a constant of the whole row: a tanh bends it, and
+    # an entry that a mask holds at Δ̃ = 0 does not take part in it
+    return not config.center and (config.pmi_clip is not None or config.masks_entries)
 
 
 class Chunk(NamedTuple):
@@ -137,12 +146,15 @@ class ProjectedStreams:
         assert problem.heads is not None
         student_head, frozen_head = problem.heads
         vocab, student = problem.vocab_size, problem.student
+        rows = min(head.weight.shape[0] for head in problem.heads)
+        self.columns = columns = vocabulary_columns(vocab, rows, student.device)
         self.problem, self.vocab, self.options = problem, vocab, problem.row_options
         self.keep = None if problem.weights is None else (problem.weights != 0)[:, None]
-        self.student_weight = operand(student_head.weight[:vocab], student, problem.autocast_dtype)
+        self.student_weight = operand(student_head.weight[: columns.projected], student, problem.autocast_dtype)
         self.frozen_weight = self.student_weight
         if student_head.weight is not frozen_head.weight:
-            self.frozen_weight = operand(frozen_head.weight[:vocab], problem.target, problem.autocast_dtype)
+            rows_in_use = frozen_head.weight[: columns.projected]
+            self.frozen_weight = operand(rows_in_use, problem.target, problem.autocast_dtype)
         self.student_bias, self.target_bias = _bias(student_head, vocab), _bias(frozen_head, vocab)
         self.with_reference = problem.decompose is Method.LOGITS and not problem.apart
         self.mixed = self._is_one_stream()
@@ -163,15 +175,25 @@ class ProjectedStreams:
         return 4 if self.problem.apart or self.with_reference else 3
 
     @property
-    def bytes_per_row(self) -> tuple[int, int]:
-        """Workspace of a token's logits and of its gradient row; a float32 gradient takes the place of logits read already."""
+    def work(self) -> Work:
+        """A float32 gradient takes the place of logits read already."""
         separate = self.with_gradient and self.student_weight.dtype != torch.float32
-        return 4 * self.streams * self.vocab, self.student_weight.element_size() * self.vocab if separate else 0
+        size, projected = self.student_weight.element_size(), self.columns.projected
+        return Work(
+            projected,
+            self.student_weight.shape[1],
+            self.streams,
+            size,
+            logit_bytes=4 * self.streams * projected,
+            gradient_bytes=size * projected if separate else 0,
+            with_gradient=self.dhidden is not None,
+            with_dweight=self.dweight is not None,
+        )
 
     def allocate(self, rows: int, gradient_rows: int) -> None:
-        pitch = row_pitch(self.vocab)
+        pitch = row_pitch(self.columns.projected)
         device = self.problem.student.device
-        self.logits = torch.empty(self.streams * rows, pitch, device=device)[:, : self.vocab]
+        self.logits = torch.empty(self.streams * rows, pitch, device=device)[:, : self.columns.projected]
         self.gradients = None
         if self.with_gradient and gradient_rows:
             dtype = self.student_weight.dtype
@@ -210,9 +232,9 @@ class ProjectedStreams:
         else:
             project(student, self.student_weight, self.logits[:n])
             project(stacked, self.frozen_weight, self.logits[n : self.streams * n])
-        views = [self.logits[k * n : (k + 1) * n] for k in range(self.streams)]
         if low is not None:
-            project(low, self.frozen_weight, views[2], accumulate=True)
+            project(low, self.frozen_weight, self.logits[2 * n : 3 * n], accumulate=True)
+        views = [self.logits[k * n : (k + 1) * n, : self.vocab] for k in range(self.streams)]
         if self.problem.apart:
             return Chunk(views[0], views[1], delta=views[2], teacher=views[2], reference=views[3])
         reference = views[3] if self.with_reference else None
@@ -222,7 +244,7 @@ class ProjectedStreams:
         if not self.with_gradient:
             return None
         if self.gradients is None:  # over the target stream: composed targets live in the difference by now
-            return self.logits[stop - start : 2 * (stop - start)]
+            return self.logits[stop - start : 2 * (stop - start), : self.vocab]
         return self.gradients[start - first : stop - first]
 
     def fold(self, first: int, last: int) -> None:
@@ -231,12 +253,22 @@ class ProjectedStreams:
         if gradient is None:
             return
         if self.dhidden is not None:
-            self.dhidden[first:last] = gradient @ self.student_weight
+            self.dhidden[first:last] = self._times_head(gradient)
         if self.dweight is not None:
             hidden = self._rows(self.problem.student, first, last).to(gradient.dtype)
             project(gradient.t(), hidden.t(), self.dweight[: self.vocab], accumulate=True)
         if self.dbias is not None:
             self.dbias[: self.vocab] += gradient.sum(dim=0, dtype=torch.float32)
+
+    def _times_head(self, gradient: torch.Tensor) -> torch.Tensor:
+        """gradient [n, V] · W, accumulated in float32 where the vocabulary is taken in two pieces."""
+        inner, weight = self.columns.inner, self.student_weight
+        if inner == self.vocab:
+            return gradient @ weight[:inner]
+        out = torch.empty(gradient.shape[0], weight.shape[1], dtype=torch.float32, device=gradient.device)
+        project(gradient[:, :inner], weight[:inner].t(), out)
+        project(gradient[:, inner:], weight[inner : self.vocab].t(), out, accumulate=True)
+        return out
 
     def _rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Rows of a stream, masked ones as zeros: padding may hold NaN, and 0 · NaN would reach dW."""
@@ -279,8 +311,8 @@ class GivenLogits:
         self.dhidden = torch.zeros_like(problem.student) if with_gradient else None
 
     @property
-    def bytes_per_row(self) -> tuple[int, int]:
-        return 4 * self.vocab, 0
+    def work(self) -> Work:
+        return Work(self.vocab, logit_bytes=4 * self.vocab)
 
     def allocate(self, rows: int, gradient_rows: int) -> None:
         purified = self.problem.purified is not None

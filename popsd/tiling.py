@@ -1,5 +1,5 @@
-"""The one loop over token chunks: load a chunk's logits, sweep, sweep, fold the gradient. It plans the workspace and holds
-no formula; the sweeps are Triton kernels or the torch bodies of the same signature.
+"""The one loop over token chunks: load a chunk's logits, sweep, sweep, fold the gradient. It holds no formula and no plan; the
+sweeps are Triton kernels or the torch bodies of the same signature.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from popsd import masks, torch_tiles
 from popsd.config import Impl, Method, Strategy
 from popsd.decomposition import decompose_hidden, fields_of, gather, row_moments
+from popsd.planning import plan_rows
+from popsd.precision import exact_matmuls
 from popsd.streams import Chunk, GivenLogits, Problem, ProjectedStreams
 from popsd.telemetry import movement_rows, size_rows
 from popsd.types import Decomposition, Purification
@@ -22,14 +24,8 @@ SWEEP_ELEMENTS = 2 << 17
 """Elements per stream that a torch body sees at once: 1 MiB of float32, so that its seven temporaries stay in a shared cache
 and the calls from Python (some 60 per block) cost less than 5 % of the matrix products."""
 
-CPU_WORKSPACE_MIB = 72.0
-"""512 tokens at V = 32768 make three chunks instead of two with 96 MiB: 5 % more time in the matrix products, 3 % less in page
-faults (two cores). A decomposition's stream comes on top, for it would cost one more reading of the head."""
-GPU_WORKSPACE_MIB = 2048.0
 DIAGNOSTIC_ELEMENTS = 1 << 24
 """Elements per stream that a diagnostic in plain torch sees at once: 64 MiB per temporary, beside the workspace."""
-GPU_GRADIENT_ROWS = 2048
-"""Rows of one G·W product on a GPU: 128 tiles of 128x256 at D = 2048, which occupy 97 % of 132 multiprocessors."""
 
 
 class Bodies(NamedTuple):
@@ -138,7 +134,7 @@ def sweep_bytes(options: RowOptions, composed: bool, with_gradient: bool) -> tup
 
 def run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> TileResult:
     """Per-token results; gradients of Σ weights·divergence, where ``source`` wants them, end up in it."""
-    with torch.autocast(problem.student.device.type, enabled=False):  # precision is decided here, stream by stream
+    with exact_matmuls(problem.student.device):
         if problem.strategy is Strategy.STREAMING:
             assert isinstance(source, ProjectedStreams)
             result = TileResult(_stream(problem, source), None, None)
@@ -158,8 +154,8 @@ def _stream(problem: Problem, source: ProjectedStreams) -> RowLoss:
         frozen[0],
         frozen[1] if len(frozen) > 1 else None,
         offset,
-        student_weight=source.student_weight,
-        frozen_weight=None if source.frozen_weight is source.student_weight else source.frozen_weight,
+        student_weight=source.student_weight[:vocab],
+        frozen_weight=None if source.frozen_weight is source.student_weight else source.frozen_weight[:vocab],
         student_bias=source.student_bias,
         target_bias=source.target_bias,
         options=problem.row_options,
@@ -173,9 +169,11 @@ def _stream(problem: Problem, source: ProjectedStreams) -> RowLoss:
 
 def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> TileResult:
     bodies = bodies_for(resolve_impl(problem.impl, problem.student.device))
-    tokens = problem.student.shape[0]
-    chunk_rows, gradient_rows = plan_rows(problem, *source.bytes_per_row)
-    source.allocate(min(chunk_rows, tokens), min(gradient_rows, tokens) if source.bytes_per_row[1] else 0)
+    tokens, work = problem.student.shape[0], source.work
+    chunk_rows, gradient_rows = plan_rows(
+        tokens, work, problem.student.device, problem.workspace_mib, decompose=problem.decompose is Method.LOGITS
+    )
+    source.allocate(min(chunk_rows, tokens), min(gradient_rows, tokens) if work.gradient_bytes else 0)
     empty = problem.student.new_empty(0, dtype=torch.float32)
     losses = [RowLoss(*[empty] * len(RowLoss._fields))]
     moments = [empty.expand(13, 0)]
@@ -216,27 +214,6 @@ def target_logits(problem: Problem) -> torch.Tensor:
     offset = _difference(problem, source, bodies, chunk)
     bodies.row_statistics(chunk.student, chunk.target, chunk.delta, offset, options=options, target_out=chunk.delta)
     return chunk.delta
-
-
-def plan_rows(problem: Problem, logit_bytes: int, gradient_bytes: int) -> tuple[int, int]:
-    """Tokens per chunk of logits, and per gradient buffer (a multiple of it), within ``workspace_mib``.
-
-    logit_bytes, gradient_bytes: workspace of one token. Chunks are equal to within a matrix-product tile, so that no
-    small last chunk runs at a fraction of the product's speed.
-    """
-    tokens, on_gpu = max(problem.student.shape[0], 1), problem.student.device.type != "cpu"
-    default = GPU_WORKSPACE_MIB if on_gpu else CPU_WORKSPACE_MIB
-    if problem.decompose is Method.LOGITS:
-        default *= 4 / 3
-    budget = int((problem.workspace_mib or default) * 2**20)
-    chunk = gradient = max(1, budget // (logit_bytes + gradient_bytes))
-    if on_gpu and gradient_bytes:  # up to a third of the budget goes to filling the GPU in G·W
-        gradient = max(chunk, min(GPU_GRADIENT_ROWS, budget // 3 // gradient_bytes))
-        chunk = max(1, (budget - gradient * gradient_bytes) // logit_bytes)
-    chunk = min(chunk, tokens)
-    even = -(-tokens // -(-tokens // chunk))
-    chunk = next(rows for unit in (128, 16, 1) if (rows := -(-even // unit) * unit) <= chunk)
-    return chunk, max(chunk, gradient // chunk * chunk) if gradient_bytes else chunk
 
 
 def _sweep(
