@@ -7,7 +7,7 @@ import torch
 
 from popsd_benchmarks.accuracy import GRADIENT, LOSS, Judge
 from popsd_benchmarks.cells import Case, Shape
-from popsd_benchmarks.problems import make_problem, operations, products
+from popsd_benchmarks.problems import make_problem, matmuls, operations
 from popsd_benchmarks.providers import FLOOR, OURS, PROVIDERS, find
 from popsd_benchmarks.providers.base import Defaults, missing
 from popsd_benchmarks.shapes import SHAPES
@@ -107,8 +107,8 @@ def test_generator_is_peaked_and_ordered_by_spread():
         (Case(loss="two", shape=SHAPE, trainable_head=True), 4),
     ],
 )
-def test_floor_counts_its_products(case, count, monkeypatch):
-    assert products(case) == count and operations(case) == count * 2 * 17 * 257 * 24
+def test_floor_counts_its_matmuls(case, count, monkeypatch):
+    assert matmuls(case) == count and operations(case) == count * 2 * 17 * 257 * 24
     step, calls, mm = PROVIDERS[FLOOR].prepare(make_problem(case)), [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: calls.append(args) or mm(*args, **kwargs))
     step()
@@ -116,7 +116,7 @@ def test_floor_counts_its_products(case, count, monkeypatch):
 
 
 @pytest.mark.parametrize(("beta", "trainable", "count"), [(0.5, False, 13), (0.5, True, 14), (0.0, False, 9)])
-def test_estimate_counts_its_products_and_says_so(beta, trainable, count, monkeypatch):
+def test_estimate_counts_its_matmuls_and_says_so(beta, trainable, count, monkeypatch):
     case = Case(loss="purified", shape=SHAPE, beta=beta, trainable_head=trainable)
     provider, calls, mm = PROVIDERS["trl-port-estimate"], [], torch.mm
     step = provider.prepare(make_problem(case))

@@ -30,7 +30,7 @@ class Provider(Protocol):
 
     @property
     def computes_loss(self) -> bool:
-        """False for the bare products, which have nothing to be judged by."""
+        """False for the bare matmuls, which have nothing to be judged by."""
 
     @property
     def drops_padding(self) -> bool:
