@@ -9,7 +9,7 @@ from popsd_benchmarks.accuracy import GRADIENT, LOSS, Judge
 from popsd_benchmarks.cells import Case, Shape
 from popsd_benchmarks.problems import make_problem, matmuls, operations
 from popsd_benchmarks.providers import FLOOR, OURS, PROVIDERS, find
-from popsd_benchmarks.providers.base import Defaults, missing
+from popsd_benchmarks.providers.base import Provider, missing
 from popsd_benchmarks.shapes import SHAPES
 
 SHAPE = Shape(name="test", tokens=17, vocab=257, width=24)
@@ -136,7 +136,7 @@ def test_unknown_provider_names_the_known():
 def test_what_is_missing_says_why():
     assert missing("json") is None
     assert "no_such_peer" in missing("no_such_peer")
-    assert Defaults().available() is None
+    assert Provider().available() is None
 
 
 def test_bounds_cover_every_dtype():

@@ -11,7 +11,7 @@ from popsd_benchmarks.cells import FINISHED, Case, Cell, Results, Rounds, load
 from popsd_benchmarks.measure import FIRST_STEP, Effort, UnusableError, failure, in_turns, measure
 from popsd_benchmarks.profiling import profile
 from popsd_benchmarks.providers import PROVIDERS
-from popsd_benchmarks.providers.base import Defaults
+from popsd_benchmarks.providers.base import Provider
 
 TINY = shapes.SHAPES["tiny"]
 CASE = Case(loss="two", shape=TINY)
@@ -20,7 +20,7 @@ OURS, FLOOR = PROVIDERS["popsd-torch"], PROVIDERS["matmuls"]
 
 
 @dataclass
-class Broken(Defaults):
+class Broken(Provider):
     """Raises in its n-th step; until then it does what popsd does."""
 
     error: Exception
@@ -124,7 +124,7 @@ def test_what_cannot_run_here_is_listed():
     unsupported = next(measure("table", CASE, [PROVIDERS["popsd-triton"]], FAST))
     assert unsupported.status == "unsupported" and "GPU" in unsupported.note
 
-    class Absent(Defaults):
+    class Absent(Provider):
         name = "absent"
 
         def available(self):

@@ -7,9 +7,10 @@ README.md here says what to bring and how to read the output. `--dry` runs every
 
 import sys
 
-import environment  # noqa: F401
+import environment  # noqa: F401 (it comes first)
 import measuring
-from runner import Part, main
+from bench import Part
+from runner import main
 
 CASES = ("-n", "8", "--max-worker-restart", "200", "--resume-results", "-m", "not alone")
 PARTS = [

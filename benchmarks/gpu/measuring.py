@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runner import Bench
+from bench import Bench
 
 from popsd import tiling
 from popsd_benchmarks.accuracy import Judge

@@ -103,7 +103,7 @@ def comparison(results: Results) -> list[str]:
         if row["part"] != "parts":
             where, _, name = f"{row['part']} {row['name']}".partition(" V " if row["part"] == "probe" else " ")
             groups.setdefault(where if name else "probe", []).append((name or row["name"]) + _of_record(row, card))
-    lines += [f"{where}: {', '.join(found)}"[:290] for where, found in groups.items()]
+    lines += [f"{where}: {', '.join(found)}"[:440] for where, found in groups.items()]
     return lines + [
         f"part {r['name']}: {r['note']}" for r in results.records if r["part"] == "parts" and r["status"] != "ok"
     ]

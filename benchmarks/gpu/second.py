@@ -8,9 +8,10 @@ after everything but what compiles. README.md here says how to read the output. 
 
 import sys
 
-import environment  # noqa: F401
+import environment  # noqa: F401 (it comes first)
 import measuring
-from runner import Part, main
+from bench import Part
+from runner import main
 
 MEMCHECK = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
 NO_CACHE = (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from popsd_benchmarks.cells import Cell, Results, Rounds, select
+from popsd_benchmarks.cells import Cell, Results, select
 from popsd_benchmarks.providers import FLOOR, OURS
 from popsd_benchmarks.shapes import SHAPES
 
@@ -58,7 +58,9 @@ def purified_over_two(peer: str, *, device: str, **case: Any) -> Measure:
     def measure(results: Results) -> float | None:
         ours = _cell(results, OURS[device], device=device, loss="purified", **case)
         theirs = _cell(results, peer, device=device, loss="two", **case)
-        return _quotient(ours and ours.seconds, theirs and theirs.seconds)
+        if ours is None or theirs is None or not ours.seconds or not theirs.seconds:
+            return None
+        return ours.seconds.median / theirs.seconds.median
 
     return measure
 
@@ -162,10 +164,6 @@ def _cell(results: Results, provider: str, *, shape: str, part: str = "table", *
         if replace(cell.case.shape, used=None) == wanted and cell.status in ("ok", "inaccurate"):
             return cell
     return None
-
-
-def _quotient(ours: Rounds | None, theirs: Rounds | None) -> float | None:
-    return None if ours is None or theirs is None else ours.median / theirs.median
 
 
 def _beyond_dhidden(cell: Cell) -> float:

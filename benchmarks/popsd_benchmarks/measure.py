@@ -101,7 +101,8 @@ def measure(
     as "stopped", before its first step, after it and after every round. Raises UnusableError where a CUDA failure leaves
     nothing to go on with; the cell that met it has been kept as "failed".
     """
-    torch.compiler.reset()  # compiled code of earlier cases would count against this one's limit of recompilations
+    if effort.compilers and any(provider.compiles for provider in providers):
+        torch.compiler.reset()  # earlier cases' code would count against this one's limit of recompilations
     problem = make_problem(case)
     judge = Judge(problem, effort.judged_rows)
     runners = []

@@ -43,7 +43,9 @@ def continued(results: Results, now: dict[str, Any]) -> Results:
                 "Name another file, or delete this one."
             )
     session = {name: now[name] for name in ("commit", "command", "date", "load")}
-    return Results({**results.meta, "continued": [*results.meta.get("continued", []), session]}, results.cells)
+    return Results(
+        {**results.meta, "continued": [*results.meta.get("continued", []), session]}, results.cells, results.records
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -6,13 +6,13 @@ import torch
 
 from popsd_benchmarks.cells import Case
 from popsd_benchmarks.problems import Problem, matmuls
-from popsd_benchmarks.providers.base import Defaults, Step
+from popsd_benchmarks.providers.base import Provider, Step
 
 CHUNK = 2048
 """Rows at a time on a GPU, where [N, V] float32 may not fit: the matmuls fill it from 512 rows on."""
 
 
-class Matmuls(Defaults):
+class Matmuls(Provider):
     """Projections with float32 output, as the loss needs them, the gradient's in the dtype of the inputs."""
 
     name = "matmuls"

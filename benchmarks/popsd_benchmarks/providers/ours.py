@@ -12,11 +12,11 @@ import torch
 import popsd
 from popsd_benchmarks.cells import Case
 from popsd_benchmarks.problems import Problem
-from popsd_benchmarks.providers.base import Defaults, Step
+from popsd_benchmarks.providers.base import Provider, Step
 
 
 @dataclass(frozen=True)
-class Popsd(Defaults):
+class Popsd(Provider):
     """workspace_mib: as in popsd's functions; None is their default. graph: replays the step from a CUDA graph."""
 
     name: str
