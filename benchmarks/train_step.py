@@ -3,12 +3,11 @@
     python benchmarks/train_step.py                                    # tiny, on CPU
     python benchmarks/train_step.py --device cuda --model qwen3-1.7b --json out.json
     python benchmarks/train_step.py --device cuda --model qwen3-8b --largest-micro-batch
-    python benchmarks/train_step.py --trainer                          # the whole trainer on CPU, with generation
 
 The weights are random, of Qwen3's shapes, under LoRA; the calls are the trainer's own, ``frozen_states`` and ``student_loss``.
 Variants: ``purified`` and ``opsd`` by popsd, and ``opsd eager``, the same loss from logits over the whole vocabulary. Rounds
 are interleaved and each starts with another variant; ratios are of the medians, beside those of the fastest steps. Needs
-torch, transformers and peft; only ``--trainer`` needs trl.
+torch, transformers and peft.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import json
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -241,60 +239,6 @@ def largest_micro_batch(step: Step, variant: str) -> int:
     return low
 
 
-def measure_trainer(options: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of a whole PurifiedOPSDTrainer step on CPU, and the share that is generation."""
-    from datasets import Dataset
-
-    from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
-    from popsd_integrations.trl_trainer import PurifiedOPSDConfig, PurifiedOPSDTrainer
-
-    class Timed(PurifiedOPSDTrainer):
-        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            generated = super()._generate_single_turn(*args, **kwargs)
-            self.generation = time.perf_counter() - began
-            return generated
-
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            loss = super().training_step(*args, **kwargs)
-            self.seconds = time.perf_counter() - began
-            return loss
-
-    rows = [{"prompt": f"Q {a} {b} A", "solution": f"{a} WAIT {b} OK"} for a in range(10) for b in range(10)]
-    eos, pad = VOCABULARY.index("EOS"), VOCABULARY.index("PAD")
-    shape = (64, 192, 3, 4, 4, 16, len(VOCABULARY), True)
-    args = {"per_device_train_batch_size": 32, "max_completion_length": 46, "max_steps": 2, "learning_rate": 0.0}
-    args |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
-    args |= {"gradient_checkpointing": False, "diagnostics_steps": 0, "plot_metrics": False}
-    args |= {"teacher_template": "{question} R {solution} OK A", "reference_template": "R {solution} OK A"}
-    seconds: dict[str, dict[str, list[float]]] = {name: {"generation": [], "step": []} for name in ("opsd", "purified")}
-    for round_ in range(-1, options.rounds):
-        for target in list(seconds)[:: -1 if round_ % 2 else 1]:
-            torch.manual_seed(0)
-            # a new one each time: a trainer turns its ``use_cache`` off, and later models would generate without a cache
-            config = make_config(shape, eos_token_id=eos, pad_token_id=pad)
-            with tempfile.TemporaryDirectory() as folder:
-                trainer = Timed(
-                    model=AutoModelForCausalLM.from_config(config),
-                    args=PurifiedOPSDConfig(folder, loss_target=target, **args),
-                    train_dataset=Dataset.from_list(rows),
-                    processing_class=build_tokenizer(),
-                )
-                trainer.train()
-            if round_ >= 0:  # the one before warms up, and of each run the last step alone counts
-                seconds[target]["generation"].append(trainer.generation)
-                seconds[target]["step"].append(trainer.seconds)
-            del trainer
-            gc.collect()
-    result: dict[str, Any] = {"about": about(options)}
-    for target, values in seconds.items():
-        medians = {name: statistics.median(x) for name, x in values.items()}
-        result[target] = medians | {"generation_share": medians["generation"] / medians["step"]}
-    result["purified / opsd"] = result["purified"]["step"] / result["opsd"]["step"]
-    return result
-
-
 def reset_peak(device: str) -> None:
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -333,7 +277,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--largest-micro-batch", action="store_true", help="find it for every variant, instead of time")
     parser.add_argument("--most-rows", type=int, default=256, help="where that search ends")
-    parser.add_argument("--trainer", action="store_true", help="the whole trainer on CPU instead; needs trl")
     parser.add_argument("--json", type=Path, help="write everything measured here, after every variant and round")
     options = parser.parse_args(arguments)
     usual = 1024 if options.device == "cuda" else 64
@@ -353,11 +296,6 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json:
             options.json.write_text(json.dumps(result, indent=1) + "\n")
 
-    if options.trainer:
-        result = measure_trainer(options)
-        write(result)
-        print(json.dumps(result, indent=1))
-        return 0
     if options.largest_micro_batch:
         step = Step(options, 1)
         result = {"about": about(options), "largest_micro_batch": {}}

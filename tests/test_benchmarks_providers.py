@@ -7,9 +7,9 @@ import torch
 
 from popsd_benchmarks.accuracy import GRADIENT, LOSS, Judge
 from popsd_benchmarks.cells import Case, Shape
-from popsd_benchmarks.problems import make_problem, operations, products
+from popsd_benchmarks.problems import make_problem, matmuls, operations
 from popsd_benchmarks.providers import FLOOR, OURS, PROVIDERS, find
-from popsd_benchmarks.providers.base import Defaults, missing
+from popsd_benchmarks.providers.base import Provider, missing
 from popsd_benchmarks.shapes import SHAPES
 
 SHAPE = Shape(name="test", tokens=17, vocab=257, width=24)
@@ -107,8 +107,8 @@ def test_generator_is_peaked_and_ordered_by_spread():
         (Case(loss="two", shape=SHAPE, trainable_head=True), 4),
     ],
 )
-def test_floor_counts_its_products(case, count, monkeypatch):
-    assert products(case) == count and operations(case) == count * 2 * 17 * 257 * 24
+def test_floor_counts_its_matmuls(case, count, monkeypatch):
+    assert matmuls(case) == count and operations(case) == count * 2 * 17 * 257 * 24
     step, calls, mm = PROVIDERS[FLOOR].prepare(make_problem(case)), [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: calls.append(args) or mm(*args, **kwargs))
     step()
@@ -116,7 +116,7 @@ def test_floor_counts_its_products(case, count, monkeypatch):
 
 
 @pytest.mark.parametrize(("beta", "trainable", "count"), [(0.5, False, 13), (0.5, True, 14), (0.0, False, 9)])
-def test_estimate_counts_its_products_and_says_so(beta, trainable, count, monkeypatch):
+def test_estimate_counts_its_matmuls_and_says_so(beta, trainable, count, monkeypatch):
     case = Case(loss="purified", shape=SHAPE, beta=beta, trainable_head=trainable)
     provider, calls, mm = PROVIDERS["trl-port-estimate"], [], torch.mm
     step = provider.prepare(make_problem(case))
@@ -136,7 +136,7 @@ def test_unknown_provider_names_the_known():
 def test_what_is_missing_says_why():
     assert missing("json") is None
     assert "no_such_peer" in missing("no_such_peer")
-    assert Defaults().available() is None
+    assert Provider().available() is None
 
 
 def test_bounds_cover_every_dtype():

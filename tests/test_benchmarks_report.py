@@ -1,4 +1,4 @@
-"""Tables, targets, plots and the page, from results made by hand; and the page in the repository from its own files."""
+"""Tables, goals, plots and the page, from results made by hand; and the page in the repository from its own files."""
 
 import csv
 from dataclasses import replace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from popsd_benchmarks import plots, report, tables, targets
+from popsd_benchmarks import goals, plots, report, tables
 from popsd_benchmarks.cells import Case, Cell, Results
 from popsd_benchmarks.providers import FLOOR, PROVIDERS
 from popsd_benchmarks.shapes import SHAPES
@@ -27,7 +27,7 @@ META = {
 
 
 def timed(provider, seconds, case=CPU, part="table", **fields):
-    """A cell that took ``seconds``, where popsd takes 1 s and the bare products 0.8 s, give or take a tenth."""
+    """A cell that took ``seconds``, where popsd takes 1 s and the bare matmuls 0.8 s, give or take a tenth."""
     rounds = [0.9 * seconds, seconds, 1.1 * seconds]
     return Cell(
         part=part,
@@ -81,7 +81,7 @@ def test_a_case_as_a_table():
     table = tables.case_table(CPU, the_table())
     assert table.title.endswith("frozen head, float32: cpu, N = 512, V = 32,768, D = 512")
     assert table.rows[1:] == [
-        ["products (floor)", "800", "0.80 (0.80–0.80)", "100%", "0.0859", "–", "–", "–"],
+        ["matmuls (floor)", "800", "0.80 (0.80–0.80)", "100%", "0.0859", "–", "–", "–"],
         ["popsd-torch", "1,000", "1.00", "80%", "–", "120", "1.0e-06", "2.0e-06"],
         ["eager-compiled", "3,000 (inaccurate)", "3.00 (3.00–3.00)", "27%", "–", "–", "1.0e-06", "4.0e-02"],
         ["eager", "4,000", "4.00 (4.00–4.00)", "20%", "–", "970", "1.0e-06", "3.0e-06"],
@@ -141,14 +141,14 @@ def test_csv_has_a_row_per_cell(results, tmp_path):
     assert (rows[4]["status"], rows[4]["seconds_median"]) == ("unsupported", "")
 
 
-def verdicts(device, cells):
-    return {verdict.target.claim: verdict for verdict in targets.judge(device, cells)}
+def verdicts(device, cells, records=()):
+    return {verdict.goal.claim: verdict for verdict in goals.judge(device, Results(META, list(cells), list(records)))}
 
 
-def test_targets_are_judged_by_the_round_by_round_ratio(results):
+def test_goals_are_judged_by_the_round_by_round_ratio(results):
     found = verdicts("cpu", results.cells)
-    products = found["purified, frozen head: time / the four bare products"]
-    assert products.value == pytest.approx(1.25) and products.word == "met"
+    matmuls = found["purified, frozen head: time / the four bare matmuls"]
+    assert matmuls.value == pytest.approx(1.25) and matmuls.word == "met"
     assert found["purified, frozen head: time / eager"].value == pytest.approx(0.25)
     memory = found["purified, frozen head: peak memory / eager"]
     assert memory.value == pytest.approx(120 / 970) and memory.word == "met"
@@ -157,26 +157,26 @@ def test_targets_are_judged_by_the_round_by_round_ratio(results):
     assert best.value == pytest.approx(0.8), "popsd's other selves are no peers, and eager is the best of the others"
 
 
-def test_targets_bite(results):
+def test_goals_bite(results):
     slow = replace(CPU.shape, tokens=4096)
     late = timed("popsd-torch", 12.0, replace(CPU, shape=slow), "tokens", peak_mib=200.0)
     cells = [cell for cell in results.cells if cell.provider != FLOOR]
     found = verdicts("cpu", [*cells, timed(FLOOR, 0.7), late])
-    assert found["purified, frozen head: time / the four bare products"].word == "missed"
+    assert found["purified, frozen head: time / the four bare matmuls"].word == "missed"
     time = found["purified: time per unit of N, at the largest N over at the smallest"]
     assert time.value == pytest.approx(1.5) and time.word == "missed"
     memory = found["purified: memory beyond dH, at the largest N over at the second largest"]
     assert memory.value == pytest.approx((200 - 8) / 96) and memory.word == "missed"
 
 
-def test_another_shape_is_not_taken_for_the_targets(results):
+def test_another_shape_is_not_taken_for_the_goals(results):
     small = replace(CPU, shape=replace(CPU.shape, tokens=256))
     cells = [timed(FLOOR, 0.8, small), timed("popsd-torch", 1.0, small), timed("eager", 4.0, small)]
-    assert {verdict.word for verdict in targets.judge("cpu", cells)} == {"not measured"}
-    assert {verdict.word for verdict in targets.judge("cuda", results.cells)} == {"not measured"}
+    assert {verdict.word for verdict in verdicts("cpu", cells).values()} == {"not measured"}
+    assert {verdict.word for verdict in verdicts("cuda", results.cells).values()} == {"not measured"}
 
 
-def test_gpu_targets_compare_four_distributions_with_two():
+def test_gpu_goals_compare_four_distributions_with_two():
     two = replace(GPU, loss="two")
     cells = [
         timed(FLOOR, 0.8, GPU),

@@ -67,15 +67,3 @@ def test_the_search_finds_the_largest_that_fits(monkeypatch, most, expected):
     step.run = run
     assert module.largest_micro_batch(step, "opsd") == expected
     assert max(tried) == (16 if most == 256 else 8)
-
-
-def test_the_whole_trainer_is_measured(tmp_path):
-    pytest.importorskip("trl")
-    command = [sys.executable, str(SCRIPT), "--trainer", "--rounds", "1", "--json", str(tmp_path / "trainer.json")]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert found.returncode == 0, found.stderr
-    result = json.loads((tmp_path / "trainer.json").read_text())
-    assert result["purified / opsd"] > 0
-    for target in ("opsd", "purified"):
-        assert 0 < result[target]["generation"] < result[target]["step"]
-        assert 0 < result[target]["generation_share"] < 1

@@ -74,7 +74,8 @@ class Judge:
                 truth = true_purified(hidden, heads, config, ones)
             else:
                 truth = true_jsd(hidden.student, hidden.teacher, heads, config, ones)
-            dweight = truth.dweight if not parts else dweight.add_(truth.dweight)
+            if problem.case.trainable_head:  # [V, D] in float64 is 5 GB of a large model, to be kept where it is needed
+                dweight = truth.dweight if not parts else dweight.add_(truth.dweight)
             parts.append((truth.loss, truth.dhidden, _forward_kl(hidden, problem.head, config)))
         loss, dhidden, kl = (torch.cat(x) for x in zip(*parts, strict=True))
         return Exact(loss, dhidden, dweight, float(kl.mean()))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 Loss = Literal["purified", "two"]
-Status = Literal["ok", "inaccurate", "unsupported", "not installed", "left out", "out of memory", "failed"]
+Status = Literal["ok", "inaccurate", "unsupported", "not installed", "left out", "out of memory", "failed", "stopped"]
+FINISHED = ("ok", "inaccurate", "unsupported", "out of memory")
+"""Statuses that a rerun takes as they are. The others it measures again, where they can be measured by now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,7 @@ class Case:
     """loss: "purified" over four distributions, or the "two"-distribution generalised JSD. dtype: "float32" or "bfloat16".
 
     spread: how far apart the streams are, a share of the hidden states' deviation; it sets the divergence.
+    deviation: of the logits' bulk.
     """
 
     loss: Loss
@@ -39,15 +43,38 @@ class Case:
     dtype: str = "float32"
     device: str = "cpu"
     spread: float = 0.1
+    deviation: float = 2.0
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """A quantity over the rounds of a measurement: its median, its quartiles, how many rounds there were."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Rounds | None:
+        """None of no values."""
+        if not values:
+            return None
+        low, middle, high = (
+            statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [values[0]]
+        )
+        return cls(middle, low, high, len(values))
 
 
 @dataclass(kw_only=True)
 class Cell:
     """One provider on one case. Times in seconds, forward and backward together.
 
-    part: which table or plot the cell belongs to ("table", "accuracy", "tokens", "vocab", "width", "step", "profile").
-    seconds: every round. ratios: of the provider's time to popsd's, round by round, paired. peak_mib: memory above inputs.
-    floor_share: time of the bare matrix products over the provider's own, 1 is the floor; tflops: achieved on those products.
+    part: which table or plot the cell belongs to ("table", "accuracy", "tokens", "vocab", "width", "planning", "profile").
+    status: "stopped" while it is being measured, so that a process that ends early leaves it so.
+    seconds: over the rounds. ratios: of the provider's time to popsd's, paired round by round. Either may be given as the
+        list of rounds. peak_mib: memory above inputs.
+    floor_share: time of the bare matmuls over the provider's own, 1 is the floor; tflops: achieved on those matmuls.
     errors: relative L2 against float64 of "loss", "dhidden", "dweight"; kl: the true mean KL(target ‖ student) in nats.
     kernels: of part "profile", a row per kernel or operation: name, seconds, calls, share of the step; where known also
         bytes, gb_per_s and bandwidth_share, of a copy's.
@@ -58,8 +85,8 @@ class Cell:
     case: Case
     status: Status = "ok"
     note: str = ""
-    seconds: list[float] = field(default_factory=list)
-    ratios: list[float] = field(default_factory=list)
+    seconds: Rounds | None = None
+    ratios: Rounds | None = None
     floor_share: float | None = None
     tflops: float | None = None
     peak_mib: float | None = None
@@ -67,26 +94,50 @@ class Cell:
     kl: float | None = None
     kernels: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        for name in ("seconds", "ratios"):
+            given: Any = getattr(self, name)
+            if isinstance(given, list):
+                setattr(self, name, Rounds.of(given))
+            elif isinstance(given, dict):
+                setattr(self, name, Rounds(**given))
+
     @property
     def key(self) -> str:
-        """What makes the cell this cell: a resumed run skips the keys it has."""
+        """What makes the cell this cell."""
         return json.dumps([self.part, self.provider, asdict(self.case)], sort_keys=True)
 
 
 @dataclass
 class Results:
-    """meta: versions, device, commit, command, date. cells in the order measured."""
+    """meta: versions, device, commit, command, date. cells in the order measured, one per key.
+
+    records: what is no loss beside its peers, such as a card's copy rate: dicts with "part", "name", a "status" like a
+    cell's and any figures; one per part and name.
+    """
 
     meta: dict[str, Any]
     cells: list[Cell] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
 
-    def known(self) -> set[str]:
-        return {cell.key for cell in self.cells}
+    def put(self, cell: Cell) -> None:
+        """In the place of an earlier one of its key."""
+        _replace(self.cells, cell, lambda one: one.key)
+
+    def record(self, part: str, name: str, status: str = "ok", **figures: Any) -> None:
+        """The same for a record."""
+        _replace(self.records, {"part": part, "name": name, "status": status, **figures}, _record_key)
+
+    def finished(self, part: str, name: str) -> bool:
+        """Whether there is such a record and a rerun need not measure it."""
+        return any(_record_key(row) == (part, name) and row["status"] in FINISHED for row in self.records)
 
     def save(self, path: Path) -> None:
-        """Atomically: a run that is killed keeps the cells it finished."""
+        """Atomically, a line per cell: a run that is killed keeps the cells it finished."""
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"meta": self.meta, "cells": [asdict(c) for c in self.cells]}, indent=1) + "\n")
+        content = {"meta": self.meta, "cells": list(map(_sparse, self.cells)), "records": self.records}
+        blocks = [f' "{name}": {_lines(value)}' for name, value in content.items() if value or name != "records"]
+        temporary.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
         os.replace(temporary, path)
 
 
@@ -94,7 +145,7 @@ def load(path: Path) -> Results:
     """Raises ValueError for a file that is not a results file."""
     try:
         content = json.loads(path.read_text())
-        return Results(content["meta"], [_cell(row) for row in content["cells"]])
+        return Results(content["meta"], [_cell(row) for row in content["cells"]], content.get("records", []))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: expected results with meta and cells; got {type(error).__name__}: {error}."
@@ -105,6 +156,39 @@ def select(cells: Iterable[Cell], **wanted: Any) -> list[Cell]:
     """The cells whose fields, or whose case's, have these values."""
     own = {entry.name for entry in fields(Cell)}
     return [c for c in cells if all(getattr(c if k in own else c.case, k) == v for k, v in wanted.items())]
+
+
+def _replace(entries: list[Any], new: Any, key: Any) -> None:
+    for i, one in enumerate(entries):
+        if key(one) == key(new):
+            entries[i] = new
+            return
+    entries.append(new)
+
+
+def _record_key(row: dict[str, Any]) -> tuple[str, str]:
+    return row["part"], row["name"]
+
+
+def _sparse(cell: Cell) -> dict[str, Any]:
+    """As a dict, without what has its default value."""
+
+    def kept(one: Any) -> dict[str, Any]:
+        values = {entry.name: (entry, getattr(one, entry.name)) for entry in fields(one)}
+        return {k: v for k, (entry, v) in values.items() if v != _default(entry)}
+
+    row = kept(cell) | {"case": kept(cell.case) | {"shape": kept(cell.case.shape)}}
+    return {k: asdict(v) if isinstance(v, Rounds) else v for k, v in row.items()}
+
+
+def _default(entry: Any) -> Any:
+    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if value else "[]"
 
 
 def _cell(row: dict[str, Any]) -> Cell:

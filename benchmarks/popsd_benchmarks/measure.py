@@ -6,8 +6,8 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,18 +15,44 @@ import torch
 
 from popsd_benchmarks import memory
 from popsd_benchmarks.accuracy import Judge
-from popsd_benchmarks.cells import Case, Cell
+from popsd_benchmarks.cells import Case, Cell, Rounds, Status
 from popsd_benchmarks.problems import Problem, make_problem, operations
 from popsd_benchmarks.providers import FLOOR, OURS, Provider, Step
 
 T = TypeVar("T")
 
 JUDGED_ROWS = 64
+WHOLE_TILES = 512
+"""Tokens with which kernels take the path of large problems: with fewer a row is split among several programs."""
 QUIET = 0.1
 """Share of the machine that others may take before the cells say so: with as many threads as cores, one that waits holds
 up all, and a step on two cores took ten times as long beside two busy processes."""
 CPU_MEMORY_SHARE = 0.7
 """Of the machine's memory, above which full logits are not tried on a CPU."""
+FIRST_STEP = "ended in its first step"
+"""Note of a cell that is being tried: whose process dies then was killed by it."""
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+CUDA_BROKE = (
+    "CUDA error",
+    "CUDA driver error",
+    "Triton Error [CUDA]",
+    "device-side assert",
+    "CUBLAS_",
+    "CUDNN_",
+    "cuDNN",
+)
+
+
+class UnusableError(RuntimeError):
+    """A CUDA failure after which every later call in this process fails too."""
+
+
+def failure(error: BaseException) -> Status | None:
+    """ "out of memory", the one CUDA failure that a process survives; None for the others, which it does not; or "failed"."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or any(mark in text for mark in OUT_OF_MEMORY):
+        return "out of memory"
+    return None if "AcceleratorError" in text or any(mark in text for mark in CUDA_BROKE) else "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,31 +76,49 @@ class Effort:
 class _Runner:
     provider: Provider
     cell: Cell
+    wanted: bool
+    keep: Callable[[Cell], None] | None
     step: Step | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    def save(self, note: str) -> None:
+        """As a cell whose measurement has not ended."""
+        if self.keep is not None and self.wanted:
+            self.keep(replace(self.cell, status="stopped", seconds=Rounds.of(self.seconds), note=note))
 
 
 def measure(
-    part: str, case: Case, providers: Sequence[Provider], effort: Effort, wanted: Collection[str] | None = None
+    part: str,
+    case: Case,
+    providers: Sequence[Provider],
+    effort: Effort,
+    wanted: Collection[str] | None = None,
+    keep: Callable[[Cell], None] | None = None,
 ) -> Iterator[Cell]:
     """A finished cell per provider whose name is ``wanted`` (None: every one), in order; the others only run beside them.
 
-    What a provider raises becomes its cell's status; the others go on.
+    What a provider raises becomes its cell's status; the others go on. keep: called with what is known of a wanted cell,
+    as "stopped", before its first step, after it and after every round. Raises UnusableError where a CUDA failure leaves
+    nothing to go on with; the cell that met it has been kept as "failed".
     """
-    torch.compiler.reset()  # compiled code of earlier cases would count against this one's limit of recompilations
+    if effort.compilers and any(provider.compiles for provider in providers):
+        torch.compiler.reset()  # earlier cases' code would count against this one's limit of recompilations
     problem = make_problem(case)
     judge = Judge(problem, effort.judged_rows)
-    runners = [_Runner(provider, Cell(part=part, provider=provider.name, case=case)) for provider in providers]
-    for runner in runners:
-        _first_step(runner, problem, judge, effort)
+    runners = []
+    for provider in providers:
+        cell = Cell(part=part, provider=provider.name, case=case)
+        runners.append(_Runner(provider, cell, wanted is None or provider.name in wanted, keep))
+        _first_step(runners[-1], problem, judge, effort)
     if effort.rounds:
         others = _Others()
         _time_rounds(runners, problem, effort)
         _compare(runners, case)
         for runner in runners:
-            if runner.cell.seconds and others.share > QUIET:
+            if runner.seconds and others.share > QUIET:
                 _note(runner.cell, f"other processes took {others.share:.0%} of the machine meanwhile")
     for runner in runners:
-        if wanted is not None and runner.provider.name not in wanted:
+        if not runner.wanted:
             continue
         if effort.peak and case.device == "cpu" and runner.step is not None and runner.provider.computes_loss:
             try:
@@ -102,6 +146,7 @@ def _first_step(runner: _Runner, problem: Problem, judge: Judge, effort: Effort)
     if case.device == "cpu" and needed > CPU_MEMORY_SHARE * _memory_of_machine():
         cell.status, cell.note = "out of memory", f"not tried: full logits would take about {needed / 2**30:.0f} GiB"
         return
+    runner.save(FIRST_STEP)
     with _Catch(runner, problem):
         step = provider.prepare(problem)
         loss = step()
@@ -116,8 +161,9 @@ def _first_step(runner: _Runner, problem: Problem, judge: Judge, effort: Effort)
             del loss
             if effort.peak and case.device != "cpu":
                 problem.clear()
-                cell.peak_mib = memory.peak_on_gpu(step)
+                cell.peak_mib = memory.peak_on_gpu(step) or None  # a graph replays within memory that it holds already
         runner.step = step
+        runner.save(cell.note)
 
 
 def _time_rounds(runners: list[_Runner], problem: Problem, effort: Effort) -> None:
@@ -134,7 +180,8 @@ def _time_rounds(runners: list[_Runner], problem: Problem, effort: Effort) -> No
         with _Catch(runner, problem):
             seconds = seconds_of(runner.step, problem.case.device)
             if i:
-                runner.cell.seconds.append(seconds)
+                runner.seconds.append(seconds)
+                runner.save(runner.cell.note)
 
 
 def in_turns(contestants: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
@@ -159,17 +206,18 @@ def seconds_of(step: Step, device: str) -> float:
 
 
 def _compare(runners: list[_Runner], case: Case) -> None:
-    seconds = {runner.provider.name: runner.cell.seconds for runner in runners}
+    seconds = {runner.provider.name: runner.seconds for runner in runners}
     ours, floor = seconds.get(OURS[case.device]), seconds.get(FLOOR)
     for runner in runners:
-        cell = runner.cell
-        if not cell.seconds:
+        cell, found = runner.cell, runner.seconds
+        if not found:
             continue
-        cell.tflops = operations(case) / statistics.median(cell.seconds) / 1e12
+        cell.seconds = Rounds.of(found)
+        cell.tflops = operations(case) / statistics.median(found) / 1e12
         if ours:
-            cell.ratios = [a / b for a, b in zip(cell.seconds, ours, strict=True)]
+            cell.ratios = Rounds.of([a / b for a, b in zip(found, ours, strict=True)])
         if floor:
-            cell.floor_share = statistics.median(b / a for a, b in zip(cell.seconds, floor, strict=True))
+            cell.floor_share = statistics.median(b / a for a, b in zip(found, floor, strict=True))
 
 
 class _Catch:
@@ -185,13 +233,15 @@ class _Catch:
         self.problem.clear()
         if not isinstance(error, Exception):
             return False
-        cell = self.runner.cell
-        memory_ran_out = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "allocate memory" in str(
-            error
-        )
-        cell.status = "out of memory" if memory_ran_out else "failed"
-        _note(cell, f"{type(error).__name__}: {error}".splitlines()[0][:300])
-        self.runner.step, cell.seconds = None, []
+        cell, status = self.runner.cell, failure(error)
+        cell.status = status or "failed"
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        _note(cell, text)
+        self.runner.step, self.runner.seconds = None, []
+        if status is None:
+            if self.runner.keep is not None:
+                self.runner.keep(cell)
+            raise UnusableError(text) from error
         error.__traceback__ = None  # its frames hold the tensors that did not fit
         gc.collect()
         if torch.cuda.is_available():

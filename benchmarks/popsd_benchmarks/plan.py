@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from popsd_benchmarks.cells import Case, Loss, Shape
-from popsd_benchmarks.measure import JUDGED_ROWS, Effort
+from popsd_benchmarks.measure import JUDGED_ROWS, WHOLE_TILES, Effort
 from popsd_benchmarks.shapes import SHAPES
 
 PARTS = ("table", "accuracy", "tokens", "vocab", "width", "profile")
@@ -51,8 +51,8 @@ def _table(shapes: Sequence[Shape] | None, quick: bool, device: str) -> Iterator
                     for loss in LOSSES:
                         yield Item("table", Case(loss=loss, shape=shape, trainable_head=trainable, dtype=dtype), effort)
         return
-    effort, plain = replace(effort, seconds=8), replace(effort, seconds=8, compilers=False)
-    some = replace(plain, judged_rows=JUDGED_ROWS)
+    effort = replace(effort, seconds=8, judged_rows=JUDGED_ROWS)
+    plain = replace(effort, compilers=False)
     case = Case(loss="purified", shape=SHAPES["cpu"], dtype="bfloat16", device=device)
     chosen = list(shapes or [SHAPES[name] for name in GPU_TABLE])
     main, rest = (chosen, []) if shapes else (chosen[:2], chosen[2:])
@@ -60,7 +60,7 @@ def _table(shapes: Sequence[Shape] | None, quick: bool, device: str) -> Iterator
     if not quick:
         variants += [(replace(case, shape=shape, beta=0.0), plain) for shape in main]
         variants += [(replace(case, shape=shape, trainable_head=True), plain) for shape in main]
-        variants += [(replace(case, shape=replace(main[0], tokens=tokens)), some) for tokens in (1024, 32768)]
+        variants += [(replace(case, shape=replace(main[0], tokens=tokens)), plain) for tokens in (1024, 32768)]
         variants += [(replace(case, shape=shape), plain) for shape in rest]
     for variant, cost in variants:
         for loss in LOSSES:
@@ -68,13 +68,14 @@ def _table(shapes: Sequence[Shape] | None, quick: bool, device: str) -> Iterator
 
 
 def _accuracy(shapes: Sequence[Shape] | None, quick: bool, device: str) -> Iterator[Item]:
-    effort = Effort(rounds=0, peak=False, gate=False, compilers=not quick and device == "cpu")
+    effort = Effort(rounds=0, peak=False, gate=False, compilers=not quick and device == "cpu", judged_rows=JUDGED_ROWS)
+    most = JUDGED_ROWS if device == "cpu" else WHOLE_TILES
     default = _quick(SHAPES["cpu"]) if quick else SHAPES["cpu"] if device == "cpu" else SHAPES["qwen3-1.7b"]
     for shape in shapes or [default]:
         for dtype in ("bfloat16", "float32"):
             for loss in LOSSES:
                 for spread in SPREADS[::3] if quick else SPREADS:
-                    small = replace(shape, tokens=min(shape.tokens, JUDGED_ROWS))
+                    small = replace(shape, tokens=min(shape.tokens, most))
                     yield Item(
                         "accuracy", Case(loss=loss, shape=small, dtype=dtype, device=device, spread=spread), effort
                     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -30,9 +29,10 @@ class Look(NamedTuple):
 LOOKS = {
     "popsd-torch": Look("#0072B2", "-", "popsd"),
     "popsd-triton": Look("#0072B2", "-", "popsd"),
+    "popsd-graph": Look("#0072B2", "--", "popsd, CUDA graph"),
     "popsd-single-read": Look("#56B4E9", "-", "popsd, single read"),
     "popsd-streaming": Look("#56B4E9", "--", "popsd, streaming"),
-    "products": Look("#000000", ":", "bare products"),
+    "matmuls": Look("#000000", ":", "bare matmuls"),
     "eager": Look("#D55E00", "-", "eager"),
     "eager-16bit-logits": Look("#D55E00", "--", "eager, bf16 logits"),
     "eager-compiled": Look("#D55E00", ":", "torch.compile"),
@@ -154,7 +154,7 @@ def _scaling(curves: dict[str, list[Cell]], cells: Sequence[Cell], loss: str, pa
 
 
 def _bars(cases: Sequence[tuple[Case, list[Cell]]], path: Path) -> None:
-    """Rows: shapes. Columns: time and memory, the fastest on top, with a line at the bare products."""
+    """Rows: shapes. Columns: time and memory, the fastest on top, with a line at the bare matmuls."""
     figure, axes = _panels(2 * len(cases), 2, (5.6, 0.0), [0.25 * len(cells) + 0.95 for _, cells in cases])
     for row, (case, cells) in enumerate(cases):
         time_axis, memory_axis = axes[2 * row : 2 * row + 2]
@@ -176,7 +176,7 @@ def _times_ours(cells: Sequence[Cell]) -> list[str]:
     """What stands beside a time: its ratio to popsd's, and that the answer is wrong where it is."""
     texts = []
     for cell in cells:
-        ratio = f"  {statistics.median(cell.ratios):.2f}×" if cell.ratios and cell.provider not in OURS.values() else ""
+        ratio = f"  {cell.ratios.median:.2f}×" if cell.ratios and cell.provider not in OURS.values() else ""
         texts.append(ratio + ("" if cell.status == "ok" else f"  {cell.status}"))
     return texts
 

@@ -32,7 +32,7 @@ class Problem:
 
 
 def make_problem(case: Case, seed: int = 0) -> Problem:
-    """Logits with a Gaussian bulk of standard deviation 2 and, per token, four favourites 6 to 14 above it.
+    """Logits with a Gaussian bulk of standard deviation ``case.deviation`` and, per token, four favourites 6 to 14 above it.
 
     Base, student, teacher and reference share them; beside the base the student is shifted by a tenth of ``case.spread``,
     the teacher by all of it and the reference by twice as much, as shares of the hidden states' deviation: 1 %, 10 % and
@@ -46,7 +46,7 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
         return torch.randn(*size, generator=generator, device=device)
 
     weight = normal(shape.vocab, shape.width).div_(math.sqrt(shape.width))
-    base = 2 * normal(shape.tokens, shape.width)
+    base = case.deviation * normal(shape.tokens, shape.width)
     favourites = torch.randint(
         shape.used or shape.vocab, (shape.tokens, FAVOURITES), generator=generator, device=device
     )
@@ -67,8 +67,8 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
     return Problem(case, hidden, head, config)
 
 
-def products(case: Case) -> int:
-    """Matrix products [N, D]·[D, V] that the loss and its gradients need at least.
+def matmuls(case: Case) -> int:
+    """How many matmuls [N, D]·[D, V] the loss and its gradients need at least.
 
     One per projected stream (student and target; student, base and teacher − reference, which come apart under a soft
     cap), one for d/d hidden and one for d/d weight where the head is trained.
@@ -78,5 +78,5 @@ def products(case: Case) -> int:
 
 
 def operations(case: Case) -> float:
-    """Floating-point operations of those products."""
-    return 2.0 * products(case) * case.shape.tokens * case.shape.vocab * case.shape.width
+    """Floating-point operations of those matmuls."""
+    return 2.0 * matmuls(case) * case.shape.tokens * case.shape.vocab * case.shape.width

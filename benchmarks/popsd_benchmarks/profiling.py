@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +28,17 @@ the loss and gradient sweep), the composed target written, the 16-bit gradient w
 
 
 def profile(
-    part: str, case: Case, providers: Sequence[Provider], effort: Effort, wanted: Collection[str] | None = None
+    part: str,
+    case: Case,
+    providers: Sequence[Provider],
+    effort: Effort,
+    wanted: Collection[str] | None = None,
+    keep: Callable[[Cell], None] | None = None,
 ) -> Iterator[Cell]:
     """The cells of `measure`, with their kernels and those kernels' share of a copy's bandwidth."""
     by_name = {provider.name: provider for provider in providers}
-    peak = _copy_bandwidth() if case.device == "cuda" else None
-    for cell in list(measure(part, case, providers, effort, wanted)):
+    peak = copy_bandwidth() if case.device == "cuda" else None
+    for cell in list(measure(part, case, providers, effort, wanted, keep)):
         if cell.seconds:
             try:
                 cell.kernels = _kernels(by_name[cell.provider], case, peak)
@@ -80,7 +85,7 @@ def _kernels(provider: Provider, case: Case, peak: float | None) -> list[dict[st
     return rows
 
 
-def _copy_bandwidth() -> float:
+def copy_bandwidth() -> float:
     """GB/s, read and write together, of a 4 GiB copy on the device."""
     source = torch.empty(1 << 30, device="cuda")
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""Where figures come from: versions, device, commit, command, date, load."""
+"""Where figures come from: versions, device, commit (POPSD_COMMIT, where the source has no repository), command, date, load."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def describe(device: str) -> dict[str, Any]:
         "versions": _versions(),
         "device": _device(device),
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": os.environ.get("POPSD_COMMIT") or _commit(),
         "command": shlex.join(["python", *_arguments()]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load": round(os.getloadavg()[0], 2),
@@ -43,7 +43,9 @@ def continued(results: Results, now: dict[str, Any]) -> Results:
                 "Name another file, or delete this one."
             )
     session = {name: now[name] for name in ("commit", "command", "date", "load")}
-    return Results({**results.meta, "continued": [*results.meta.get("continued", []), session]}, results.cells)
+    return Results(
+        {**results.meta, "continued": [*results.meta.get("continued", []), session]}, results.cells, results.records
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from popsd_benchmarks import plots, tables, targets
+from popsd_benchmarks import goals, plots, tables
 from popsd_benchmarks.cells import Results, load
 
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
@@ -26,8 +26,8 @@ PLOT_TITLES = {
 }
 READING = """\
 How to read the tables: times are medians of forward and backward together, of rounds in which every provider has its turn;
-a ratio is the median over rounds of a provider's time over popsd's in the same round, with quartiles. The floor is the matrix
-products that the loss needs, alone. Peak memory is above the inputs: of the allocator on a GPU, of the resident set of a fresh
+a ratio is the median over rounds of a provider's time over popsd's in the same round, with quartiles. The floor is the
+matmuls that the loss needs, alone. Peak memory is above the inputs: of the allocator on a GPU, of the resident set of a fresh
 process on a CPU. Errors are relative (L2) against float64 on the same inputs; `dH` is the gradient of the student's hidden
 states. A provider with an error beyond the bounds is marked `inaccurate` beside its time. Inputs: logits with a bulk of
 standard deviation 2 and four favourites 6 to 14 above it per token (`popsd_benchmarks/problems.py`)."""
@@ -35,7 +35,7 @@ standard deviation 2 and four favourites 6 to 14 above it per token (`popsd_benc
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, help="JSON files of popsd bench or benchmarks/gpu/run.py")
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of popsd bench or benchmarks/gpu")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/RESULTS.md"), help="(%(default)s)")
     options = parser.parse_args(arguments)
     files = read(options.results)
@@ -62,9 +62,9 @@ def page(files: Sequence[tuple[Path, Results]], output: Path) -> str:
         "\n".join(unmeasured([results for _, results in files])),
         tables.as_markdown(_machines(files, links), left=6),
         READING,
-        "## Targets",
+        "## Goals",
         "Largest values that count as met. One row per file that has the figure; ratios come from one run each.",
-        tables.as_markdown(_targets(files, links), left=2),
+        tables.as_markdown(_goals(files, links), left=2),
     ]
     for (path, results), link in zip(files, links, strict=True):
         blocks += _section(results, path, link, output)
@@ -78,7 +78,7 @@ def unmeasured(results: Sequence[Results]) -> list[str]:
     if "cuda" not in measured:
         lines.append(
             "**Nothing on this page was measured on a GPU**: the Triton kernels of popsd, Liger and TRL have no speed, memory "
-            "or accuracy figure here. `python benchmarks/gpu/run.py` makes them in ten minutes on one GPU."
+            "or accuracy figure here. `benchmarks/gpu/README.md` has the two commands that make them in ten minutes on one GPU."
         )
     if "cpu" not in measured:
         lines.append("**Nothing on this page was measured on a CPU.** `popsd bench --full` makes the figures.")
@@ -108,19 +108,19 @@ def _device(meta: dict[str, Any]) -> str:
     return f"{meta['device']}, {meta['threads']} thread{'s' if meta['threads'] > 1 else ''}"
 
 
-def _targets(files: Sequence[tuple[Path, Results]], links: Sequence[str]) -> tables.Rows:
-    rows = [["on", "target", "at most", "measured", "verdict", "file"]]
+def _goals(files: Sequence[tuple[Path, Results]], links: Sequence[str]) -> tables.Rows:
+    rows = [["on", "goal", "at most", "measured", "verdict", "file"]]
     for device, name in DEVICES.items():
-        verdicts = [targets.judge(device, results.cells) for _, results in files]
-        for i, target in enumerate(target for target in targets.TARGETS if target.device == device):
+        verdicts = [goals.judge(device, results) for _, results in files]
+        for i, goal in enumerate(goal for goal in goals.GOALS if goal.device == device):
             found = [(verdict[i], link) for verdict, link in zip(verdicts, links, strict=True)]
             measured = [(verdict, link) for verdict, link in found if verdict.value is not None]
             for verdict, link in measured:
                 assert verdict.value is not None
                 word = verdict.word if verdict.word == "met" else f"**{verdict.word}**"
-                rows.append([name, target.claim, f"{target.most:.3g}", f"{verdict.value:.3g}", word, link])
+                rows.append([name, goal.claim, f"{goal.most:.3g}", f"{verdict.value:.3g}", word, link])
             if not measured:
-                rows.append([name, target.claim, f"{target.most:.3g}", "–", "not measured", ""])
+                rows.append([name, goal.claim, f"{goal.most:.3g}", "–", "not measured", ""])
     return rows
 
 

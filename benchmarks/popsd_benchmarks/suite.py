@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from popsd_benchmarks import plan, profiling, provenance
-from popsd_benchmarks.cells import Cell, Results, load
+from popsd_benchmarks.cells import FINISHED, Cell, Results, load
 from popsd_benchmarks.measure import measure
 from popsd_benchmarks.plan import PARTS
-from popsd_benchmarks.providers import FLOOR, OURS
+from popsd_benchmarks.providers import FLOOR, OURS, Provider
 from popsd_benchmarks.providers import find as find_providers
 from popsd_benchmarks.shapes import find as find_shapes
 
-__all__ = ["PARTS", "run"]
+__all__ = ["PARTS", "run", "run_items"]
 
 
 def run(
@@ -31,12 +31,12 @@ def run(
     progress: Callable[[int, int, Cell], None] | None = None,
     time_budget: float | None = None,
 ) -> Results:
-    """Measures every cell that ``out`` does not hold yet, and returns all of them.
+    """Measures every cell that ``out`` does not hold yet, or holds as failed, and returns all of them.
 
     Args:
         parts: of `PARTS`, in this order.
         shapes: names of `popsd_benchmarks.shapes.SHAPES`; None: those that suit the device and ``quick``.
-        providers: names of `popsd_benchmarks.providers.PROVIDERS`; None: all. The bare products and popsd are always among
+        providers: names of `popsd_benchmarks.providers.PROVIDERS`; None: all. The bare matmuls and popsd are always among
             them: shares and ratios are to theirs.
         quick: few rounds and small scaling curves; under two minutes on two cores.
         device: "cpu" or "cuda".
@@ -57,27 +57,57 @@ def run(
     results = Results(provenance.describe(device))
     if out is not None and out.exists():
         results = provenance.continued(load(out), results.meta)
-    start, known, done = time.perf_counter(), results.known(), 0
-    missing = [[p.name for p in chosen if _key(item, p.name) not in known] for item in work]
+    work = [
+        replace(item, effort=replace(item.effort, compilers=True)) if providers is not None else item for item in work
+    ]
+    run_items(work, chosen, results, out=out, progress=progress, time_budget=time_budget)
+    return results
+
+
+def run_items(
+    work: Sequence[plan.Item],
+    providers: Sequence[Provider],
+    results: Results,
+    *,
+    out: Path | None = None,
+    progress: Callable[[int, int, Cell], None] | None = None,
+    time_budget: float | None = None,
+    skip_failed: bool = False,
+) -> None:
+    """Measures what ``results`` lacks of these cases; ``out`` holds everything known at any time.
+
+    skip_failed: leave failed cells as they are. Raises `popsd_benchmarks.measure.UnusableError`.
+    """
+    start, done = time.perf_counter(), 0
+    missing = [[p.name for p in providers if _is_missing(results, item, p, skip_failed)] for item in work]
     planned = sum(map(len, missing))
+
+    def keep(cell: Cell) -> None:
+        results.put(cell)
+        if out is not None:
+            results.save(out)
+
     for item, names in zip(work, missing, strict=True):
         if time_budget is not None and time.perf_counter() - start > time_budget:
             break
         if not names:
             continue
         # ratios are within a run: popsd and the floor run beside what is missing, though they may be known
-        along = [p for p in chosen if p.name in (*names, FLOOR, OURS[device])]
-        effort = item.effort if providers is None else replace(item.effort, compilers=True)
+        along = [p for p in providers if p.name in (*names, FLOOR, OURS[item.case.device])]
         new = profiling.profile if item.part == "profile" else measure
-        for cell in new(item.part, item.case, along, effort, names):
-            results.cells.append(cell)
+        for cell in new(item.part, item.case, along, item.effort, names, keep):
+            keep(cell)
             done += 1
-            if out is not None:
-                results.save(out)
             if progress is not None:
                 progress(done, planned, cell)
-    return results
 
 
-def _key(item: plan.Item, provider: str) -> str:
-    return Cell(part=item.part, provider=provider, case=item.case).key
+def _is_missing(results: Results, item: plan.Item, provider: Provider, skip_failed: bool) -> bool:
+    """Whether the cell has to be measured: it is new, was stopped or failed, or can be measured by now."""
+    key = Cell(part=item.part, provider=provider.name, case=item.case).key
+    status = next((cell.status for cell in results.cells if cell.key == key), None)
+    if status == "not installed":
+        return provider.available() is None
+    if status == "left out":
+        return item.effort.compilers
+    return status not in FINISHED and not (status == "failed" and skip_failed)

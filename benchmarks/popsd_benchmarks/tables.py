@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
-import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +71,8 @@ def case_title(case: Case) -> str:
 def setting(case: Case) -> str:
     """The case without its loss and shape."""
     head = "trainable" if case.trainable_head else "frozen"
-    return f"{head} head, {case.dtype}" + ("" if case.beta == 0.5 else f", beta {case.beta:g}")
+    deviation = "" if case.deviation == 2.0 else f", logit deviation {case.deviation:g}"
+    return f"{head} head, {case.dtype}" + ("" if case.beta == 0.5 else f", beta {case.beta:g}") + deviation
 
 
 def shape_text(case: Case) -> str:
@@ -192,15 +193,9 @@ def write_csv(cells: Iterable[Cell], path: Path) -> None:
 
 
 def milliseconds(cell: Cell) -> float:
-    return 1e3 * statistics.median(cell.seconds)
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+    """Of the median round."""
+    assert cell.seconds is not None
+    return 1e3 * cell.seconds.median
 
 
 def significant(value: float) -> str:
@@ -209,10 +204,10 @@ def significant(value: float) -> str:
 
 
 def _ratio(cell: Cell) -> str:
-    if not cell.ratios:
+    if cell.ratios is None:
         return "–"
-    low, middle, high = quartiles(cell.ratios)
-    return f"{middle:.2f}" if cell.provider in OURS.values() else f"{middle:.2f} ({low:.2f}–{high:.2f})"
+    spread = f" ({cell.ratios.low:.2f}–{cell.ratios.high:.2f})"
+    return f"{cell.ratios.median:.2f}" + ("" if cell.provider in OURS.values() else spread)
 
 
 def _optional(value: float | None, form: str) -> str:
@@ -230,38 +225,13 @@ def _curve_entry(cell: Cell | None, value: str) -> str:
 
 
 def _flat(cell: Cell) -> dict[str, Any]:
-    case, shape = cell.case, cell.case.shape
-    low, middle, high = quartiles(cell.seconds) if cell.seconds else (None, None, None)
-    ratios = quartiles(cell.ratios) if cell.ratios else (None, None, None)
-    return {
-        "part": cell.part,
-        "provider": cell.provider,
-        "loss": case.loss,
-        "shape": shape.name,
-        "tokens": shape.tokens,
-        "vocab": shape.vocab,
-        "used": shape.used,
-        "width": shape.width,
-        "softcap": shape.softcap,
-        "trainable_head": case.trainable_head,
-        "beta": case.beta,
-        "dtype": case.dtype,
-        "device": case.device,
-        "spread": case.spread,
-        "status": cell.status,
-        "note": cell.note,
-        "rounds": len(cell.seconds),
-        "seconds_median": middle,
-        "seconds_quartile_1": low,
-        "seconds_quartile_3": high,
-        "ratio_median": ratios[1],
-        "ratio_quartile_1": ratios[0],
-        "ratio_quartile_3": ratios[2],
-        "floor_share": cell.floor_share,
-        "tflops": cell.tflops,
-        "peak_mib": cell.peak_mib,
-        "error_loss": cell.errors.get("loss"),
-        "error_dhidden": cell.errors.get("dhidden"),
-        "error_dweight": cell.errors.get("dweight"),
-        "kl": cell.kl,
-    }
+    row: dict[str, Any] = {"part": cell.part, "provider": cell.provider}
+    case = {entry.name: getattr(cell.case, entry.name) for entry in fields(cell.case)}
+    shape = case.pop("shape")
+    row |= {**case, "shape": shape.name} | {k.name: getattr(shape, k.name) for k in fields(shape) if k.name != "name"}
+    row |= {"status": cell.status, "note": cell.note, "rounds": cell.seconds.count if cell.seconds else 0}
+    for name, rounds in (("seconds", cell.seconds), ("ratio", cell.ratios)):
+        for figure, attribute in (("median", "median"), ("quartile_1", "low"), ("quartile_3", "high")):
+            row[f"{name}_{figure}"] = getattr(rounds, attribute, None)
+    row |= {name: getattr(cell, name) for name in ("floor_share", "tflops", "peak_mib")}
+    return row | {f"error_{name}": cell.errors.get(name) for name in ("loss", "dhidden", "dweight")} | {"kl": cell.kl}

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from popsd_benchmarks.providers.base import Provider, Step
 from popsd_benchmarks.providers.eager import Eager
 from popsd_benchmarks.providers.liger import LigerChunked, LigerTriton
+from popsd_benchmarks.providers.matmuls import Matmuls, RecomputingPort
 from popsd_benchmarks.providers.orda import Orda
 from popsd_benchmarks.providers.ours import Popsd
-from popsd_benchmarks.providers.products import Products, RecomputingPort
 from popsd_benchmarks.providers.trl_chunked import TrlChunked
 
-FLOOR = "products"
+FLOOR = "matmuls"
 OURS = {"cpu": "popsd-torch", "cuda": "popsd-triton"}
 """Whose time every other is divided by."""
 
@@ -21,9 +21,10 @@ PROVIDERS: dict[str, Provider] = {
     for provider in (
         Popsd("popsd-torch", "torch"),
         Popsd("popsd-triton", "triton"),
+        Popsd("popsd-graph", "triton", graph=True),
         Popsd("popsd-single-read", "triton", "single_read"),
         Popsd("popsd-streaming", "triton", "streaming"),
-        Products(),
+        Matmuls(),
         Eager("eager"),
         Eager("eager-16bit-logits", logits_in_float32=False),
         Eager("eager-compiled", compiles=True),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
@@ -17,67 +16,40 @@ TWO_ONLY = "has no loss over four distributions"
 FROZEN_IS_TRAINED = "forms dW whether the head is trained or not"
 
 
-class Provider(Protocol):
-    @property
-    def name(self) -> str: ...
+class Provider:
+    """Something that is measured; what it answers here is what most do.
 
-    @property
-    def mean(self) -> bool:
-        """Whether its scalar, and so its gradients, are those of the mean over tokens and not of the sum.
-
-        Judged after multiplication by N, but timed as its users run it: an upstream gradient of 1 is its fast path.
-        """
-
-    @property
-    def computes_loss(self) -> bool:
-        """False for the bare products, which have nothing to be judged by."""
-
-    @property
-    def drops_padding(self) -> bool:
-        """Whether rows of the head beyond ``Shape.used`` stay out of its softmax. It is judged by the loss it claims."""
-
-    @property
-    def compiles(self) -> bool:
-        """Whether its first call compiles for minutes and memory that later calls do not need."""
-
-    def full_buffers(self, case: Case) -> float:
-        """Float32 [N, V] tensors that it holds at once; 0 if it never holds one.
-
-        On a CPU too many of them end the process, not the cell.
-        """
-
-    def available(self) -> str | None:
-        """None, or why it cannot run on this installation."""
-
-    def supports(self, case: Case) -> str | None:
-        """None, or why it cannot do the case."""
-
-    def remark(self, case: Case) -> str:
-        """What a reader of its figures on this case must know, or nothing."""
-
-    def prepare(self, problem: Problem) -> Step: ...
-
-
-class Defaults:
-    """What most providers answer."""
+    mean: its scalar, and so its gradients, are those of the mean over tokens and not of the sum. It is judged after
+        multiplication by N, but timed as its users run it: an upstream gradient of 1 is its fast path.
+    computes_loss: False for the bare matmuls, which have nothing to be judged by.
+    drops_padding: rows of the head beyond ``Shape.used`` stay out of its softmax. It is judged by the loss it claims.
+    compiles: its first call compiles for minutes and memory that later calls do not need.
+    """
 
     name: str
-    mean = False
-    computes_loss = True
-    drops_padding = False
-    compiles = False
+    mean: bool = False
+    computes_loss: bool = True
+    drops_padding: bool = False
+    compiles: bool = False
 
     def full_buffers(self, case: Case) -> float:
+        """Float32 [N, V] tensors that it holds at once. On a CPU too many of them end the process, not the cell."""
         return 0.0
 
     def available(self) -> str | None:
+        """None, or why it cannot run on this installation."""
         return None
 
     def supports(self, case: Case) -> str | None:
+        """None, or why it cannot do the case."""
         return None
 
     def remark(self, case: Case) -> str:
+        """What a reader of its figures on this case must know, or nothing."""
         return ""
+
+    def prepare(self, problem: Problem) -> Step:
+        raise NotImplementedError
 
 
 def missing(*modules: str) -> str | None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import popsd
 from popsd_benchmarks.cells import Case
 from popsd_benchmarks.problems import Problem
-from popsd_benchmarks.providers.base import Defaults, Step
+from popsd_benchmarks.providers.base import Provider, Step
 
 
 def full_logit_loss(
@@ -48,7 +48,7 @@ def full_logit_loss(
 
 
 @dataclass(frozen=True)
-class Eager(Defaults):
+class Eager(Provider):
     """logits_in_float32: False leaves the product's result in the inputs' 16 bits, and only then goes to float32, as
     ``model(...).logits.float()`` does; True multiplies in float32.
     """

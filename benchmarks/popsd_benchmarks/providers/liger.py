@@ -8,7 +8,7 @@ import torch
 
 from popsd_benchmarks.cells import Case
 from popsd_benchmarks.problems import Problem
-from popsd_benchmarks.providers.base import FROZEN_IS_TRAINED, TWO_ONLY, Defaults, Step, missing
+from popsd_benchmarks.providers.base import FROZEN_IS_TRAINED, TWO_ONLY, Provider, Step, missing
 
 
 def _refuses(case: Case) -> str | None:
@@ -18,7 +18,7 @@ def _refuses(case: Case) -> str | None:
 
 
 @dataclass(frozen=True)
-class LigerTriton(Defaults):
+class LigerTriton(Provider):
     """`LigerFusedLinearJSD`: chunks of tokens, float32 logits, the gradient in forward."""
 
     name: str = "liger-triton"
@@ -45,7 +45,7 @@ class LigerTriton(Defaults):
 
 
 @dataclass(frozen=True)
-class LigerChunked(Defaults):
+class LigerChunked(Provider):
     """`LigerFusedLinearJSDLoss` without its cross-entropy: chunks of 1024 tokens, by torch.func, compiled or not."""
 
     name: str

@@ -9,11 +9,11 @@ import torch
 
 from popsd_benchmarks.cells import Case
 from popsd_benchmarks.problems import Problem
-from popsd_benchmarks.providers.base import TWO_ONLY, Defaults, Step, missing
+from popsd_benchmarks.providers.base import TWO_ONLY, Provider, Step, missing
 
 
 @dataclass(frozen=True)
-class Orda(Defaults):
+class Orda(Provider):
     """`distillation_loss` with its divergence alone, summed over tokens, of a tied teacher.
 
     Its ``kl_beta`` is the student's share of the mixture: 1 − beta. On a CPU it forms all logits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -11,17 +12,18 @@ import torch
 import popsd
 from popsd_benchmarks.cells import Case
 from popsd_benchmarks.problems import Problem
-from popsd_benchmarks.providers.base import Defaults, Step
+from popsd_benchmarks.providers.base import Provider, Step
 
 
 @dataclass(frozen=True)
-class Popsd(Defaults):
-    """workspace_mib: as in popsd's functions; None is their default."""
+class Popsd(Provider):
+    """workspace_mib: as in popsd's functions; None is their default. graph: replays the step from a CUDA graph."""
 
     name: str
     impl: str
     strategy: str = "chunked"
     workspace_mib: float | None = None
+    graph: bool = False
     drops_padding = True
 
     def available(self) -> str | None:
@@ -30,6 +32,8 @@ class Popsd(Defaults):
     def supports(self, case: Case) -> str | None:
         if self.impl == "triton" and case.device == "cpu":
             return "Triton kernels need a GPU"
+        if self.impl == "torch" and case.device == "cuda":
+            return "made for a CPU's caches: a sweep's call for every row, seconds a step"
         if self.strategy == "single_read" and case.loss == "purified" and case.shape.softcap is not None:
             return "needs teacher − reference as one projection, which a soft cap forbids"
         return None
@@ -48,4 +52,27 @@ class Popsd(Defaults):
             out.loss.backward()
             return out.divergence
 
-        return step
+        return _captured(step, problem) if self.graph else step
+
+
+def _captured(step: Callable[[], torch.Tensor], problem: Problem) -> Step:
+    """The step in a CUDA graph. Its gradients are the graph's own tensors, put back into the leaves by every replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles, and makes what is kept between calls
+    torch.cuda.current_stream().wait_stream(stream)
+    problem.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    leaves = (problem.hidden.student, problem.head.weight)
+    gradients = [leaf.grad for leaf in leaves]
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+        return loss
+
+    return replay

@@ -8,11 +8,11 @@ import torch
 
 from popsd_benchmarks.cells import Case
 from popsd_benchmarks.problems import Problem
-from popsd_benchmarks.providers.base import TWO_ONLY, Defaults, Step, missing
+from popsd_benchmarks.providers.base import TWO_ONLY, Provider, Step, missing
 
 
 @dataclass(frozen=True)
-class TrlChunked(Defaults):
+class TrlChunked(Provider):
     """`ChunkedDivergenceFunction`: Triton on a GPU, its torch fallback elsewhere. Per-token output, same ``beta``."""
 
     name: str = "trl"

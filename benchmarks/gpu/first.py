@@ -1,0 +1,24 @@
+"""Is it right, and how fast is it? The first of two commands for one GPU, in four minutes.
+
+    POPSD_COMMIT=$(git rev-parse --short=12 HEAD) python benchmarks/gpu/first.py --out DIR --work KEPT
+
+README.md here says what to bring and how to read the output. `--dry` runs every part on a CPU at a tiny size.
+"""
+
+import sys
+
+import environment  # noqa: F401 (it comes first)
+import measuring
+from bench import Part
+from runner import main
+
+CASES = ("-n", "8", "--max-worker-restart", "200", "--resume-results", "-m", "not alone")
+PARTS = [
+    Part("probe", 25, measuring.probe, gib=16),
+    Part("correctness", 75, cases=(CASES, ("--resume-results", "-m", "alone"))),
+    Part("headline", 105, measuring.headline, gib=30),
+    Part("profile", 30, measuring.profile, gib=16),
+]
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, PARTS))
