@@ -35,8 +35,14 @@ from popsd_kernels import (
     single_read,
     statistics,
 )
-from popsd_kernels.launch import CANDIDATES, Launch, LaunchConfig, fast_instructions, result_rows
+from popsd_kernels.launch import Launch, LaunchConfig, fast_instructions, result_rows
 
+CANDIDATES = tuple(
+    LaunchConfig(block, vec, warps)
+    for block, vec, warps in (
+        (512, 4, 4), (1024, 4, 4), (1024, 4, 8), (2048, 4, 8), (2048, 8, 8), (4096, 4, 8), (4096, 8, 16)
+    )
+)  # fmt: skip
 DEVICE = torch.device("cuda")
 SINGLE_READ = tuple(LaunchConfig(block, 4, warps) for block, warps in ((4096, 8), (8192, 8), (8192, 16), (16384, 16)))
 Line = tuple[str, dict[str, Any]]

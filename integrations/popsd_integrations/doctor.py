@@ -22,7 +22,6 @@ from popsd.tiling import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB, resolve_impl
 PEERS = ("liger-kernel", "orda-kernel")
 VARIABLES = (
     "TRITON_INTERPRET",
-    "POPSD_KERNELS_AUTOTUNE",
     "POPSD_KERNELS_PORTABLE",
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
