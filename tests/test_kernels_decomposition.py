@@ -125,6 +125,25 @@ def test_impossible_entries_leave_every_sum():
     assert_close(fields_of(moments), truth(raw, PLAIN, [None] * 3), 1e-5, 1e-5)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("stream", [0, 1, 2])
+def test_a_nan_reaches_the_fields_that_depend_on_its_stream(stream, masked):
+    """Also where another stream says that the entry is impossible, and would leave it out."""
+    raw = streams(300)
+    expected = row_moments(raw[0], raw[1], teacher=raw[2], options=PLAIN, masked=masked)
+    raw[stream][1, 200] = float("nan")
+    if masked:
+        raw[(stream + 1) % 3][1, 200] = -torch.inf
+    moments = row_moments(raw[0], raw[1], teacher=raw[2], options=PLAIN, masked=masked)
+    nan = moments.isnan()[:, 1].tolist()
+    total, reference, transferable = stream != 1, stream != 2, stream != 0
+    assert nan[10] >= total and nan[11] >= reference
+    assert nan[0] >= total and nan[1] >= reference and nan[2] >= transferable
+    assert nan[3] and nan[4], "products of two log-ratios know of every stream"
+    assert nan[5] >= total and nan[6] >= reference and nan[7] >= transferable and nan[8] and nan[9]
+    torch.testing.assert_close(moments[:, [0, 2]], expected[:, [0, 2]], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_inputs(dtype):
     raw = [x.to(dtype) for x in streams(300)]

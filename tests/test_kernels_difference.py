@@ -92,12 +92,18 @@ def test_outside_the_support_there_is_no_signal(center, dtype):
     assert (target.log_softmax(1) - expected.log_softmax(1)).abs().max() < 1e-5
 
 
-def test_nan_is_not_taken_for_a_missing_entry():
-    teacher, reference = _pair(1, 300)
-    teacher[0, 5] = float("nan")
-    out = torch.empty(1, 300)
-    assert logit_difference(teacher, reference, out, options=NO_CAP, center=True).isnan().all()
-    assert out[0, 5].isnan()
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("other", [0.0, float("-inf")])
+def test_nan_is_not_taken_for_a_missing_entry(center, other):
+    teacher, reference = _pair(3, 300)
+    expected = logit_difference(teacher, reference, torch.empty(3, 300), options=NO_CAP, center=center)[2]
+    teacher[0, 5], reference[0, 5] = float("nan"), other
+    teacher[1, 299], reference[1, 299] = other, float("nan")
+    out = torch.empty(3, 300)
+    offset = logit_difference(teacher, reference, out, options=NO_CAP, center=center)
+    assert offset[:2].isnan().all() and out[0, 5].isnan() and out[1, 299].isnan()
+    torch.testing.assert_close(offset[2], expected, rtol=1e-6, atol=1e-7)
+    assert out[2].isfinite().all()
 
 
 @pytest.mark.parametrize("alias", [0, 1])
@@ -107,7 +113,8 @@ def test_out_may_be_an_input(alias):
     apart = torch.empty(2, 300)
     expected = logit_difference(*pair, apart, options=NO_CAP, center=True)
     found = logit_difference(*pair, pair[alias], options=NO_CAP, center=True)
-    assert torch.equal(found, expected) and torch.equal(pair[alias], apart)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(pair[alias], apart, rtol=1e-6, atol=1e-6)
 
 
 def test_refusals():

@@ -103,24 +103,3 @@ def test_result_rows_are_aligned_whatever_the_number_of_tokens(rows):
     out = launch.result_rows(9, rows, torch.device("cpu"))
     assert out.shape == (9, rows)
     assert len({(x.data_ptr() - out.data_ptr()) % 64 for x in out}) == 1
-
-
-def test_autotuning_measures_once_per_key(monkeypatch):
-    """The choice itself, with a clock that likes wide blocks; real timings need a GPU."""
-    trials = []
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setenv(launch.AUTOTUNE_VARIABLE, "1")
-    monkeypatch.setattr(launch, "_tuned", {})
-    monkeypatch.setattr(launch.triton.testing, "do_bench", lambda call, return_mode: 1.0 / trials[-1].block)
-
-    def rehearsal(config):
-        trials.append(config)
-        return launch.Launch(None, 1, {}, config)
-
-    device = torch.device("cpu")
-    chosen = launch.choose_config("statistics", device, (1000,), rehearsal)
-    assert chosen.block == max(config.block for config in launch.CANDIDATES)
-    assert launch.choose_config("statistics", device, (1000,), rehearsal) == chosen
-    assert trials == list(launch.CANDIDATES)
-    monkeypatch.setenv(launch.AUTOTUNE_VARIABLE, "0")
-    assert launch.choose_config("statistics", device, (7,), rehearsal) == launch.TABLES["sm_90"]["statistics"]

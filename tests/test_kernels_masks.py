@@ -93,6 +93,19 @@ def test_one_mask_alone_reads_its_streams_alone():
     assert 0 < (second != delta).sum() < delta.numel() and second[second != delta].abs().max() <= 0.1
 
 
+@pytest.mark.parametrize("which", ["delta", "base", "reference"])
+def test_a_nan_is_not_masked_away(which):
+    """An implausible entry's difference gets a finite value, but not where it, or what is compared, is NaN: it must show."""
+    base, teacher, reference = streams(300)
+    offset = torch.zeros(3)
+    thresholds = entry_thresholds(base, teacher, reference, **ASKED, options=PLAIN)
+    implausible = int((base[1] < thresholds[0, 1]).nonzero()[-1])
+    {"delta": teacher, "base": base, "reference": reference}[which][1, implausible] = float("nan")
+    thresholds, delta = entry_thresholds(base, teacher, reference, **ASKED, options=PLAIN), teacher - reference
+    mask_entries(delta, offset, thresholds, base, reference, options=PLAIN, tail_reach=0.1)
+    assert (base + delta).isnan().sum(1).tolist() == [0, 1, 0]
+
+
 def test_nothing_is_less_plausible_than_the_likeliest():
     base, teacher, reference = streams(97)
     delta = teacher - reference
@@ -101,7 +114,7 @@ def test_nothing_is_less_plausible_than_the_likeliest():
     edited = delta.clone()
     mask_entries(edited, offset, thresholds, base, None, options=PLAIN)
     likeliest = torch.nn.functional.one_hot(base.argmax(1), 97).bool()
-    assert torch.equal(edited, torch.where(likeliest, delta, offset[:, None]))
+    torch.testing.assert_close(edited, torch.where(likeliest, delta, offset[:, None]), rtol=1e-6, atol=0)
 
 
 def test_bad_arguments_and_no_rows():

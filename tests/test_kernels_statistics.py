@@ -100,8 +100,9 @@ def test_target_out_may_take_an_inputs_memory(alias):
     expected = row_statistics(student, base, delta, offset, options=PLAIN, target_out=apart)
     memory = {"target": base, "delta": delta}[alias]
     found = row_statistics(student, base, delta, offset, options=PLAIN, target_out=memory)
-    assert torch.equal(memory, apart)
-    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    torch.testing.assert_close(memory, apart, rtol=1e-6, atol=1e-6)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,7 +23,6 @@ from popsd.tiling import resolve_impl
 PEERS = ("liger-kernel", "orda-kernel")
 VARIABLES = (
     "TRITON_INTERPRET",
-    "POPSD_KERNELS_AUTOTUNE",
     "POPSD_KERNELS_PORTABLE",
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",

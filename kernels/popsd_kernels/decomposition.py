@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from popsd_kernels import launch
 from popsd_kernels.launch import (
     FLOATING,
     Launch,
@@ -26,7 +27,6 @@ from popsd_kernels.launch import (
     check_matrix_shape,
     check_rows,
     check_vector,
-    choose_config,
     fast_instructions,
     result_rows,
 )
@@ -88,13 +88,8 @@ def row_moments(
     out = result_rows(MOMENTS, rows, device)
     if rows:
         tensors = (student, reference, teacher, delta, student_bias, target_bias)
-        fast = fast_instructions(device)
-        softcap = options.target.softcap is not None
-        key = (vocabulary, student.dtype, reference.dtype, teacher is None, masked, softcap, options.relative)
-        config = choose_config(
-            "moments", device, key, lambda trial: plan(*tensors, options, masked, out, trial, fast)
-        )  # fmt: skip
-        plan(*tensors, options, masked, out, config, fast).run(device)
+        config = launch.shipped_config("moments", device)
+        plan(*tensors, options, masked, out, config, fast_instructions(device)).run(device)
     return out
 
 
@@ -239,16 +234,16 @@ def _streams(
     r, lowest = load_logit(reference, row, columns, V, TAIL, FAST), s
     if not RELATIVE:
         r = floor_logit(r, columns, V, TAIL)
-        lowest = tl.minimum(s, r)
+        lowest = tl.minimum(s, r, propagate_nan=tl.PropagateNan.ALL)
     if difference is None:  # not `teacher`: Triton 3.6 cannot compare with None a tuple that holds one
         t = floor_logit(load_logit(teacher, row, columns, V, TAIL, FAST), columns, V, TAIL)
-        lowest = tl.minimum(lowest, t)
+        lowest = tl.minimum(lowest, t, propagate_nan=tl.PropagateNan.ALL)
     else:
         delta = load_entries(difference.ptr, row, difference.row_stride, columns, V, TAIL)
         t = r + delta * tl.cast(difference.gain, tl.float32)
     inside = columns < V
-    if MASKED:  # whatever scale or temperature the floor went through
-        inside = inside & (lowest > NOTHING)
+    if MASKED:  # whatever scale or temperature the floor went through; a NaN counts, and so reaches the sums
+        inside = inside & ~(lowest <= NOTHING)
     return s, r, t, inside
 
 

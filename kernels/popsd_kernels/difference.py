@@ -4,10 +4,13 @@
 # Triton evaluates annotations: only constexpr parameters may carry one.
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from popsd_kernels import launch
 from popsd_kernels.launch import (
     FLOATING,
     Launch,
@@ -17,7 +20,6 @@ from popsd_kernels.launch import (
     check_no_reinterpretation,
     check_rows,
     check_vector,
-    choose_config,
     fast_instructions,
     result_rows,
 )
@@ -58,13 +60,7 @@ def logit_difference(
     offset = result_rows(1, rows, device)[0]
     if rows == 0:
         return offset
-    fast = fast_instructions(device)
-    config = choose_config(
-        "difference",
-        device,
-        (vocabulary, teacher.dtype, reference.dtype, options.target.softcap is None, center),
-        lambda trial: plan(teacher, reference, torch.empty_like(out), bias, options, center, offset, trial, fast),
-    )
+    config, fast = launch.shipped_config("difference", device), fast_instructions(device)
     plan(teacher, reference, out, bias, options, center, offset, config, fast).run(device)
     return offset
 
@@ -101,6 +97,17 @@ def plan(
     )
 
 
+class Sums(NamedTuple):
+    """Accumulators of a row [BLOCK // VEC]: differences, entries without one, and two online log-sum-exps."""
+
+    total: Any
+    missing: Any
+    teacher_top: Any
+    teacher_total: Any
+    reference_top: Any
+    reference_total: Any
+
+
 @triton.jit
 def logit_difference_kernel(
     teacher,
@@ -116,46 +123,78 @@ def logit_difference_kernel(
     FAST: tl.constexpr,
 ):
     """One program per token. Entries without a difference are marked, and filled in once the offset is known: a second
-    loop that only rows with such entries run."""
-    row = tl.program_id(0)
+    loop that only rows with such entries run. Full blocks run unmasked, the vocabulary's tail is a block of its own."""
+    row, full = tl.program_id(0), V // BLOCK * BLOCK
     inv_temperature = tl.cast(inv_temperature, tl.float32)
     out_ptr += row.to(tl.int64) * out_row_stride
-    total = tl.zeros([BLOCK // VEC], tl.float32)
-    missing = tl.zeros([BLOCK // VEC], tl.float32)
-    teacher_top = tl.full([BLOCK // VEC], NOTHING, tl.float32)
-    reference_top = tl.full([BLOCK // VEC], NOTHING, tl.float32)
-    teacher_total = tl.zeros([BLOCK // VEC], tl.float32)
-    reference_total = tl.zeros([BLOCK // VEC], tl.float32)
-    # Masked throughout: off the fast path, and a compare per vector is cheap beside 12 bytes per entry.
-    for start in range(0, V, BLOCK):
+    zero = tl.zeros([BLOCK // VEC], tl.float32)
+    sums = Sums(zero, zero, zero + NOTHING, zero, zero + NOTHING, zero)
+    for start in range(0, full, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < V
-        z_teacher = load_logit(teacher, row, columns, V, True, FAST)
-        z_reference = load_logit(reference, row, columns, V, True, FAST)
-        floor = 0.5 * LOGIT_FLOOR * tl.minimum(tl.cast(teacher.gain, tl.float32), 1.0)
-        absent = (z_teacher <= floor) | (z_reference <= floor)
-        difference = tl.where(absent, 0.0, z_teacher - z_reference)
-        tl.store(out_ptr + columns, tl.where(absent, LOGIT_FLOOR, difference), mask=inside)
-        total += lane_sum(tl.where(inside, difference, 0.0), VEC)
-        missing += lane_sum((absent & inside).to(tl.float32), VEC)
-        if not CENTER:
-            z_teacher = tl.where(inside, z_teacher, float("-inf"))
-            z_reference = tl.where(inside, z_reference, float("-inf"))
-            teacher_top, teacher_total = lse_fold(z_teacher, teacher_top, teacher_total, VEC, inv_temperature)
-            reference_top, reference_total = lse_fold(z_reference, reference_top, reference_total, VEC, inv_temperature)
-    missing_count = tl.sum(missing, axis=0)
+        sums = _block(
+            sums, teacher, reference, out_ptr, inv_temperature, row, columns, V, VEC, CENTER, False, FAST
+        )  # fmt: skip
+    if full < V:
+        columns = full + tl.arange(0, BLOCK)
+        sums = _block(sums, teacher, reference, out_ptr, inv_temperature, row, columns, V, VEC, CENTER, True, FAST)
+    missing_count = tl.sum(sums.missing, axis=0)
     if CENTER:
-        fill = tl.sum(total, axis=0) / tl.maximum(V - missing_count, 1.0)
+        fill = tl.sum(sums.total, axis=0) / tl.where(missing_count < V, V - missing_count, 1.0)
         tl.store(offset_ptr + row, fill * inv_temperature)
     else:
-        teacher_max, teacher_logsum = lse_finish(teacher_top, teacher_total, V, inv_temperature)
-        reference_max, reference_logsum = lse_finish(reference_top, reference_total, V, inv_temperature)
+        teacher_max, teacher_logsum = lse_finish(sums.teacher_top, sums.teacher_total, V, inv_temperature)
+        reference_max, reference_logsum = lse_finish(sums.reference_top, sums.reference_total, V, inv_temperature)
         offset = (teacher_max - reference_max) + (teacher_logsum - reference_logsum)
         tl.store(offset_ptr + row, offset)
         fill = offset / inv_temperature
     if missing_count > 0.0:
         tl.debug_barrier()  # the marks below may have been stored by other threads
-        for start in range(0, V, BLOCK):
+        for start in range(0, full, BLOCK):
             columns = start + tl.arange(0, BLOCK)
+            marked = tl.load(out_ptr + columns)
+            tl.store(out_ptr + columns, tl.where(marked <= LOGIT_FLOOR, fill, marked))
+        if full < V:
+            columns = full + tl.arange(0, BLOCK)
             marked = tl.load(out_ptr + columns, mask=columns < V, other=0.0)
             tl.store(out_ptr + columns, tl.where(marked <= LOGIT_FLOOR, fill, marked), mask=columns < V)
+
+
+@triton.jit
+def _block(
+    sums,
+    teacher,
+    reference,
+    out_ptr,
+    inv_temperature,
+    row,
+    columns,
+    V: tl.constexpr,
+    VEC: tl.constexpr,
+    CENTER: tl.constexpr,
+    MASKED: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Stores a block's differences, LOGIT_FLOOR where there is none, and adds it to the sums."""
+    z_teacher = load_logit(teacher, row, columns, V, MASKED, FAST)
+    z_reference = load_logit(reference, row, columns, V, MASKED, FAST)
+    # below NOTHING whatever scale a floor went through; a NaN beside a -inf is a NaN, not a missing entry
+    absent = tl.minimum(z_teacher, z_reference, propagate_nan=tl.PropagateNan.ALL) <= NOTHING
+    difference = tl.where(absent, 0.0, z_teacher - z_reference)
+    marked = tl.where(absent, LOGIT_FLOOR, difference)
+    if MASKED:
+        inside = columns < V
+        tl.store(out_ptr + columns, marked, mask=inside)
+        difference, absent = tl.where(inside, difference, 0.0), absent & inside
+        z_teacher, z_reference = (
+            tl.where(inside, z_teacher, float("-inf")),
+            tl.where(inside, z_reference, float("-inf")),
+        )
+    else:
+        tl.store(out_ptr + columns, marked)
+    total, missing = sums.total + lane_sum(difference, VEC), sums.missing + lane_sum(absent.to(tl.float32), VEC)
+    teacher_top, teacher_total = sums.teacher_top, sums.teacher_total
+    reference_top, reference_total = sums.reference_top, sums.reference_total
+    if not CENTER:
+        teacher_top, teacher_total = lse_fold(z_teacher, teacher_top, teacher_total, VEC, inv_temperature)
+        reference_top, reference_total = lse_fold(z_reference, reference_top, reference_total, VEC, inv_temperature)
+    return Sums(total, missing, teacher_top, teacher_total, reference_top, reference_total)

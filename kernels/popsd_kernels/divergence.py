@@ -41,9 +41,9 @@ def mixture_log_ratio(t, beta, FAST: tl.constexpr):
     """(t, log2(m / p)) from t = log2(q / p): log2((1 - beta) + beta 2^t), a log-add-exp relative to p.
 
     t is bounded above so that 2^t stays finite. Beyond the bound p < 2^-120, so p's own term vanishes, and
-    log2(m / q) = log2(m / p) - t has long reached log2(beta): no branch on the sign of t is needed.
+    log2(m / q) = log2(m / p) - t has long reached log2(beta): no branch on the sign of t is needed. A NaN stays one.
     """
-    t = tl.minimum(t, _LOG_RATIO_CEILING)
+    t = tl.minimum(t, _LOG_RATIO_CEILING, propagate_nan=tl.PropagateNan.ALL)
     return t, log2((1.0 - beta) + beta * tl.exp2(t), FAST)
 
 

@@ -1,4 +1,4 @@
-"""How a sweep is launched: block sizes by device, the choice of instructions, and the checks before any launch.
+"""How a sweep is launched: block sizes by device, which instructions it uses, and the checks before any launch.
 
 None of the shipped sizes has run on a GPU yet: they come from the compiler's report (``python -m popsd_kernels.aot``).
 """
@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-import triton
 
 from popsd_kernels import primitives
 
 INTERPRETED = bool(primitives.INTERPRETED.value)
 """Whether this process runs kernels in Triton's interpreter: fixed by TRITON_INTERPRET when they were decorated."""
 
-AUTOTUNE_VARIABLE = "POPSD_KERNELS_AUTOTUNE"
 PORTABLE_VARIABLE = "POPSD_KERNELS_PORTABLE"
 MAX_VOCABULARY = 2**31 - 2**16
 """Column offsets are 32-bit; only row offsets are 64-bit."""
@@ -63,14 +61,6 @@ TABLES: Mapping[str, Mapping[str, LaunchConfig]] = {
     "gfx942": _WAVE64,
 }
 """Shipped configurations: architecture -> kernel -> sizes. An unlisted device takes the nearest older entry."""
-
-CANDIDATES = tuple(
-    LaunchConfig(block, vec, warps)
-    for block, vec, warps in (
-        (512, 4, 4), (1024, 4, 4), (1024, 4, 8), (2048, 4, 8), (2048, 8, 8), (4096, 4, 8), (4096, 8, 16)
-    )
-)  # fmt: skip
-"""What autotuning tries; set POPSD_KERNELS_AUTOTUNE=1 to try them once per kernel, device, dtype and vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -129,29 +119,8 @@ def too_few_rows(rows: int, bytes_swept: int, bytes_split: int, device: torch.de
 
 
 def shipped_config(kernel: str, device: torch.device) -> LaunchConfig:
+    """Sizes of ``kernel``, a row of TABLES, on ``device``. Launchers call it through this module."""
     return TABLES[_cached_architecture(device)][kernel]
-
-
-_tuned: dict[tuple[Any, ...], LaunchConfig] = {}
-
-
-def choose_config(
-    kernel: str, device: torch.device, key: tuple[Any, ...], rehearsal: Callable[[LaunchConfig], Launch]
-) -> LaunchConfig:
-    """The shipped sizes, or under POPSD_KERNELS_AUTOTUNE=1 the fastest of CANDIDATES, measured once per ``key``.
-
-    ``rehearsal`` builds a launch whose outputs are scratch: the real call may write in place and cannot be repeated.
-    """
-    if INTERPRETED or not _flag(AUTOTUNE_VARIABLE):
-        return shipped_config(kernel, device)
-    key = (kernel, device, *key)
-    if key not in _tuned:
-        timings = {}
-        for config in CANDIDATES:
-            launch = rehearsal(config)
-            timings[config] = triton.testing.do_bench(lambda launch=launch: launch.run(device), return_mode="median")
-        _tuned[key] = min(timings, key=timings.__getitem__)
-    return _tuned[key]
 
 
 def check_rows(

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from popsd_kernels import launch
 from popsd_kernels.divergence import FORWARD, divergence_mode
 from popsd_kernels.entries import row_entries, row_scalars
 from popsd_kernels.launch import (
@@ -24,12 +25,19 @@ from popsd_kernels.launch import (
     check_no_reinterpretation,
     check_rows,
     check_vector,
-    choose_config,
     fast_instructions,
     result_rows,
 )
 from popsd_kernels.logits import logit_stream, projection_stream, target_stream
-from popsd_kernels.loss_rows import Gradient, accumulate, finish_row, store_block, store_gradient, zero_sums
+from popsd_kernels.loss_rows import (
+    Gradient,
+    accumulate,
+    finish_row,
+    load_token_logit,
+    store_block,
+    store_gradient,
+    zero_sums,
+)
 from popsd_kernels.options import RowLoss, RowOptions, RowStatistics
 
 
@@ -56,8 +64,10 @@ def row_loss_gradient(
     gradient: None (no gradient work), or [C, V] of any of the three dtypes, every entry of which is overwritten: times
         row_scale, through temperature, scale and soft cap, 0 where token_clip capped. It may take the difference
         logits' memory as another dtype (they are no longer read), but not the student's or target's unless the element
-        size and the row stride are the same.
-    Returns nine [C] float32 tensors in nats. ``argmax_agreement`` is up to float32 rounding of the two largest logits.
+        size and the row stride are the same; ``token_logprob`` is then still the student's.
+    Returns nine [C] float32 tensors in nats. ``argmax_agreement`` is up to float32 rounding of the two largest logits. A NaN in
+    a row makes its divergence, whatever follows from the stream that holds it, and its gradient NaN, clips or not; shares and
+    flags (clip_fraction, token_clipped, argmax_agreement) count comparisons, which no NaN passes. Other rows are unmoved.
     Raises ValueError, TypeError or RuntimeError before any launch.
     """
     check_matrix_shape("row_loss_gradient", "student", student)
@@ -74,21 +84,11 @@ def row_loss_gradient(
     out = result_rows(len(RowLoss._fields), rows, device)
     if rows == 0:
         return RowLoss(*out)
-    rest = (student_bias, target_bias, options, purified, token_ids, row_scale)
-    fast = fast_instructions(device)
-    config = choose_config(
-        table_key(options),
-        device,
-        (
-            vocabulary, student.dtype, target.dtype, gradient is None, divergence_mode(options.beta),
-            options.entry_clip is None, options.token_clip is None,
-        ),
-        lambda trial: plan(
-            student, target, statistics, *rest, None if gradient is None else torch.empty_like(gradient),
-            out, trial, fast,
-        ),
-    )  # fmt: skip
-    plan(student, target, statistics, *rest, gradient, out, config, fast).run(device)
+    config, fast = launch.shipped_config(table_key(options), device), fast_instructions(device)
+    plan(
+        student, target, statistics, student_bias, target_bias, options, purified, token_ids, row_scale, gradient,
+        out, config, fast,
+    ).run(device)  # fmt: skip
     return RowLoss(*out)
 
 
@@ -175,9 +175,17 @@ def row_loss_gradient_kernel(
         row_scale = tl.load(row_scale_ptr + row)
     unclipped: tl.constexpr = entry_clip is None and token_clip is None
     one_read: tl.constexpr = MODE == FORWARD and not RELATIVE and unclipped and gradient is not None
+    width: tl.constexpr = (
+        None if one_read else VEC
+    )  # one_read has no instructions left for it: 21.9 become 22.9 per entry
+    unroll: tl.constexpr = 1 if MODE == FORWARD or entry_clip is not None else 2  # more spills
+    token_logit = None
+    if one_read and token_ids_ptr is not None:  # the gradient, stored from here on, may lie over the student's rows
+        token_logit = load_token_logit(student, token_ids_ptr, row, V, FAST)
+        tl.debug_barrier()
     sums = zero_sums(BLOCK // VEC)
     full: tl.constexpr = V // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
+    for start in tl.range(0, full, BLOCK, loop_unroll_factor=unroll):
         columns = start + tl.arange(0, BLOCK)
         entries = row_entries(student, target, scalars, row, columns, V, False, FAST, MODE != FORWARD, RELATIVE)
         sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST, RELATIVE)
@@ -195,25 +203,25 @@ def row_loss_gradient_kernel(
             )  # fmt: skip
     slope_sum, row_scale = finish_row(
         sums, student, scalars, token_ids_ptr, out_ptr, out_row_stride, row, row_scale, beta, entry_clip, token_clip,
-        V, MODE, FAST, RELATIVE,
+        V, MODE, FAST, RELATIVE, token_logit,
     )  # fmt: skip
     if gradient is not None:
+        tl.debug_barrier()  # other threads may still store this row's own gradient, or read the token's logit from under it
         if row_scale == 0.0:
-            tl.debug_barrier()  # zeros must land after this row's own gradient, which other threads may have stored
             for start in range(0, V, BLOCK):
-                store_block(gradient, row, start + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32), V, True)
+                store_block(gradient, row, start + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32), V, True, width)
         elif not one_read:
-            for start in range(0, full, BLOCK):
+            for start in tl.range(0, full, BLOCK, loop_unroll_factor=2):
                 columns = start + tl.arange(0, BLOCK)
                 entries = row_entries(student, target, scalars, row, columns, V, False, FAST, MODE != FORWARD, RELATIVE)
                 store_gradient(
                     gradient, student, entries, slope_sum, row_scale, beta, entry_clip, row, columns,
-                    V, MODE, False, FAST,
+                    V, MODE, False, FAST, width,
                 )  # fmt: skip
             if full < V:
                 columns = full + tl.arange(0, BLOCK)
                 entries = row_entries(student, target, scalars, row, columns, V, True, FAST, MODE != FORWARD, RELATIVE)
                 store_gradient(
                     gradient, student, entries, slope_sum, row_scale, beta, entry_clip, row, columns,
-                    V, MODE, True, FAST,
+                    V, MODE, True, FAST, width,
                 )  # fmt: skip

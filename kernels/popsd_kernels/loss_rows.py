@@ -74,7 +74,7 @@ def accumulate(
         limit = tl.cast(entry_clip, tl.float32)
         f = combine(student_kl, target_kl, beta, MODE) * LN2
         a, r = slope_factors(p, q, entries.t, beta, f > limit, MODE, FAST)
-        clipped_divergence += lane_sum(tl.minimum(f, limit), VEC)
+        clipped_divergence += lane_sum(tl.minimum(f, limit, propagate_nan=tl.PropagateNan.ALL), VEC)
         capped_count += lane_sum((f > limit).to(tl.float32), VEC)
         slope += lane_sum(a * r, VEC)
     elif difference is not None:
@@ -108,8 +108,15 @@ def finish_row(
     MODE: tl.constexpr,
     FAST: tl.constexpr,
     RELATIVE: tl.constexpr = False,
+    token_logit=None,
 ):
-    """Stores the row's nine results; returns (sum of slopes, row_scale or 0 where token_clip capped)."""
+    """Stores the row's nine results; returns (sum of slopes, row_scale or 0 where token_clip capped).
+
+    With ``token_ids_ptr`` every thread reads the sampled token's logit here, unless ``token_logit`` is given. A caller whose
+    gradient may lie over the student's rows has stored none of it yet, and stores some only after a barrier; one that
+    stores it before gives the `token_logit` that it loaded before that, with a barrier between the two. A launch in which
+    another program may store this row's gradient can do neither, and must not have it there.
+    """
     student_kl, target_kl = tl.sum(sums.student_kl, axis=0) * LN2, tl.sum(sums.target_kl, axis=0) * LN2
     student_entropy, target_entropy = tl.sum(sums.student_entropy, axis=0), tl.sum(sums.target_entropy, axis=0)
     if MODE == FORWARD:
@@ -142,12 +149,9 @@ def finish_row(
     agreement = tl.max(sums.top, axis=0) >= -log2sums - rounding
     token_logprob = float("nan")
     if token_ids_ptr is not None:
-        token = tl.load(token_ids_ptr + row)
-        known = (token >= 0) & (token < V)
-        logit = load_logit(student, row, tl.where(known, token, 0), V, False, FAST)
-        logit = tl.maximum(logit, LOGIT_FLOOR, propagate_nan=tl.PropagateNan.ALL)
-        log_p = (logit - scalars.student_max) - scalars.student_log2sum * LN2
-        token_logprob = tl.where(known, log_p, float("nan"))
+        if token_logit is None:
+            token_logit = load_token_logit(student, token_ids_ptr, row, V, FAST)
+        token_logprob = (token_logit - scalars.student_max) - scalars.student_log2sum * LN2
     out_ptr += row
     tl.store(out_ptr, divergence)
     tl.store(out_ptr + out_row_stride, student_kl)
@@ -159,6 +163,15 @@ def finish_row(
     tl.store(out_ptr + 7 * out_row_stride, agreement.to(tl.float32))
     tl.store(out_ptr + 8 * out_row_stride, token_logprob)
     return slope_sum, row_scale
+
+
+@triton.jit
+def load_token_logit(student, token_ids_ptr, row, V: tl.constexpr, FAST: tl.constexpr):
+    """The sampled token's floored logit, NaN where the id is outside the vocabulary."""
+    token = tl.load(token_ids_ptr + row)
+    known = (token >= 0) & (token < V)
+    logit = load_logit(student, row, tl.where(known, token, 0), V, False, FAST)
+    return tl.where(known, tl.maximum(logit, LOGIT_FLOOR, propagate_nan=tl.PropagateNan.ALL), float("nan"))
 
 
 @triton.jit
@@ -176,10 +189,11 @@ def store_gradient(
     MODE: tl.constexpr,
     MASKED: tl.constexpr,
     FAST: tl.constexpr,
+    WIDTH: tl.constexpr = None,
 ):
     """d loss / d raw projection of a block."""
     g = projection_gradient(student, entries, slope_sum, row_scale, beta, entry_clip, MODE, FAST)
-    store_block(gradient, row, columns, g, V, MASKED)
+    store_block(gradient, row, columns, g, V, MASKED, WIDTH)
 
 
 @triton.jit
@@ -196,8 +210,12 @@ def projection_gradient(
 
 
 @triton.jit
-def store_block(gradient, row, columns, g, V: tl.constexpr, MASKED: tl.constexpr):
+def store_block(gradient, row, columns, g, V: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr = None):
+    """WIDTH: entries that a thread stores at once. Where 16 bytes hold eight of bfloat16, its float32 loads would be two at a
+    stride of 32 bytes, each of which touches half of every sector."""
     pointers = gradient.ptr + row.to(tl.int64) * gradient.row_stride + columns
+    if WIDTH is not None:
+        pointers = tl.max_contiguous(pointers, WIDTH)
     if MASKED:
         tl.store(pointers, g.to(gradient.ptr.dtype.element_ty), mask=columns < V)
     else:

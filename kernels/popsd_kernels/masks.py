@@ -9,11 +9,13 @@ option for that. 4 bytes per entry of each stream that has a threshold to find, 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from popsd_kernels import launch
 from popsd_kernels.launch import (
     FLOATING,
     Launch,
@@ -22,13 +24,12 @@ from popsd_kernels.launch import (
     check_matrix_shape,
     check_rows,
     check_vector,
-    choose_config,
     fast_instructions,
     result_rows,
 )
-from popsd_kernels.logits import floor_logit, load_entries, load_logit, projection_stream
+from popsd_kernels.logits import floor_logit, load_logit, projection_stream
 from popsd_kernels.options import RowOptions
-from popsd_kernels.primitives import NOTHING, lane_max, lse_finish, lse_fold
+from popsd_kernels.primitives import LOGIT_FLOOR, NOTHING, lane_max, lse_finish, lse_fold
 
 Streams = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
@@ -63,10 +64,8 @@ def entry_thresholds(
     out = result_rows(3, given.shape[0], given.device).fill_(-torch.inf)
     if given.shape[0]:
         floors = tuple(None if x is None else math.log(x) for x in (plausibility, tail_floor))
-        arguments, fast = ((base, teacher, reference), bias, options, floors, out), fast_instructions(given.device)
-        key = ("thresholds", given.shape[1], given.dtype, base is None, tail_floor is None)
-        config = choose_config("masks", given.device, key, lambda trial: plan_thresholds(*arguments, trial, fast))
-        plan_thresholds(*arguments, config, fast).run(given.device)
+        config, fast = launch.shipped_config("masks", given.device), fast_instructions(given.device)
+        plan_thresholds((base, teacher, reference), bias, options, floors, out, config, fast).run(given.device)
     return out
 
 
@@ -97,12 +96,10 @@ def mask_entries(
     if (reference is None) != (tail_reach is None):
         raise ValueError(f"{name}: reference and tail_reach must be given together, got tail_reach={tail_reach}")
     if delta.shape[0]:
-        rest, fast = (offset, thresholds, base, reference, bias, options, tail_reach), fast_instructions(delta.device)
-        key = ("masks", delta.shape[1], base is None, reference is None)
-        config = choose_config(
-            "masks", delta.device, key, lambda trial: plan_masks(torch.empty_like(delta), *rest, trial, fast)
-        )
-        plan_masks(delta, *rest, config, fast).run(delta.device)
+        config, fast = launch.shipped_config("masks", delta.device), fast_instructions(delta.device)
+        plan_masks(
+            delta, offset, thresholds, base, reference, bias, options, tail_reach, config, fast
+        ).run(delta.device)  # fmt: skip
 
 
 def _checked(
@@ -189,6 +186,14 @@ def _stream(tensor: torch.Tensor | None, bias: torch.Tensor | None, options: Row
     return None if tensor is None else projection_stream(tensor, bias, options.target, float(options.inv_temperature))
 
 
+class Thresholds(NamedTuple):
+    """Of a row, as `entry_thresholds` has them."""
+
+    implausible: Any
+    faint_teacher: Any
+    faint_reference: Any
+
+
 @triton.jit(do_not_specialize=["out_row_stride"])
 def entry_thresholds_kernel(
     base,
@@ -206,12 +211,8 @@ def entry_thresholds_kernel(
     """One program per token."""
     row = tl.program_id(0)
     if plausibility is not None:  # not `base`: Triton 3.6 cannot compare with None a tuple that holds one
-        top = tl.full([BLOCK // VEC], float("-inf"), tl.float32)
-        for start in range(0, V, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            z = floor_logit(load_logit(base, row, columns, V, True, FAST), columns, V, True)
-            top = tl.maximum(top, lane_max(z, VEC))
-        tl.store(out_ptr + row, tl.max(top, axis=0) + tl.cast(plausibility, tl.float32))
+        highest = _highest(base, row, V, BLOCK, VEC, FAST)
+        tl.store(out_ptr + row, highest + tl.cast(plausibility, tl.float32))
     if tail is not None:
         floor = tl.cast(tail, tl.float32)
         tl.store(out_ptr + out_row_stride + row, _log_sum(teacher, row, V, BLOCK, VEC, FAST) + floor)
@@ -219,11 +220,29 @@ def entry_thresholds_kernel(
 
 
 @triton.jit
+def _highest(stream, row, V: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, FAST: tl.constexpr):
+    """The largest logit of a row, LOGIT_FLOOR where no entry is possible. Full blocks run unmasked, as in the sweeps."""
+    top, full = tl.full([BLOCK // VEC], LOGIT_FLOOR, tl.float32), V // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        z = load_logit(stream, row, start + tl.arange(0, BLOCK), V, False, FAST)
+        top = tl.maximum(top, lane_max(z, VEC))
+    if full < V:
+        columns = full + tl.arange(0, BLOCK)
+        z = tl.where(columns < V, load_logit(stream, row, columns, V, True, FAST), LOGIT_FLOOR)
+        top = tl.maximum(top, lane_max(z, VEC))
+    return tl.max(top, axis=0)
+
+
+@triton.jit
 def _log_sum(stream, row, V: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, FAST: tl.constexpr):
     """The log-normaliser of a row."""
     top, total = tl.full([BLOCK // VEC], NOTHING, tl.float32), tl.zeros([BLOCK // VEC], tl.float32)
-    for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+    full = V // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        z = load_logit(stream, row, start + tl.arange(0, BLOCK), V, False, FAST)
+        top, total = lse_fold(z, top, total, VEC)
+    if full < V:
+        columns = full + tl.arange(0, BLOCK)
         z = tl.where(columns < V, load_logit(stream, row, columns, V, True, FAST), float("-inf"))
         top, total = lse_fold(z, top, total, VEC)
     row_max, logsum = lse_finish(top, total, V)
@@ -246,22 +265,56 @@ def mask_entries_kernel(
     BLOCK: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """One program per token."""
-    row = tl.program_id(0)
+    """One program per token. Full blocks run unmasked; a vocabulary that BLOCK does not divide has one masked tail."""
+    row, full = tl.program_id(0), V // BLOCK * BLOCK
     gain = tl.cast(gain, tl.float32)
+    delta_ptr += row.to(tl.int64) * delta_row_stride
     still, threshold_ptr = tl.load(offset_ptr + row) / gain, threshold_ptr + row
-    implausible = tl.load(threshold_ptr)
-    faint_teacher = tl.load(threshold_ptr + threshold_row_stride)
-    faint_reference = tl.load(threshold_ptr + 2 * threshold_row_stride)
-    for start in range(0, V, BLOCK):
+    thresholds = Thresholds(
+        tl.load(threshold_ptr),
+        tl.load(threshold_ptr + threshold_row_stride),
+        tl.load(threshold_ptr + 2 * threshold_row_stride),
+    )
+    for start in range(0, full, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        delta = load_entries(delta_ptr, row, delta_row_stride, columns, V, True)
-        if reach is not None:
-            r = floor_logit(load_logit(reference, row, columns, V, True, FAST), columns, V, True)
-            faint = (r < faint_reference) & (r + gain * delta < faint_teacher)
-            far = tl.cast(reach, tl.float32) / gain
-            delta = tl.where(faint, tl.minimum(tl.maximum(delta, still - far), still + far), delta)
-        if PLAUSIBLE:
-            b = floor_logit(load_logit(base, row, columns, V, True, FAST), columns, V, True)
-            delta = tl.where(b < implausible, still, delta)
-        tl.store(delta_ptr + row.to(tl.int64) * delta_row_stride + columns, delta, mask=columns < V)
+        delta = _masked(
+            tl.load(delta_ptr + columns), thresholds, base, reference, still, gain, reach, row, columns,
+            PLAUSIBLE, V, False, FAST,
+        )  # fmt: skip
+        tl.store(delta_ptr + columns, delta)
+    if full < V:
+        columns = full + tl.arange(0, BLOCK)
+        delta = _masked(
+            tl.load(delta_ptr + columns, mask=columns < V, other=0.0), thresholds, base, reference, still, gain, reach,
+            row, columns, PLAUSIBLE, V, True, FAST,
+        )  # fmt: skip
+        tl.store(delta_ptr + columns, delta, mask=columns < V)
+
+
+@triton.jit
+def _masked(
+    delta,
+    thresholds,
+    base,
+    reference,
+    still,
+    gain,
+    reach,
+    row,
+    columns,
+    PLAUSIBLE: tl.constexpr,
+    V: tl.constexpr,
+    MASKED: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """A block of differences after the masks. No comparison holds for a NaN, so one stays, be it delta's or a stream's."""
+    if reach is not None:
+        r = floor_logit(load_logit(reference, row, columns, V, MASKED, FAST), columns, V, MASKED)
+        faint = (r < thresholds.faint_reference) & (r + gain * delta < thresholds.faint_teacher)
+        far = tl.cast(reach, tl.float32) / gain
+        near = tl.clamp(delta, still - far, still + far, propagate_nan=tl.PropagateNan.ALL)
+        delta = tl.where(faint, near, delta)
+    if PLAUSIBLE:
+        b = floor_logit(load_logit(base, row, columns, V, MASKED, FAST), columns, V, MASKED)
+        delta = tl.where((b < thresholds.implausible) & (delta == delta), still, delta)
+    return delta

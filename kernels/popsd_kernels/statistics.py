@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from popsd_kernels import launch
 from popsd_kernels.launch import (
     FLOATING,
     Launch,
@@ -21,7 +22,6 @@ from popsd_kernels.launch import (
     check_no_reinterpretation,
     check_rows,
     check_vector,
-    choose_config,
     fast_instructions,
     result_rows,
 )
@@ -77,16 +77,8 @@ def row_statistics(
     if rows == 0:
         return RowStatistics(*out)
     tensors = (student, target, delta, delta_offset, student_bias, target_bias)
-    fast = fast_instructions(device)
-    config = choose_config(
-        "statistics",
-        device,
-        (vocabulary, student.dtype, target.dtype, None if delta is None else delta.dtype, options.pmi_clip is None),
-        lambda trial: plan(
-            *tensors, options, None if target_out is None else torch.empty_like(target_out), out, trial, fast
-        ),
-    )
-    plan(*tensors, options, target_out, out, config, fast).run(device)
+    config = launch.shipped_config("statistics", device)
+    plan(*tensors, options, target_out, out, config, fast_instructions(device)).run(device)
     return RowStatistics(*out)
 
 
