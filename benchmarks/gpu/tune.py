@@ -110,9 +110,9 @@ def sweeps(vocab: int, rows: int = 1024) -> Iterator[Line]:
         for config in SINGLE_READ:
 
             def run(config: LaunchConfig = config, options: RowOptions = options) -> None:
-                scratch = single_read.scratch_for(student, config)
-                tensors = (student, base, delta, offset, None, None, gradient, both)
-                single_read.plan(*tensors, scratch, options, config, fast, 0).run(DEVICE)
+                partials = single_read.partials_for(student, config)
+                tensors = (student, base, delta, offset, None, None, gradient, both, partials)
+                single_read.launch(single_read.SliceCall(*tensors, options, config, fast), DEVICE)
 
             time = milliseconds(run, 100)
             yield f"single_read beta {beta} {config}", {"ms": time, "gb_per_s": rows * vocab * 14 / time / 1e6}
