@@ -35,6 +35,7 @@ def _import_interpreted() -> None:
                     setattr(module, name, InterpretedFunction(member.fn))
         import popsd_kernels.decomposition
         import popsd_kernels.difference
+        import popsd_kernels.few_rows
         import popsd_kernels.loss_gradient
         import popsd_kernels.masks
         import popsd_kernels.single_read

@@ -20,7 +20,7 @@ from kernel_helpers import (  # first: switches the interpreter on
 import popsd
 from popsd import oracle
 from popsd.tiling import sweep_bytes
-from popsd_kernels import LogitTransform, RowOptions, launch, row_single_read, row_split_sweeps, single_read
+from popsd_kernels import LogitTransform, RowOptions, few_rows, launch, row_single_read, row_split_sweeps
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -33,7 +33,7 @@ HARD = RowOptions(
 
 @pytest.fixture(autouse=True)
 def slices(monkeypatch):
-    monkeypatch.setattr(single_read, "shipped_config", launch.shipped_config)
+    monkeypatch.setattr(few_rows, "shipped_config", launch.shipped_config)
 
 
 def _streams(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,7 +74,8 @@ def test_matches_the_oracle(options, purified, beta, vocabulary):
     assert relative_error(gradient.view, expected.gradient) < 2e-5
     assert (gradient.view[2] == 0).all()
     bare = row_split_sweeps(student, base, delta, offset, **common)
-    assert all(torch.equal(a, b) for a, b in zip(bare[:-1], found[:-1], strict=True)), "the gradient changes no result"
+    for a, b in zip(bare[:-1], found[:-1], strict=True):  # another kernel to the compiler: the same to rounding
+        torch.testing.assert_close(a, b, **close, msg="the gradient changes no result")
 
 
 def test_impossible_entries_and_a_masked_row_of_nan():
@@ -98,12 +99,15 @@ def test_impossible_entries_and_a_masked_row_of_nan():
     assert (gradient.view[0, 128:140] == 0).all() and (gradient.view[1] == 0).all()
 
 
-def test_the_gradient_may_take_the_targets_place():
-    student, base, delta = _streams(300)
-    expected, place = torch.empty(3, 300), base.clone()
-    for target, gradient in ((base, expected), (place, place)):
-        row_split_sweeps(student, target, delta, delta.mean(1), options=PLAIN, gradient=gradient)
-    assert torch.equal(place, expected)
+@pytest.mark.parametrize("stream", [1, 2])
+def test_the_gradient_may_take_the_place_of_target_or_difference(stream):
+    streams, expected, ids = list(_streams(300)), torch.empty(3, 300), torch.tensor([3, -1, 7])
+    arguments = {"delta_offset": streams[2].mean(1), "options": PLAIN, "token_ids": ids}
+    separate = row_split_sweeps(*streams, **arguments, gradient=expected)
+    place = streams[stream] = streams[stream].clone()
+    in_place = row_split_sweeps(*streams, **arguments, gradient=place)
+    assert relative_error(place, expected) < 1e-6
+    torch.testing.assert_close(in_place.token_logprob, separate.token_logprob, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_it_is_chosen_where_a_gpu_would_idle(monkeypatch):
@@ -116,8 +120,8 @@ def test_it_is_chosen_where_a_gpu_would_idle(monkeypatch):
 @pytest.mark.parametrize("two", [True, False])
 def test_the_tile_loop_uses_it(two, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    calls, original = [], single_read.row_split_sweeps
-    monkeypatch.setattr(single_read, "row_split_sweeps", lambda *a, **k: calls.append(1) or original(*a, **k))
+    calls, original = [], few_rows.row_split_sweeps
+    monkeypatch.setattr(few_rows, "row_split_sweeps", lambda *a, **k: calls.append(1) or original(*a, **k))
     logits = _streams(150)
     leaves = [logits[0].clone().requires_grad_() for _ in range(2)]
     results = []

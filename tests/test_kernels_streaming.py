@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernel_helpers import (  # first: switches the interpreter on
     DTYPES,
+    EPSILON,
     Expected,
     Guarded,
     oracle_rows,
@@ -197,6 +198,25 @@ def test_row_scale_zero_contributes_nothing_even_for_nan(options):
     assert relative_error(dbias, gradient.sum(0)) < 5e-5
 
 
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("clips", [(None, None), (0.05, None), (None, 1.0)])
+@pytest.mark.parametrize("stream", ["student", "target", "delta"])
+def test_a_nan_stays_in_its_row(stream, clips, beta):
+    """NaN loss and gradient there, finite ones beside it. Entry clip and JSD need the divergence to keep it (minima)."""
+    problem = Problem(4)
+    options = replace(PLAIN, beta=beta, entry_clip=clips[0], token_clip=clips[1])
+    arguments, clean = problem.arguments(options), torch.empty(4, WIDTH)
+    expected = stream_divergence(**arguments, dhidden=clean)
+    arguments[stream] = arguments[stream].clone()
+    arguments[stream][1, 0] = float("nan")
+    dhidden = poisoned(4, WIDTH)
+    found = stream_divergence(**arguments, dhidden=dhidden.view)
+    rest = torch.tensor([0, 2, 3])
+    assert found.divergence[1].isnan() and dhidden.view[1].isnan().all()
+    torch.testing.assert_close(found.divergence[rest], expected.divergence[rest], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dhidden.view[rest], clean[rest], rtol=1e-4, atol=1e-5)
+
+
 def test_minus_infinity_in_a_bias_removes_the_entry():
     problem, keep = Problem(bias=torch.float32), torch.arange(100) % 3 != 0
     for bias in problem.biases:
@@ -234,8 +254,10 @@ def test_outputs_may_be_had_one_by_one_and_in_16_bits():
     stream_divergence(**arguments, dhidden=narrow)
     stream_divergence(**arguments, dweight=alone[0])
     stream_divergence(**arguments, dbias=alone[1])
-    assert torch.equal(narrow, dhidden.bfloat16())
-    assert torch.equal(alone[0], dweight) and torch.equal(alone[1], dbias)
+    # to rounding: nothing promises that another call's matrix products add up in the same order
+    torch.testing.assert_close(narrow.float(), dhidden, rtol=EPSILON[torch.bfloat16], atol=1e-6)
+    for found, expected in zip(alone, (dweight, dbias), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
@@ -257,29 +279,6 @@ def test_results_do_not_depend_on_how_the_work_is_cut(beta, monkeypatch):
     whole = run()
     for a, b in zip((*first[0], *first[1:]), (*whole[0], *whole[1:]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("beta", "dtype"), [(0.0, torch.float32), (0.3, torch.bfloat16), (1.0, torch.float32)])
-def test_skip_below(beta, dtype):
-    """Dropped tiles cost at most their own entries; a threshold that no tile misses changes nothing.
-
-    A confident model: most of the vocabulary has next to no probability.
-    """
-    problem = Problem(17, 128, dtype)
-    problem.student_weight[64:] *= 0.1  # the second tile of the vocabulary lies far below the peaks of the first
-    options = replace(PLAIN, beta=beta)
-    runs = {}
-    for threshold in (None, 1e-30, 3e-3):
-        dhidden, dweight = torch.empty(17, WIDTH), torch.zeros(128, WIDTH)
-        stream_divergence(**problem.arguments(options), dhidden=dhidden, dweight=dweight, skip_below=threshold)
-        runs[threshold] = dhidden, dweight
-    for exact, kept in zip(runs[None], runs[1e-30], strict=True):
-        assert relative_error(kept, exact) < 1e-6
-    errors = [relative_error(x, exact) for x, exact in zip(runs[3e-3], runs[None], strict=True)]
-    dropped = (runs[3e-3][1][64:] == 0).all(1).float().mean()
-    assert dropped > 0.4 and all(0 < error < 0.1 for error in errors), (dropped, errors)
-    worst = (runs[3e-3][0] - runs[None][0]).abs().max()
-    assert worst < 3e-3 * problem.student_weight.float().abs().sum(0).max()
 
 
 def test_three_token_tiles():
@@ -321,7 +320,7 @@ for rows, first, last, span, number in ((64, 0, 16, 4, 0.5), (63, 1, 7, 3, 0.3),
     partial = torch.empty(5, 9, pitch, device=meta)[:, :, :rows]
     gradient = torch.empty(pitch + 16, 1024, dtype=torch.bfloat16, device=meta)
     scaling = streaming_fold.Scaling(*result_rows(2, rows, meta))
-    strip = streaming_fold.Strip(gradient, 1024, None, None, None)
+    strip = streaming_fold.Strip(gradient, 1024)
     statistics = RowStatistics(*result_rows(4, rows, meta))
     for planned in (
         call.statistics(config, extent, partial),
@@ -370,7 +369,6 @@ def test_tile_spans():
         ({"dhidden": torch.zeros(2, 9)}, ValueError, r"dhidden must have shape \[2, 8\]"),
         ({"dweight": torch.zeros(5, 8, dtype=torch.bfloat16)}, TypeError, "dweight must be torch.float32"),
         ({"dbias": torch.zeros(4)}, ValueError, r"dbias must have shape \[5\]"),
-        ({"skip_below": 0.0}, ValueError, "skip_below must be None"),
     ],
 )
 def test_refusals(changes, error, message):

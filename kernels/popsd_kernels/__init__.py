@@ -32,7 +32,7 @@ _LAUNCHERS = {
     "row_loss_gradient": "popsd_kernels.loss_gradient",
     "row_moments": "popsd_kernels.decomposition",
     "row_single_read": "popsd_kernels.single_read",
-    "row_split_sweeps": "popsd_kernels.single_read",
+    "row_split_sweeps": "popsd_kernels.few_rows",
     "stream_divergence": "popsd_kernels.streaming",
 }
 

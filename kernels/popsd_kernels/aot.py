@@ -26,9 +26,11 @@ from triton.backends.compiler import GPUTarget
 from popsd_kernels import (
     decomposition,
     difference,
+    few_rows,
     launch,
     loss_gradient,
     masks,
+    row_slices,
     single_read,
     statistics,
     streaming_aot,
@@ -102,11 +104,17 @@ class Case:
             )  # fmt: skip
         if self.kernel == "single_read":
             delta, offset = (rectangle(torch.float32), vector) if self.composed else (None, None)
-            return single_read.plan(
+            call = row_slices.SliceCall(
                 student, target, delta, offset, vector.long(), vector,
                 None if self.gradient is None else rectangle(self.gradient), launch.result_rows(13, rows, meta),
-                single_read.scratch_for(student, config), self.options, config, fast, self.phase, bias, bias,
+                row_slices.partials_for(student, config), self.options, config, fast, bias, bias,
             )  # fmt: skip
+            if self.phase:
+                return few_rows.plan(call, self.phase)
+            counters = torch.empty(rows, 2, dtype=torch.int32, device=meta)
+            return single_read.plan(
+                call, counters, 1, single_read.register_bound(self.options, config) if fast else None
+            )
         if self.kernel == "moments":
             own, delta = (None, rectangle(torch.float32)) if self.composed else (target, None)
             return decomposition.plan(
@@ -165,7 +173,9 @@ def shipped_cases() -> list[AnyCase]:
         Case("loss_gradient", "forward KL, both clips", 8, replace(CLIPPED, beta=0.0)),
         Case("loss_gradient", "reverse KL, both clips, float32", 8, replace(CLIPPED, beta=1.0), gradient=torch.float32),
         Case("single_read", "JSD", 12, PLAIN),
-        Case("single_read", "forward KL, both clips, softcap", 12, replace(SOFTCAP, beta=0.0, entry_clip=0.05)),
+        Case("single_read", "forward KL", 12, forward),
+        Case("single_read", "reverse KL", 12, reverse),
+        Case("single_read", "forward KL, both clips, softcap", 12, replace(SOFTCAP, beta=0.0, entry_clip=0.05, token_clip=1.0)),
         *(Case("single_read", f"split, JSD, launch {phase}", 12, PLAIN, phase=phase) for phase in (1, 2, 3)),
         *(Case("single_read", f"split, two, both clips, bias, launch {phase}", 12, replace(CLIPPED, student=CAPPED),
                torch.bfloat16, ODD_VOCABULARY, False, True, phase=phase) for phase in (1, 2, 3)),

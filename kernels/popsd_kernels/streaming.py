@@ -35,8 +35,7 @@ from popsd_kernels.launch import FLOATING, MAX_VOCABULARY, check_device, check_n
 from popsd_kernels.options import RowLoss, RowOptions, RowStatistics
 from popsd_kernels.streaming_fold import SUMS, Scaling, Strip
 from popsd_kernels.streaming_plan import Call, Shape, TileConfig, make_streams, parts, tile_span
-from popsd_kernels.streaming_products import add_product
-from popsd_kernels.streaming_tiles import LANES, QUARTERS, Extent
+from popsd_kernels.streaming_tiles import LANES, Extent
 
 STRIP_BYTES = 64 * 2**20
 MIN_STRIP = 1024
@@ -75,7 +74,6 @@ def stream_divergence(
     dhidden: torch.Tensor | None = None,
     dweight: torch.Tensor | None = None,
     dbias: torch.Tensor | None = None,
-    skip_below: float | None = None,
 ) -> RowLoss:
     """Per-token divergence (Eq. 12-18) from hidden states, and its gradients, without logits in memory.
 
@@ -92,9 +90,6 @@ def stream_divergence(
         gradients; where it is 0 the token contributes exactly nothing, whatever its rows hold.
     dhidden: [N, D], overwritten; in another dtype than float32 it costs a float32 buffer of its size, since the strips
         add up in float32. dweight [V, D] and dbias [V], float32, are added to. None: not wanted.
-    skip_below: None, exact. Otherwise a tile of the gradient (times row_scale) with no entry of that magnitude is left
-        out of dhidden and dweight, and the multiplications with it are not done: an error of at most ``skip_below``
-        per dropped entry, which the rounding to 16 bits does not hide. It saves part of 1 G of 10 (2 G of 11).
     Returns nine [N] float32 tensors in nats. The same inputs on the same device give the same bits. Gradients of 16-bit
     operands are rounded to their dtype before the last product. Raises ValueError, TypeError or RuntimeError before any
     launch. Not yet run on a GPU.
@@ -106,7 +101,7 @@ def stream_divergence(
         row_scale,
     )  # fmt: skip
     read = (student, target, delta, student_weight, frozen_weight)
-    _check_outputs(outputs, student, student_weight.shape[0], read, skip_below)
+    _check_outputs(outputs, student, student_weight.shape[0], read)
     results = result_rows(len(RowLoss._fields), rows, device)
     if rows == 0:
         return RowLoss(*results)
@@ -123,7 +118,7 @@ def stream_divergence(
     one_pass = divergence_mode(options.beta) == FORWARD.value and options.entry_clip is None is options.token_clip
     one_pass = one_pass and outputs.wanted
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        backward = _Backward(call, student, student_weight, row_scale, outputs, skip_below)
+        backward = _Backward(call, student, student_weight, row_scale, outputs)
         statistics = _statistics(call, device)
         scaling = Scaling(*result_rows(2, rows, device))
         if one_pass:
@@ -138,6 +133,14 @@ def stream_divergence(
         if outputs.wanted and not one_pass:
             backward.run(backward.strips("strip"), statistics, scaling)
     return RowLoss(*results)
+
+
+def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """out [I, D] float32 += a [I, K] . b [K, D], accumulated in float32 whatever the operands' common dtype."""
+    if out.device.type == "cuda" and a.dtype != torch.float32:
+        torch.addmm(out, a, b, out=out, out_dtype=torch.float32)
+    else:  # only GPUs have 16-bit products with a float32 result
+        torch.addmm(out, a.float(), b.float(), out=out)
 
 
 def _statistics(call: Call, device: torch.device) -> RowStatistics:
@@ -194,7 +197,6 @@ class _Backward:
     weight: torch.Tensor
     row_scale: torch.Tensor | None
     outputs: Outputs
-    skip_below: float | None
 
     def strips(self, kernel: str) -> Strips:
         """How the vocabulary is cut for a kernel."""
@@ -219,10 +221,7 @@ class _Backward:
         """Fills the outputs; with ``partial`` [parts, SUMS, N] it is pass 2 as well."""
         config, device, out = strips.config, self.student.device, self.outputs.dhidden
         shape = (strips.rows, strips.step * config.vocabulary)
-        gradient, flags = torch.empty(shape, dtype=self.student.dtype, device=device), None
-        if self.skip_below is not None:
-            flags = torch.empty(strips.rows, QUARTERS * strips.step, dtype=torch.int32, device=device)
-        strip = Strip(gradient, shape[1], flags, None if flags is None else flags.stride(0), self.skip_below)
+        gradient = torch.empty(shape, dtype=self.student.dtype, device=device)
         # strips add up in float32: sums of rounded partial products would be biased
         dhidden = out
         if out is not None:
@@ -231,8 +230,8 @@ class _Backward:
         for index, first in enumerate(range(0, strips.tiles, strips.step)):
             extent = Extent(self.call.shape.tokens, first, min(first + strips.step, strips.tiles), strips.span)
             sums = None if partial is None else parts(partial[index * triton.cdiv(strips.step, strips.span) :])
-            self.call.fold(config, extent, statistics, token_ids, scaling, sums, strip).run(device)
-            self._consume(config, extent, gradient, flags, dhidden, hidden)
+            self.call.fold(config, extent, statistics, token_ids, scaling, sums, Strip(gradient, shape[1])).run(device)
+            self._consume(config, extent, gradient, dhidden, hidden)
         if out is not None and dhidden is not None and dhidden is not out:
             out.copy_(dhidden)
 
@@ -247,32 +246,16 @@ class _Backward:
         config: TileConfig,
         extent: Extent,
         gradient: torch.Tensor,
-        flags: torch.Tensor | None,
         dhidden: torch.Tensor | None,
         hidden: torch.Tensor,
     ) -> None:
-        words = slice(
-            extent.first * config.vocabulary, min(extent.last * config.vocabulary, self.call.shape.vocabulary)
-        )
-        g, skip, blocks = (
-            gradient[: extent.tokens, : words.stop - words.start],
-            None,
-            (config.tokens, config.vocabulary),
-        )
-        if flags is not None:
-            count = extent.last - extent.first
-            reached = flags[:, : QUARTERS * count].view(-1, config.tokens, count, QUARTERS)
-            skip = reached.amax(dim=(1, 3))
+        first, last = extent.first * config.vocabulary, extent.last * config.vocabulary
+        words = slice(first, min(last, self.call.shape.vocabulary))
+        g = gradient[: extent.tokens, : words.stop - words.start]
         if dhidden is not None:
-            add_product(dhidden, g, self.weight[words], skip, blocks)
+            add_product(dhidden, g, self.weight[words])
         if self.outputs.dweight is not None:
-            add_product(
-                self.outputs.dweight[words],
-                g.t(),
-                hidden,
-                None if skip is None else skip.t().contiguous(),
-                blocks[::-1],
-            )
+            add_product(self.outputs.dweight[words], g.t(), hidden)
         if self.outputs.dbias is not None:
             self.outputs.dbias[words] += g.sum(dim=0, dtype=torch.float32)
 
@@ -324,7 +307,6 @@ def _check_outputs(
     student: torch.Tensor,
     vocabulary: int,
     read: Sequence[torch.Tensor | None],
-    skip_below: float | None,
 ) -> None:
     _check_matrix("dhidden", outputs.dhidden, student.shape, student.device, FLOATING)
     _check_matrix("dweight", outputs.dweight, (vocabulary, student.shape[1]), student.device, (torch.float32,))
@@ -332,8 +314,6 @@ def _check_outputs(
     for name, out in outputs._asdict().items():
         if out is not None and out.numel() and any(x is not None and x.data_ptr() == out.data_ptr() for x in read):
             raise ValueError(f"{_NAME}: {name} shares memory with an input, which is read after it is written")
-    if skip_below is not None and not skip_below > 0.0:
-        raise ValueError(f"{_NAME}: skip_below must be None (exact) or positive, got {skip_below}")
 
 
 def _check_matrix(

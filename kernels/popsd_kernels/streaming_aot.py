@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
-from popsd_kernels import streaming_plan, streaming_products
+from popsd_kernels import streaming_plan
 from popsd_kernels.launch import Launch
 from popsd_kernels.options import LogitTransform, RowOptions, RowStatistics
 from popsd_kernels.streaming_fold import SUMS, Scaling, Strip
 from popsd_kernels.streaming_plan import Call, Shape, TileConfig
-from popsd_kernels.streaming_tiles import QUARTERS, Extent
+from popsd_kernels.streaming_tiles import Extent
 
 TOKENS, WIDTH, VOCABULARY, ODD_VOCABULARY = 1024, 4096, 151936, 50257
 
@@ -20,7 +20,7 @@ TOKENS, WIDTH, VOCABULARY, ODD_VOCABULARY = 1024, 4096, 151936, 50257
 @dataclass(frozen=True)
 class StreamCase:
     """One combination of compile-time flags. table: key of the tables; ``with_strip`` makes "sums" write the gradient
-    too. A worst case has every option at once: biases, an odd vocabulary, a frozen head apart, flags to skip tiles by."""
+    too. A worst case has every option at once: biases, an odd vocabulary, a frozen head apart."""
 
     table: str
     flags: str
@@ -54,10 +54,8 @@ class StreamCase:
         partial = self._empty(triton.cdiv(tiles, step), SUMS, TOKENS, dtype=torch.float32)
         if self.table == "statistics":
             return call.statistics(config, extent, partial)
-        gradient, flags = self._empty(TOKENS, step * config.vocabulary), None
-        if self.worst:
-            flags = self._empty(TOKENS, QUARTERS * step, dtype=torch.int32)
-        strip = Strip(gradient, gradient.stride(0), flags, *((QUARTERS * step, 1e-6) if self.worst else (None, None)))
+        gradient = self._empty(TOKENS, step * config.vocabulary)
+        strip = Strip(gradient, gradient.stride(0))
         sums = streaming_plan.parts(partial) if self.table == "sums" else None
         with_strip = self.with_strip or sums is None
         return call.fold(
@@ -69,41 +67,11 @@ class StreamCase:
         return torch.empty(*shape, dtype=dtype or self.dtype, device="meta")
 
 
-@dataclass(frozen=True)
-class ProductCase:
-    """The product that leaves tiles out, at the gradient's shipped tiles."""
-
-    transposed: bool
-    dtype: torch.dtype = torch.bfloat16
-    kernel = "stream_skip"
-    read_bytes = 0
-
-    @property
-    def flags(self) -> str:
-        return f"{'dW' if self.transposed else 'dH'}, {self.dtype}"
-
-    def config(self, architecture: str) -> TileConfig:
-        return streaming_plan.TABLES[architecture]["strip", self.dtype.itemsize]
-
-    def launch(self, config: TileConfig, fast: bool) -> Launch:
-        step, meta = 16 * config.vocabulary, torch.device("meta")
-        a, flags = (
-            torch.empty(TOKENS, step, dtype=self.dtype, device=meta),
-            torch.empty(64, 16, dtype=torch.int32, device=meta),
-        )
-        b = torch.empty(TOKENS if self.transposed else step, WIDTH, dtype=self.dtype, device=meta)
-        out = torch.empty(step if self.transposed else TOKENS, WIDTH, device=meta)
-        if self.transposed:
-            blocks = (config.vocabulary, config.tokens)
-            return streaming_products.plan_skipping_product(out, a.t(), b, flags, blocks)
-        return streaming_products.plan_skipping_product(out, a, b, flags, (config.tokens, config.vocabulary))
-
-
-def cases() -> list[StreamCase | ProductCase]:
+def cases() -> list[StreamCase]:
     plain, capped = RowOptions(), LogitTransform(softcap=30.0)
     worst = replace(plain, student=capped, target=capped, entry_clip=0.05, token_clip=1.0)
     forward = replace(plain, beta=0.0)
-    found: list[StreamCase | ProductCase] = []
+    found: list[StreamCase] = []
     for dtype in (torch.bfloat16, torch.float32):
         found += [
             StreamCase("statistics", f"purified, {dtype}", plain, dtype),
@@ -118,7 +86,5 @@ def cases() -> list[StreamCase | ProductCase]:
             StreamCase("strip", f"JSD, {dtype}", plain, dtype),
             StreamCase("strip", f"JSD, every option, {dtype}", worst, dtype, worst=True),
             StreamCase("strip", f"reverse KL, {dtype}", replace(plain, beta=1.0), dtype),
-            ProductCase(False, dtype),
-            ProductCase(True, dtype),
         ]  # fmt: skip
     return found

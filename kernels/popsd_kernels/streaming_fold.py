@@ -20,16 +20,12 @@ SUMS = 9
 
 
 class Strip(NamedTuple):
-    """The gradient of the tiles of one Extent, [tokens rounded up, columns]; and with ``skip_below``, per tile whether
-    any entry of a row reaches it, [tokens rounded up, 4 * vocabulary tiles] int32, a flag per quarter.
+    """The gradient of the tiles of one Extent, [tokens rounded up, columns].
 
     No gradient: ``ptr`` is None, not the strip itself. Triton 3.6 cannot compare with None a tuple that holds one."""
 
     ptr: Any
     row_stride: Any
-    flags_ptr: Any
-    flags_row_stride: Any
-    skip_below: Any
 
 
 class Scaling(NamedTuple):
@@ -131,7 +127,7 @@ def stream_fold_kernel(
                     token_logit += tl.sum(tl.where(columns[None, :] == token[:, None], s, 0.0), axis=1)
             if strip.ptr is not None:
                 g = _gradient(streams, entries, slope_sum, scale, beta, entry_clip, MODE, FAST)
-                _store_strip(strip, g, row, columns, first * BLOCK_V, tile - first, quarter, V, MASKED)
+                _store_strip(strip, g, row, columns, first * BLOCK_V, V, MASKED)
     if sums_out is not None:
         pointers = sums_out.ptr + part.to(tl.int64) * sums_out.part_stride + row
         inside = row < tokens
@@ -141,16 +137,12 @@ def stream_fold_kernel(
 
 
 @triton.jit
-def _store_strip(strip, g, rows, columns, origin, tile, quarter, V: tl.constexpr, MASKED: tl.constexpr):
+def _store_strip(strip, g, rows, columns, origin, V: tl.constexpr, MASKED: tl.constexpr):
     """The strip has rows for whole token tiles and columns for whole vocabulary tiles: no mask; zeros beyond V."""
     if MASKED:
         g = tl.where(columns[None, :] < V, g, 0.0)
     pointers = strip.ptr + rows.to(tl.int64)[:, None] * strip.row_stride
     tl.store(pointers + (columns - origin)[None, :], g.to(strip.ptr.dtype.element_ty))
-    if strip.flags_ptr is not None:
-        below = tl.abs(g) < tl.cast(strip.skip_below, tl.float32)  # NaN is not below
-        flags = strip.flags_ptr + rows * strip.flags_row_stride + 4 * tile + quarter
-        tl.store(flags, tl.max(tl.where(below, 0, 1), axis=1))
 
 
 @triton.jit(

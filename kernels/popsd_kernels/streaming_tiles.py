@@ -31,9 +31,6 @@ UPCAST = tl.constexpr(launch.INTERPRETED)
 LANES = 1024
 """Most parts that the merging kernels read: vocabulary splits times strips."""
 
-QUARTERS = 4
-"""Pieces of a tile that the epilogue takes one after the other."""
-
 
 class Streams(NamedTuple):
     """What a logit tile is made of. The ``Stream`` and ``Difference`` here hold hidden states, [N, D] or [N, FROZEN_D].
