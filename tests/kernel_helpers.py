@@ -1,11 +1,10 @@
-"""What the kernel tests share: Triton's interpreter switched on, guarded buffers, the float64 oracle on row options.
+"""What the kernel tests share: small blocks, guarded buffers, the float64 oracle on row options.
 
-Importing this module decorates the kernels for the interpreter; the environment is left as it was found.
+On CPU conftest.py has decorated the kernels for Triton's interpreter.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -14,51 +13,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-
-def _import_interpreted() -> None:
-    """TRITON_INTERPRET counts when a kernel is decorated, so it is set around the import only."""
-    if "popsd_kernels.primitives" in sys.modules:
-        return
-    found = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        import triton.language as tl
-        from triton.runtime.interpreter import InterpretedFunction
-        from triton.runtime.jit import JITFunction
-
-        with contextlib.suppress(ImportError):  # imported lazily by the first launch, and asserts on the variable
-            import triton.experimental.gluon  # noqa: F401
-        # transformers imports Triton too; if that came first, tl.sum and its like are decorated for a GPU already
-        for module in (tl.standard, tl):
-            for name, member in list(vars(module).items()):
-                if isinstance(member, JITFunction):
-                    setattr(module, name, InterpretedFunction(member.fn))
-        import popsd_kernels.decomposition
-        import popsd_kernels.difference
-        import popsd_kernels.few_rows
-        import popsd_kernels.loss_gradient
-        import popsd_kernels.masks
-        import popsd_kernels.single_read
-        import popsd_kernels.statistics
-        import popsd_kernels.streaming  # noqa: F401
-    finally:
-        if found is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = found
-
-
-_import_interpreted()
-
-from popsd import oracle  # noqa: E402
-from popsd.config import PurifiedConfig  # noqa: E402
-from popsd.types import Head  # noqa: E402
-from popsd_kernels import LogitTransform, RowOptions, launch  # noqa: E402
-
-if not launch.INTERPRETED:
-    raise RuntimeError(
-        "popsd_kernels was imported without TRITON_INTERPRET=1 before the kernel tests; run them first or apart"
-    )
+from popsd import oracle
+from popsd.config import PurifiedConfig
+from popsd.types import Head
+from popsd_kernels import LogitTransform, RowOptions, launch
 
 BLOCK = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
