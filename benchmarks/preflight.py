@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 
 from popsd import PurifiedConfig
-from popsd.epistemic import EpistemicMarkers
-from popsd_integrations.contexts import ContextBuilder
-from popsd_integrations.diagnose import DiagnoseConfig, diagnose
+from popsd.markers import EpistemicMarkers
+from popsd_integrations.diagnose.measure import DiagnoseConfig, diagnose
+from popsd_integrations.huggingface.prompts import ContextBuilder
 from popsd_integrations.miniature import task
 from popsd_integrations.miniature.evaluate import evaluate
 from popsd_integrations.miniature.experiment import ExperimentConfig, distil

@@ -11,10 +11,10 @@ import torch
 
 import popsd
 from popsd.config import Impl
-from popsd.tiling import SWEEP_ELEMENTS, bodies_for
+from popsd.engine.backends import SWEEP_ELEMENTS, bodies_for
 from popsd_benchmarks.cells import Case, Shape
 from popsd_benchmarks.problems import make_problem
-from popsd_kernels.options import RowOptions
+from popsd_kernels.rows import RowOptions
 
 SIZES = {
     "cpu": Shape(name="cpu", tokens=256, vocab=32768, width=256),

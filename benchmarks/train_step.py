@@ -31,10 +31,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import popsd
-from popsd_integrations.contexts import Packed, Prompts, pack
-from popsd_integrations.frozen import AdapterOff, frozen_states
-from popsd_integrations.heads import head_from_model, hidden_states
-from popsd_integrations.objective import loss_function, needed_contexts, student_loss
+from popsd_integrations.huggingface.frozen import AdapterOff, frozen_states
+from popsd_integrations.huggingface.heads import head_from_model, hidden_states
+from popsd_integrations.huggingface.objective import loss_function, needed_contexts, student_loss
+from popsd_integrations.huggingface.packing import Packed, pack
+from popsd_integrations.huggingface.prompts import Prompts
 
 SHAPES = {  # hidden, MLP, layers, heads, key-value heads, head width, vocabulary, tied
     "tiny": (64, 192, 2, 4, 2, 16, 4096, True),

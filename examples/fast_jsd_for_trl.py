@@ -5,6 +5,6 @@ Same arguments, same loss and gradients, no other change; importing this file is
 
 import trl.trainer.distillation_trainer as distillation_trainer
 
-from popsd_integrations.trl_compat import chunked_divergence_loss
+from popsd_integrations.trl_trainer.fast_jsd import chunked_divergence_loss
 
 distillation_trainer._chunked_divergence_loss = chunked_divergence_loss

@@ -2,6 +2,7 @@
 
 from popsd import oracle, presets
 from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy
+from popsd.engine.token_masks import token_weights
 from popsd.functional import (
     decompose,
     head_logits,
@@ -11,9 +12,9 @@ from popsd.functional import (
     purified_jsd,
     purified_target_logits,
 )
-from popsd.masks import token_weights
+from popsd.head import Head
 from popsd.modules import PurifiedOPSDLoss
-from popsd.types import Decomposition, Head, HiddenStates, LossOutput, Purification
+from popsd.outputs import Decomposition, HiddenStates, LossOutput, Purification
 
 __version__ = "0.1.0"
 

@@ -7,18 +7,21 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from popsd import checks
-from popsd.autograd import COMPOSED, Spec, Tensors, divergence
-from popsd.checks import Streams
 from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy
-from popsd.decomposition import decompose_hidden
-from popsd.masks import token_weights, warn_if_nothing_is_kept
-from popsd.precision import exact_matmuls
-from popsd.streams import Problem, operand, project
-from popsd.tiling import resolve_impl, target_logits
-from popsd.torch_tiles import tempered_logits
-from popsd.types import Decomposition, Head, HiddenStates, LossOutput, Purification
-from popsd_kernels.options import LogitTransform, RowOptions
+from popsd.engine import validation
+from popsd.engine.backends import resolve_impl
+from popsd.engine.decomposition import decompose_hidden
+from popsd.engine.loop import target_logits
+from popsd.engine.operator import COMPOSED, Spec, Tensors, divergence
+from popsd.engine.precision import exact_matmuls
+from popsd.engine.problem import Problem
+from popsd.engine.sources import operand, project
+from popsd.engine.token_masks import token_weights, warn_if_nothing_is_kept
+from popsd.engine.torch_backend.targets import tempered_logits
+from popsd.engine.validation import Streams
+from popsd.head import Head
+from popsd.outputs import Decomposition, HiddenStates, LossOutput, Purification
+from popsd_kernels.rows import LogitTransform, RowOptions
 
 Reduction = Literal["none", "sum"]
 
@@ -79,7 +82,9 @@ def linear_purified_jsd(
     request = _Request(
         weights, token_ids, reduction, impl, workspace_mib, masks, positions, decompose, telemetry, strategy
     )
-    return _divergence(checks.hidden_streams(hidden), heads, checks.checked_config(config, PurifiedConfig), request)
+    return _divergence(
+        validation.hidden_streams(hidden), heads, validation.checked_config(config, PurifiedConfig), request
+    )
 
 
 def linear_jsd(
@@ -109,7 +114,7 @@ def linear_jsd(
     request = _Request(
         weights, token_ids, reduction, impl, workspace_mib, masks=masks, positions=positions, strategy=strategy
     )
-    return _divergence(streams, heads, checks.checked_config(config, DivergenceConfig), request)
+    return _divergence(streams, heads, validation.checked_config(config, DivergenceConfig), request)
 
 
 def purified_jsd(
@@ -140,7 +145,7 @@ def purified_jsd(
         "reference_logits": reference_logits,
     }
     request = _Request(weights, token_ids, reduction, impl, workspace_mib, masks, positions, decompose, telemetry)
-    return _divergence(streams, None, checks.checked_config(config, PurifiedConfig), request)
+    return _divergence(streams, None, validation.checked_config(config, PurifiedConfig), request)
 
 
 def jsd(
@@ -159,7 +164,7 @@ def jsd(
     """`linear_jsd` from raw logits [N, V] or [B, T, V] that exist already; entries of -inf are impossible tokens."""
     streams = {"student_logits": student_logits, "target_logits": target_logits}
     request = _Request(weights, token_ids, reduction, impl, workspace_mib, masks, positions)
-    return _divergence(streams, None, checks.checked_config(config, DivergenceConfig), request)
+    return _divergence(streams, None, validation.checked_config(config, DivergenceConfig), request)
 
 
 @torch.no_grad()
@@ -181,12 +186,12 @@ def purified_target_logits(
         "teacher_logits": teacher_logits,
         "reference_logits": reference_logits,
     }
-    config = checks.checked_config(config, PurifiedConfig)
-    shape = checks.check_streams(streams)
-    checks.check_vocabulary(streams, None, config)
-    checks.check_finite(streams, None, config, minus_infinity=True)
+    config = validation.checked_config(config, PurifiedConfig)
+    shape = validation.check_streams(streams)
+    validation.check_vocabulary(streams, None, config)
+    validation.check_finite(streams, None, config, minus_infinity=True)
     student, base, teacher, reference = (_flat(x) for x in streams.values())
-    impl = checks.checked_impl(impl, base.device)
+    impl = validation.checked_impl(impl, base.device)
     problem = Problem(student, base, teacher, reference, None, config, impl=impl)
     return target_logits(problem).unflatten(0, shape)
 
@@ -217,8 +222,8 @@ def decompose(
     if hidden.base is None:
         hidden = hidden._replace(base=hidden.teacher)
     heads = (student_head, student_head if frozen_head is None else frozen_head)
-    if checks.checked_method(method, heads, argument="method") is Method.GRAM:
-        return _decompose_by_gram(hidden, heads, checks.checked_config(config, PurifiedConfig), log_normalisers)
+    if validation.checked_method(method, heads, argument="method") is Method.GRAM:
+        return _decompose_by_gram(hidden, heads, validation.checked_config(config, PurifiedConfig), log_normalisers)
     if log_normalisers is not None:
         raise ValueError("log_normalisers: expected None with method='logits', which computes them. Leave them out.")
     output = linear_purified_jsd(
@@ -235,10 +240,10 @@ def _decompose_by_gram(
     config: PurifiedConfig,
     log_normalisers: Sequence[torch.Tensor] | None,
 ) -> Decomposition:
-    streams = checks.hidden_streams(hidden)
-    shape = checks.check_streams(streams)
-    vocab_size = checks.check_vocabulary(streams, heads, config)
-    checks.check_finite(streams, None, config)
+    streams = validation.hidden_streams(hidden)
+    shape = validation.check_streams(streams)
+    vocab_size = validation.check_vocabulary(streams, heads, config)
+    validation.check_finite(streams, None, config)
     student, _, teacher, reference = (_flat(x) for x in streams.values())
     with exact_matmuls(student.device):
         parts = decompose_hidden(
@@ -248,7 +253,7 @@ def _decompose_by_gram(
             heads[0],
             vocab_size=vocab_size,
             temperature=config.temperature,
-            log_normalisers=checks.checked_log_normalisers(log_normalisers, shape, student.device),
+            log_normalisers=validation.checked_log_normalisers(log_normalisers, shape, student.device),
         )
     return Decomposition(*(None if x is None else x.unflatten(0, shape) for x in parts))
 
@@ -290,23 +295,25 @@ def _divergence(
     streams: Streams, heads: tuple[Head, Head] | None, config: DivergenceConfig, request: _Request
 ) -> LossOutput:
     """Validate everything, then hand flat tensors to the operator and give its results their shape."""
-    shape = checks.check_streams(streams)
-    vocab_size = checks.check_vocabulary(streams, heads, config)
-    total = checks.checked_reduction(request.reduction) == "sum"
-    checks.check_workspace(request.workspace_mib)
+    shape = validation.check_streams(streams)
+    vocab_size = validation.check_vocabulary(streams, heads, config)
+    total = validation.checked_reduction(request.reduction) == "sum"
+    validation.check_workspace(request.workspace_mib)
     student, target, *rest = (_flat(x) for x in streams.values())
-    impl = checks.checked_impl(request.impl, student.device)
-    weights = checks.checked_weights(request.weights, shape, student.device)
-    token_ids = checks.checked_token_ids(request.token_ids, shape, student.device, vocab_size)
-    positions = checks.checked_positions(request.positions, shape, student.device)
-    masks = checks.checked_masks(request.masks, purified=len(streams) == 4, token_ids=token_ids, positions=positions)
-    checks.check_finite(streams, weights, config, minus_infinity=heads is None)
+    impl = validation.checked_impl(request.impl, student.device)
+    weights = validation.checked_weights(request.weights, shape, student.device)
+    token_ids = validation.checked_token_ids(request.token_ids, shape, student.device, vocab_size)
+    positions = validation.checked_positions(request.positions, shape, student.device)
+    masks = validation.checked_masks(
+        request.masks, purified=len(streams) == 4, token_ids=token_ids, positions=positions
+    )
+    validation.check_finite(streams, weights, config, minus_infinity=heads is None)
     teacher, reference = rest or (None, None)
     composed = config if rest and isinstance(config, PurifiedConfig) else None
     driver = resolve_impl(impl, student.device)
-    method = checks.method_for_masks(checks.checked_method(request.decompose, heads), masks, heads)
+    method = validation.method_for_masks(validation.checked_method(request.decompose, heads), masks, heads)
     normalisers = request.telemetry or method is Method.LOGITS
-    strategy = checks.checked_strategy(request.strategy, driver, heads, composed, normalisers)
+    strategy = validation.checked_strategy(request.strategy, driver, heads, composed, normalisers)
     own, frozen = heads or (None, None)
     separate = None if own is None or frozen is None or frozen is own else frozen
     tensors = Tensors(
@@ -362,7 +369,7 @@ def _divergence(
             positions=positions,
             weights=weights,
         )
-        if checks.may_look(kept):
+        if validation.may_look(kept):
             warn_if_nothing_is_kept(used * kept, used)
         loss, used = loss * kept, used * kept
         loss = loss.sum() if total else loss

@@ -8,7 +8,8 @@ import torch
 
 from popsd.config import Impl, MaskConfig, Method, PurifiedConfig, Strategy
 from popsd.functional import decompose, linear_jsd, linear_purified_jsd
-from popsd.types import Head, HiddenStates, LossOutput
+from popsd.head import Head
+from popsd.outputs import HiddenStates, LossOutput
 
 LossTarget = Literal["purified", "opsd"]
 Averaging = Literal["token_mean", "sequence_mean"]

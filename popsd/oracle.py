@@ -11,7 +11,8 @@ import math
 import torch
 
 from popsd.config import DivergenceConfig, PurifiedConfig
-from popsd.types import Decomposition, Head, Purification
+from popsd.head import Head
+from popsd.outputs import Decomposition, Purification
 
 
 def head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from popsd.config import DivergenceConfig, PurifiedConfig
-from popsd.types import Head
+from popsd.head import Head
 
 
 def opsd(**changes: Any) -> DivergenceConfig:

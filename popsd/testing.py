@@ -9,7 +9,8 @@ import torch
 
 from popsd import oracle
 from popsd.config import DivergenceConfig, PurifiedConfig
-from popsd.types import Head, HiddenStates
+from popsd.head import Head
+from popsd.outputs import HiddenStates
 
 Heads = tuple[Head, Head]
 

@@ -17,7 +17,7 @@ from matrix import HEADS, Case, Size
 
 import popsd
 from popsd import Head, HiddenStates, LossOutput, PurifiedConfig, oracle
-from popsd.streams import comes_apart, operand_dtype
+from popsd.engine.problem import comes_apart, operand_dtype
 from popsd.testing import make_head, make_hidden, relative_l2
 
 # What arithmetic may cost. Loss: per token, relative, and LOSS_FLOOR absolute where it is small; the rest: relative L2.

@@ -15,7 +15,7 @@ import torch
 
 from popsd import oracle
 from popsd.config import PurifiedConfig
-from popsd.types import Head
+from popsd.head import Head
 from popsd_kernels import LogitTransform, RowOptions, launch
 
 BLOCK = 128

@@ -1,7 +1,9 @@
 """The rules of CONTRIBUTING.md that a parser can enforce. Each checker is also shown a snippet that breaks its rule."""
 
 import ast
+import collections
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +27,7 @@ BENCHMARKS, DOOR = "popsd_benchmarks", "popsd_integrations.cli"
 """Nothing of ours imports the benchmarks but themselves, and the door of the command line when it is walked through."""
 OPTIONAL = ("triton", "transformers", "trl", "peft", "accelerate", "datasets", "matplotlib")
 TAKEN_NAMES = {"kernels", "torch", "numpy", "psutil", "pytest_benchmark", "liger_kernel", "orda_kernel", *OPTIONAL}
-MAX_FILE_LINES, MAX_KERNEL_LINES, MAX_KERNEL_ARGUMENTS = 400, 80, 20
+MAX_FILE_LINES, MAX_KERNEL_LINES, MAX_KERNEL_ARGUMENTS, MAX_FOLDER_FILES = 400, 80, 20, 10
 HOLDING_NONE = {"streams", "student", "target", "base", "teacher", "reference", "strip", "scaling"}
 """Kernel arguments that are tuples with fields of None: `x is None` of such a one does not compile under Triton 3.6."""
 
@@ -145,7 +147,11 @@ def test_import_arrows(room):
     ("module", "source", "found"),
     [
         ("popsd.x", "import triton", {"triton"}),
-        ("popsd.x", "def f():\n    from popsd_integrations.heads import head_from_model", {"popsd_integrations"}),
+        (
+            "popsd.x",
+            "def f():\n    from popsd_integrations.huggingface.heads import head_from_model",
+            {"popsd_integrations"},
+        ),
         ("popsd.x", "import importlib\nimportlib.import_module('trl.trainer')", {"trl"}),
         ("popsd.x", "from . import y\nfrom .y import z\nimport os, numpy, popsd_kernels.launch", set()),
         ("popsd_kernels.x", "from popsd.config import PurifiedConfig", {"popsd"}),
@@ -156,7 +162,11 @@ def test_import_arrows(room):
         ("popsd_integrations.cli", "if True:\n    from popsd_benchmarks import command", {"popsd_benchmarks"}),
         ("popsd_integrations.cli", "def f():\n    from popsd_benchmarks import command", set()),
         ("popsd.x", "def f():\n    from popsd_benchmarks import command", {"popsd_benchmarks"}),
-        ("popsd_benchmarks.x", "import trl, popsd_kernels, popsd_integrations.heads\nfrom . import cells", set()),
+        (
+            "popsd_benchmarks.x",
+            "import trl, popsd_kernels, popsd_integrations.huggingface.heads\nfrom . import cells",
+            set(),
+        ),
         ("popsd_benchmarks.x", "from tests import kernel_helpers", {"tests"}),
     ],
 )
@@ -212,6 +222,108 @@ def test_namespace_folders():
     """Hugging Face's `kernels` must win over ours, so ours is no regular package; nor are its neighbours."""
     folders = ("kernels", "integrations", "benchmarks")
     assert not [folder for folder in folders if (ROOT / folder / "__init__.py").exists()]
+
+
+ARROWS = {
+    "popsd_kernels.rows": set(),
+    "popsd_kernels.device": {"popsd_kernels.rows", "popsd_kernels.device"},
+    "popsd_kernels.launch": {"popsd_kernels.rows", "popsd_kernels.device"},
+    "popsd_kernels.checks": {"popsd_kernels.rows", "popsd_kernels.device", "popsd_kernels.launch"},
+    **{
+        f"popsd_kernels.{name}": {
+            *(f"popsd_kernels.{x}" for x in ("rows", "device", "launch", "checks")),
+            f"popsd_kernels.{name}",
+        }
+        for name in ("sweeps", "streaming")
+    },
+    "popsd.engine.torch_backend": {"popsd.config", "popsd.head", "popsd.outputs", "popsd.engine.torch_backend"},
+    "popsd.engine": {"popsd.config", "popsd.head", "popsd.outputs", "popsd.engine"},
+    "popsd.functional": {"popsd.config", "popsd.head", "popsd.outputs", "popsd.engine"},
+    "popsd_integrations.huggingface": {"popsd_integrations.huggingface"},
+    "popsd_integrations.torch_loop": {"popsd_integrations.huggingface", "popsd_integrations.torch_loop"},
+    "popsd_integrations.trl_trainer": {"popsd_integrations.huggingface", "popsd_integrations.trl_trainer"},
+    "popsd_integrations.miniature": {f"popsd_integrations.{x}" for x in ("huggingface", "torch_loop", "miniature")},
+    "popsd_integrations.diagnose": {
+        f"popsd_integrations.{x}" for x in ("huggingface", "torch_loop", "miniature", "diagnose")
+    },
+}
+"""Within a package: what a module may import of it. The longest name counts; what is not listed may import anything."""
+
+
+def within(name, packages):
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def arrows_against(modules, arrows):
+    """Imports of a module's own package that ``arrows`` does not allow."""
+    found = []
+    for name, targets in import_graph(modules).items():
+        rules = [package for package in arrows if within(name, [package])]
+        if rules:
+            allowed = arrows[max(rules, key=len)]
+            own = [x for x in targets if x.split(".")[0] == name.split(".")[0] and "." in x]
+            found += [f"{name} -> {x}" for x in sorted(own) if not within(x, allowed)]
+    return found
+
+
+def test_arrows_within_a_package():
+    assert not arrows_against(room_modules(), ARROWS)
+
+
+def test_arrows_within_a_package_bite():
+    modules = {("p.low", False): "from p.high import f", ("p.high", False): "import p.low"}
+    assert arrows_against(modules, {"p.low": set(), "p.high": {"p.low"}}) == ["p.low -> p.high"]
+
+
+def crowded(paths, limit=MAX_FOLDER_FILES):
+    """Folders with more source files than the limit, `__init__.py` and `__main__.py` aside."""
+    counts = collections.Counter(path.parent for path in paths if not path.name.startswith("__"))
+    return {folder: count for folder, count in counts.items() if count > limit}
+
+
+def test_folders_hold_few_files():
+    assert not crowded(path for folder in ROOMS.values() for path in folder.rglob("*.py"))
+    assert crowded([Path(f"p/{i}.py") for i in range(11)], 10) == {Path("p"): 11}
+    assert not crowded([Path("p/__init__.py"), *(Path(f"p/{i}.py") for i in range(10))], 10)
+
+
+def statement_lines(source):
+    """(number, text) of a module's lines of code: no imports, docstrings, comments, signatures or lone punctuation."""
+    tree, skipped = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            skipped |= set(range(node.lineno, node.end_lineno + 1))
+        elif isinstance(node, ast.FunctionDef):
+            skipped |= set(range(node.lineno, node.body[0].lineno))
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            skipped |= set(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(source.splitlines(), start=1)
+    return [(n, x.strip()) for n, x in lines if n not in skipped and re.search(r"\w\w", x) and x.strip()[0] != "#"]
+
+
+def repeated(sources, length=6):
+    """Runs of ``length`` lines of code that stand in two files."""
+    first, found = {}, []
+    for name, source in sources.items():
+        lines = statement_lines(source)
+        for i in range(len(lines) - length + 1):
+            text = "\n".join(x for _, x in lines[i : i + length])
+            other = first.setdefault(text, (name, lines[i][0]))
+            if other[0] != name:
+                found.append(f"{other[0]}:{other[1]} ~ {name}:{lines[i][0]}")
+    return found
+
+
+def test_no_six_lines_stand_in_two_files():
+    sources = {name: source for (name, _), source in room_modules().items()}
+    assert not repeated(sources), "one decision, one place"
+
+
+def test_repeated_lines_are_found():
+    body = "\n".join(f"    value_{i} = function_{i}()" for i in range(6))
+    good = {"a": f"def f(x):\n{body}\n", "b": f"def g(y):\n{body.replace('value_3', 'other')}\n"}
+    assert not repeated(good)
+    assert repeated(good | {"c": f"# a comment\ndef h(z):\n    '''Text.'''\n\n{body}\n"}) == ["a:2 ~ c:5"]
 
 
 BLOCKED_RUN = f"""

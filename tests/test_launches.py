@@ -6,7 +6,6 @@ programs, and the two main sweeps never run.
 """
 
 import ast
-import pkgutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +16,9 @@ from matrix import CASES, GPU_SIZES
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-import popsd_kernels.single_read
-from popsd import Head, HiddenStates, autograd, streams
+import popsd_kernels.sweeps.single_read
+from popsd import Head, HiddenStates
+from popsd.engine import operator, sources
 from popsd_kernels import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -30,8 +30,8 @@ SWEEPS = {"row_statistics_kernel", "row_loss_gradient_kernel"}
 def launched_kernels():
     """Every @triton.jit function that no other one calls: those are what the package launches."""
     jitted, called = set(), set()
-    for module in pkgutil.iter_modules(popsd_kernels.__path__):
-        tree = ast.parse((Path(popsd_kernels.__path__[0]) / f"{module.name}.py").read_text())
+    for path in Path(popsd_kernels.__path__[0]).rglob("*.py"):
+        tree = ast.parse(path.read_text())
         for function in ast.walk(tree):
             if isinstance(function, ast.FunctionDef) and any(
                 "triton.jit" in ast.unparse(x) for x in function.decorator_list
@@ -57,9 +57,9 @@ def pretend(patch):
         lambda *_: SimpleNamespace(multi_processor_count=132, max_threads_per_multi_processor=2048),
     )
     patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    for module in (launch, popsd_kernels.single_read):
+    for module in (launch, popsd_kernels.sweeps.single_read):
         patch.setattr(module, "INTERPRETED", False)
-    patch.setattr(streams, "project", lambda hidden, weight, out, accumulate=False: None)  # a CPU has no 16-bit ones
+    patch.setattr(sources, "project", lambda hidden, weight, out, accumulate=False: None)  # a CPU has no 16-bit ones
     patch.setattr(torch.ops.popsd, "divergence", Operator.apply)
     patch.setattr(judge, "make_hidden", empty_hidden)
     patch.setattr(judge, "make_head", empty_head)
@@ -123,15 +123,15 @@ class Operator(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        output = autograd._forward(*arguments)
-        autograd._setup_context(ctx, arguments, output)
+        output = operator._forward(*arguments)
+        operator._setup_context(ctx, arguments, output)
         return output
 
     @staticmethod
     def backward(ctx, *upstream):
         with AsIfOnGpu(), pytest.MonkeyPatch.context() as patch:  # which the caller, Tensor.backward, has switched off
             patch.setattr(GpuTensor, "inside_torch", False)
-            return autograd._backward(ctx, *map(disguised, upstream))
+            return operator._backward(ctx, *map(disguised, upstream))
 
 
 def test_each_kernel_is_launched_by_some_case(launches):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from bench import Bench
 
-from popsd import tiling
+from popsd.engine import loop
 from popsd_benchmarks.accuracy import Judge
 from popsd_benchmarks.cells import Case, Loss, Shape
 from popsd_benchmarks.measure import WHOLE_TILES, Effort, seconds_of
@@ -127,7 +127,7 @@ class Planned(Popsd):
         step = super().prepare(problem)
 
         def planned() -> torch.Tensor | None:
-            with unittest.mock.patch.object(tiling, "plan_rows", return_value=self.rows):
+            with unittest.mock.patch.object(loop, "plan_rows", return_value=self.rows):
                 return step()
 
         return planned

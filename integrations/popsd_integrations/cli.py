@@ -89,9 +89,9 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from popsd_integrations import train_command
+    from popsd_integrations.trl_trainer import command
 
-    return train_command.main(options.rest)
+    return command.main(options.rest)
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -107,16 +107,16 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _add_diagnose(parser: argparse.ArgumentParser) -> None:
-    from popsd_integrations.diagnose_command import add_arguments
+    from popsd_integrations.diagnose.command import add_arguments
 
     add_arguments(parser)
     parser.set_defaults(run=_diagnose)
 
 
 def _diagnose(options: argparse.Namespace) -> int:
-    from popsd_integrations import diagnose_command
+    from popsd_integrations.diagnose import command
 
-    return diagnose_command.run(options, options.cache_dir or _cache_dir())
+    return command.run(options, options.cache_dir or _cache_dir())
 
 
 def _cache_dir() -> Path:

@@ -16,9 +16,9 @@ import torch
 
 import popsd
 from popsd.config import Impl
-from popsd.planning import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB
+from popsd.engine.backends import resolve_impl
+from popsd.engine.workspace import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB
 from popsd.testing import make_head, make_hidden, relative_l2, true_purified
-from popsd.tiling import resolve_impl
 
 PEERS = ("liger-kernel", "orda-kernel")
 VARIABLES = (

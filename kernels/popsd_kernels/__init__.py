@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from popsd_kernels.options import LOGIT_FLOOR, LogitTransform, RowLoss, RowOptions, RowStatistics
+from popsd_kernels.rows import LOGIT_FLOOR, LogitTransform, RowLoss, RowOptions, RowStatistics
 
 __all__ = [
     "LOGIT_FLOOR",
@@ -25,15 +25,15 @@ __all__ = [
 ]
 
 _LAUNCHERS = {
-    "entry_thresholds": "popsd_kernels.masks",
-    "mask_entries": "popsd_kernels.masks",
-    "logit_difference": "popsd_kernels.difference",
-    "row_statistics": "popsd_kernels.statistics",
-    "row_loss_gradient": "popsd_kernels.loss_gradient",
-    "row_moments": "popsd_kernels.decomposition",
-    "row_single_read": "popsd_kernels.single_read",
-    "row_split_sweeps": "popsd_kernels.few_rows",
-    "stream_divergence": "popsd_kernels.streaming",
+    "entry_thresholds": "popsd_kernels.sweeps.entry_masks",
+    "mask_entries": "popsd_kernels.sweeps.entry_masks",
+    "logit_difference": "popsd_kernels.sweeps.difference",
+    "row_statistics": "popsd_kernels.sweeps.statistics",
+    "row_loss_gradient": "popsd_kernels.sweeps.loss_gradient",
+    "row_moments": "popsd_kernels.sweeps.moments",
+    "row_single_read": "popsd_kernels.sweeps.single_read",
+    "row_split_sweeps": "popsd_kernels.sweeps.few_rows",
+    "stream_divergence": "popsd_kernels.streaming.loss",
 }
 
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from popsd import PurifiedConfig, purified_target_logits
-from popsd.epistemic import EpistemicMarkers
-from popsd_integrations.contexts import pack
-from popsd_integrations.heads import head_from_model, hidden_states
+from popsd.markers import EpistemicMarkers
+from popsd_integrations.huggingface.heads import head_from_model, hidden_states
+from popsd_integrations.huggingface.packing import pack
 from popsd_integrations.miniature.sampler import sample
 from popsd_integrations.miniature.task import MAX_NEW_TOKENS, Puzzle, prompt_ids
 from popsd_integrations.miniature.tokenizer import TOKEN_ID, build_tokenizer

@@ -24,13 +24,13 @@ from typing import Any, Literal
 import torch
 
 from popsd import PurifiedConfig
-from popsd_integrations.contexts import ContextBuilder
+from popsd_integrations.huggingface.prompts import ContextBuilder
 from popsd_integrations.miniature.evaluate import Score, evaluate, style_gap
 from popsd_integrations.miniature.sampler import sample
 from popsd_integrations.miniature.task import MAX_NEW_TOKENS, MINIATURE_CONTEXTS, draw_puzzles
 from popsd_integrations.miniature.tokenizer import build_tokenizer
 from popsd_integrations.miniature.warmup import WarmupConfig, warm_up
-from popsd_integrations.torch_loop import METRICS, TrainConfig, train
+from popsd_integrations.torch_loop.loop import METRICS, TrainConfig, train
 
 Target = Literal["opsd", "purified"]
 TARGETS: tuple[Target, ...] = ("opsd", "purified")

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from popsd_integrations.contexts import ContextConfig, Problem, Prompts
+from popsd_integrations.huggingface.prompts import ContextConfig, Problem, Prompts
 from popsd_integrations.miniature.tokenizer import TOKEN_ID
 
 MAX_NEW_TOKENS = 46  # all six pairs tried carefully and the answer take 40

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from popsd_integrations.contexts import pack
+from popsd_integrations.huggingface.packing import pack
 from popsd_integrations.miniature import task
 from popsd_integrations.miniature.evaluate import accuracy, complete
 from popsd_integrations.miniature.tokenizer import TOKEN_ID, VOCABULARY

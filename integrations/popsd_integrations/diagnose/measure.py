@@ -1,0 +1,253 @@
+"""The pre-flight check: what the teacher would teach, measured on the base model's own completions before any training.
+
+One pass: sample completions on the question alone, run them through question (base), question + reference (teacher) and
+reference alone, compose the purified target, and look at it token by token. Student and base are still the same model, so
+the decomposition is that of the first training step. A step of training follows the target where it differs from the base:
+whether it gives the epistemic markers more probability than the base does, or less, says which way they will go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from popsd import Head, HiddenStates, PurifiedConfig, head_logits, linear_purified_jsd, purified_target_logits
+from popsd.markers import EpistemicMarkers
+from popsd_integrations.huggingface.frozen import FrozenModel, eval_mode, frozen_states
+from popsd_integrations.huggingface.heads import causal_model, check_head
+from popsd_integrations.huggingface.packing import pack
+from popsd_integrations.huggingface.prompts import Prompts
+
+CONTEXTS = ("base", "teacher", "reference", "target")
+CURVES = (
+    "reference_fraction",
+    "cos_total_reference",
+    "cos_total_transferable",
+    "centred_reference_fraction",
+    "weighted_reference_fraction",
+    "mass_moved",
+)
+_BLOCK_ELEMENTS = 1 << 24  # logits of one context at a time, 64 MiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseConfig:
+    """Options of `diagnose`.
+
+    completions: how many to sample, one per problem. batch_size: rows per forward. max_new_tokens, temperature: of sampling.
+    loss: the target to be checked, its masks on entries included. markers: what to look for; each must be one token.
+    bins: points of the curves over positions. margin: a change of the markers' probability below this share counts as none.
+    """
+
+    completions: int = 32
+    batch_size: int = 8
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    loss: PurifiedConfig = field(default_factory=PurifiedConfig)
+    markers: EpistemicMarkers = field(default_factory=EpistemicMarkers)
+    bins: int = 24
+    margin: float = 0.02
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("completions", "batch_size", "max_new_tokens", "bins"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1; got {getattr(self, name)}.")
+        for name in ("temperature", "margin"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a finite number of at least 0; got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """tokens: a row per completion token, in order, with completion, position, text and numbers.
+
+    markers: mean probability per completion token of each marker and of "all" under base, teacher, reference and target.
+    positions: means over bins of positions. means: over all tokens. config: what was asked for.
+    """
+
+    tokens: list[dict[str, Any]]
+    markers: dict[str, dict[str, float]]
+    positions: list[dict[str, float]]
+    means: dict[str, float]
+    config: dict[str, Any]
+
+    @property
+    def change(self) -> float:
+        """Markers' probability under the target, relative to the base: 1 is unchanged."""
+        return _ratio(self.markers["all"], "target")
+
+    @property
+    def direction(self) -> str:
+        """Where training on the purified target would take the markers: "raise", "lower" or "keep"."""
+        margin = self.config["margin"]
+        return "raise" if self.change > 1 + margin else "lower" if self.change < 1 - margin else "keep"
+
+    @property
+    def sentence(self) -> str:
+        """The finding, for people."""
+        total, verb = self.markers["all"], {"raise": "raise", "lower": "lower", "keep": "leave as they are"}
+        teacher = _ratio(total, "teacher")
+        return (
+            f"The purified target would {verb[self.direction]} the epistemic markers: {total['target']:.4f} per completion "
+            f"token against the base's {total['base']:.4f} ({self.change:.2f} times); the teacher itself, standard OPSD's "
+            f"target, has {total['teacher']:.4f} ({teacher:.2f} times). It moves {self.means['mass_moved']:.1%} of the "
+            f"probability mass, and of the teacher's signal ‖Δ_ref‖/‖Δ_total‖ = {self.means['reference_fraction']:.2f} "
+            "exists without the question."
+        )
+
+
+def diagnose(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompts],
+    config: DiagnoseConfig | None = None,
+    *,
+    generate: Callable[..., list[list[int]]] | None = None,
+    progress: bool = True,
+) -> Diagnosis:
+    """Sample ``model``'s completions and measure what the purified target would change about them. Nothing is trained.
+
+    generate: as in ``torch_loop.train``; None: ``hf_generate``. Raises ValueError where there is no problem, no completion
+    with a token, no marker that is a token of ``tokenizer``, or a model whose head popsd would get wrong.
+    """
+    from popsd_integrations.huggingface.sampling import hf_generate, special_tokens
+
+    config = config or DiagnoseConfig()
+    if len(prompts) == 0:
+        raise ValueError("prompts: expected at least one problem; got none. Build them with ContextBuilder.build_all.")
+    markers = config.markers.token_ids(tokenizer)
+    check_head(model)
+    eos, pad = special_tokens(model, tokenizer)
+    chosen = list(prompts[: config.completions])
+    tokens: list[dict[str, Any]] = []
+    with eval_mode(model), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        for first in _progress(range(0, len(chosen), config.batch_size), progress):
+            rows = chosen[first : first + config.batch_size]
+            completions = (generate or hf_generate)(
+                model,
+                [row.question for row in rows],
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                eos_token_id=eos,
+                pad_token_id=pad,
+            )
+            tokens += _measure(model, tokenizer, rows, completions, first, markers, config, pad)
+    if not tokens:
+        raise ValueError(
+            "prompts: expected completions of at least one token; got none. Look at the prompts' templates."
+        )
+    return Diagnosis(tokens, _marker_table(tokens, markers), _curves(tokens, config), _means(tokens), _plain(config))
+
+
+def _measure(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Prompts],
+    completions: Sequence[Sequence[int]],
+    first: int,
+    markers: dict[str, tuple[int, ...]],
+    config: DiagnoseConfig,
+    pad: int,
+) -> list[dict[str, Any]]:
+    kept = [place for place, ids in enumerate(completions) if ids]
+    if not kept:
+        return []
+    rows, completions = [rows[place] for place in kept], [completions[place] for place in kept]
+    states = frozen_states(FrozenModel(model), rows, completions, pad_token_id=pad)
+    assert states.base is not None and states.reference is not None
+    packed = pack([row.question for row in rows], completions, pad_token_id=pad, device=causal_model(model).device)
+    mask = packed.completion_mask
+    base, teacher, reference = (x[mask] for x in (states.base, states.teacher, states.reference))
+    ids = packed.completion_ids[mask]
+    output = linear_purified_jsd(
+        HiddenStates(base, base, teacher, reference), states.head, config=config.loss, decompose=True, telemetry=True
+    )
+    assert output.decomposition is not None and output.purification is not None
+    columns = output.decomposition._asdict() | output.purification._asdict()
+    columns |= {name: getattr(output, name) for name in ("divergence", "student_entropy", "target_entropy")}
+    columns |= _probabilities((base, teacher, reference), states.head, ids, markers, config.loss)
+    numbers = {name: x.tolist() for name, x in columns.items() if x is not None}
+    where = [(first + kept[row], position) for row, line in enumerate(completions) for position in range(len(line))]
+    return [
+        {"completion": completion, "position": position, "token": token, "text": tokenizer.decode([token])}
+        | {name: values[index] for name, values in numbers.items()}
+        for index, ((completion, position), token) in enumerate(zip(where, ids.tolist(), strict=True))
+    ]
+
+
+def _probabilities(
+    hidden: Sequence[torch.Tensor],
+    head: Head,
+    ids: torch.Tensor,
+    markers: dict[str, tuple[int, ...]],
+    loss: PurifiedConfig,
+) -> dict[str, torch.Tensor]:
+    """Of the sampled token and of each marker, [N] each, under the four distributions; a few rows of logits at a time."""
+    step = max(1, _BLOCK_ELEMENTS // head.weight.shape[0])
+    blocks: list[dict[str, torch.Tensor]] = []
+    for start in range(0, len(ids), step):
+        logits = [head_logits(x[start : start + step], head) for x in hidden]
+        target = purified_target_logits(*logits, config=loss)
+        tempered = [x[:, : target.shape[1]] / loss.temperature for x in logits]
+        block = {}
+        for context, z in zip(CONTEXTS, (*tempered, target), strict=True):
+            p = torch.softmax(z, dim=-1)
+            block[f"{context}/token"] = p.gather(1, ids[start : start + step, None])[:, 0]
+            for word, tokens in markers.items():
+                block[f"{context}/{word}"] = p[:, list(tokens)].sum(dim=1)
+        blocks.append(block)
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _marker_table(tokens: list[dict[str, Any]], markers: dict[str, tuple[int, ...]]) -> dict[str, dict[str, float]]:
+    table = {
+        word: {context: _mean([row[f"{context}/{word}"] for row in tokens]) for context in CONTEXTS} for word in markers
+    }
+    return table | {"all": {context: sum(table[word][context] for word in markers) for context in CONTEXTS}}
+
+
+def _curves(tokens: list[dict[str, Any]], config: DiagnoseConfig) -> list[dict[str, float]]:
+    longest = 1 + max(row["position"] for row in tokens)
+    width = -(-longest // min(config.bins, longest))
+    names = [f"{context}/{word}" for context in CONTEXTS for word in config.markers.words]
+    curves = []
+    for start in range(0, longest, width):
+        inside = [row for row in tokens if start <= row["position"] < start + width]
+        point = {"position": start + (width - 1) / 2, "tokens": float(len(inside))}
+        point |= {name: _mean([row[name] for row in inside]) for name in CURVES}
+        present = [name for name in names if name in tokens[0]]
+        for context in CONTEXTS:
+            own = [name for name in present if name.startswith(f"{context}/")]
+            point[f"{context}/markers"] = sum(_mean([row[name] for row in inside]) for name in own)
+        curves.append(point)
+    return curves
+
+
+def _means(tokens: list[dict[str, Any]]) -> dict[str, float]:
+    names = [name for name, value in tokens[0].items() if isinstance(value, float)]
+    return {"tokens": float(len(tokens)), **{name: _mean([row[name] for row in tokens]) for name in names}}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _ratio(table: dict[str, float], context: str) -> float:
+    return table[context] / table["base"] if table["base"] > 0 else float("inf") if table[context] > 0 else 1.0
+
+
+def _plain(config: DiagnoseConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def _progress(steps: range, shown: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(steps, desc="diagnose", unit="batch", disable=not shown)

@@ -1,0 +1,190 @@
+"""A diagnosis as files: JSON, CSV, plots, and a page with completions coloured by what the target would change."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from popsd_integrations.diagnose.measure import CONTEXTS, Diagnosis
+
+# Okabe-Ito: told apart by colour-blind readers too.
+COLOURS = {"base": "#666666", "teacher": "#CC79A7", "reference": "#E69F00", "target": "#0072B2"}
+UP, DOWN = (0, 114, 178), (213, 94, 0)
+HEAT_COLUMNS, HEAT_TOKENS = 16, 256
+SHOWN_IN_HTML = 4
+
+
+def write(diagnosis: Diagnosis, folder: Path) -> list[Path]:
+    """Write diagnosis.json, tokens.csv, report.html and, where matplotlib is there, curves.png and heatmap.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "diagnosis.json", folder / "tokens.csv"]
+    content = {
+        "sentence": diagnosis.sentence,
+        "direction": diagnosis.direction,
+        "change": diagnosis.change,
+        "markers": diagnosis.markers,
+        "means": diagnosis.means,
+        "positions": diagnosis.positions,
+        "config": diagnosis.config,
+    }
+    paths[0].write_text(json.dumps(content, indent=1))
+    with open(paths[1], "w", newline="") as file:
+        writer = csv.DictWriter(file, list(diagnosis.tokens[0]))
+        writer.writeheader()
+        writer.writerows(diagnosis.tokens)
+    try:
+        plots = [_curves(diagnosis, folder / "curves.png"), _heatmap(diagnosis, folder / "heatmap.png")]
+    except ImportError:
+        plots = []
+    page = folder / "report.html"
+    page.write_text(_page(diagnosis, plots))
+    return [*paths, page, *plots]
+
+
+def table(diagnosis: Diagnosis) -> str:
+    """Markers' probabilities per completion token as aligned text."""
+    width = max(map(len, diagnosis.markers))
+    lines = [" " * width + "".join(f"{context:>11}" for context in CONTEXTS)]
+    for word, row in diagnosis.markers.items():
+        lines.append(f"{word:<{width}}" + "".join(f"{row[context]:>11.5f}" for context in CONTEXTS))
+    return "\n".join(lines)
+
+
+def changed(row: dict[str, Any]) -> float:
+    """How much probability the sampled token would gain, in [-1, 1]."""
+    return row["target/token"] - row["base/token"]
+
+
+def ranked(diagnosis: Diagnosis) -> list[list[dict[str, Any]]]:
+    """Completions, the one whose probability mass moves most per token first."""
+    grouped: dict[int, list[dict[str, Any]]] = {}
+    for row in diagnosis.tokens:
+        grouped.setdefault(row["completion"], []).append(row)
+    return sorted(grouped.values(), key=lambda rows: -sum(row["mass_moved"] for row in rows) / len(rows))
+
+
+def _curves(diagnosis: Diagnosis, path: Path) -> Path:
+    plt = _pyplot()
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6))
+    points = diagnosis.positions
+    places = [point["position"] for point in points]
+    panels = (
+        ("‖Δ_ref‖ / ‖Δ_total‖", {"reference_fraction": "raw", "weighted_reference_fraction": "weighted by π_θ"}),
+        ("cosine with Δ_total", {"cos_total_reference": "Δ_ref", "cos_total_transferable": "Δ_it"}),
+        ("share of probability mass moved", {"mass_moved": "target against base"}),
+    )
+    for axis, (title, lines) in zip(axes.flat, panels, strict=False):
+        for style, (name, label) in zip(("-", "--"), lines.items(), strict=False):
+            values = [point[name] for point in points]
+            axis.plot(places, values, style, color=COLOURS["target"], label=label, marker="o", markersize=2.5)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("completion token", fontsize=8)
+        axis.legend(frameon=False, fontsize=8)
+    last = axes.flat[3]
+    for context in CONTEXTS:
+        values = [point[f"{context}/markers"] for point in points]
+        last.plot(places, values, color=COLOURS[context], label=context, marker="o", markersize=2.5)
+    last.set_title("probability of the markers", fontsize=10)
+    last.set_xlabel("completion token", fontsize=8)
+    last.legend(frameon=False, fontsize=8)
+    for axis in axes.flat:
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _heatmap(diagnosis: Diagnosis, path: Path) -> Path:
+    """The completion that changes most, a cell per token."""
+    plt = _pyplot()
+    rows = ranked(diagnosis)[0][:HEAT_TOKENS]
+    lines = -(-len(rows) // HEAT_COLUMNS)
+    figure, axis = plt.subplots(figsize=(12, 0.42 * lines + 1.0))
+    for place, row in enumerate(rows):
+        line, column = divmod(place, HEAT_COLUMNS)
+        red, green, blue = _colour(changed(row))
+        axis.add_patch(plt.Rectangle((column, line), 1, 1, color=(red / 255, green / 255, blue / 255), linewidth=0))
+        text = repr(row["text"])[1:-1].strip() or "·"
+        text = (text if len(text) <= 10 else text[:9] + "…").replace("$", r"\$")
+        axis.text(column + 0.5, line + 0.5, text, ha="center", va="center", fontsize=8)
+    axis.set_xlim(0, HEAT_COLUMNS)
+    axis.set_ylim(lines, 0)
+    axis.set_axis_off()
+    title = (
+        f"Completion {rows[0]['completion']}: blue tokens gain probability under the purified target, orange ones lose"
+    )
+    axis.set_title(title, fontsize=10, loc="left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _colour(change: float) -> tuple[int, int, int]:
+    """White at no change, full at a change of 0.5 or more: larger ones are rare."""
+    strength = min(abs(change) / 0.5, 1.0) * 0.75
+    red, green, blue = (round(255 + strength * (full - 255)) for full in (UP if change > 0 else DOWN))
+    return red, green, blue
+
+
+def _page(diagnosis: Diagnosis, plots: Sequence[Path]) -> str:
+    header = "".join(f"<th>{context}</th>" for context in CONTEXTS)
+    body = "".join(
+        f"<tr><th>{html.escape(word)}</th>" + "".join(f"<td>{row[context]:.5f}</td>" for context in CONTEXTS) + "</tr>"
+        for word, row in diagnosis.markers.items()
+    )
+    images = "".join(
+        f'<img alt="{plot.stem}" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">'
+        for plot in plots
+        if plot.stem == "curves"
+    )
+    if not plots:
+        images = "<p>No plots: matplotlib is not installed (<code>pip install 'popsd[plots]'</code>).</p>"
+    completions = "".join(
+        f"<h3>Completion {rows[0]['completion']}</h3><p class='heat'>" + "".join(map(_span, rows)) + "</p>"
+        for rows in ranked(diagnosis)[:SHOWN_IN_HTML]
+    )
+    return _PAGE.format(
+        sentence=html.escape(diagnosis.sentence), header=header, body=body, images=images, completions=completions
+    )
+
+
+def _span(row: dict[str, Any]) -> str:
+    numbers = (
+        f"P(token): base {row['base/token']:.3f}, teacher {row['teacher/token']:.3f}, reference "
+        f"{row['reference/token']:.3f}, target {row['target/token']:.3f}; mass moved {row['mass_moved']:.3f}"
+    )
+    text = html.escape(row["text"]).replace("\n", "↵\n") or "·"
+    return f'<span title="{numbers}" style="background:rgb{_colour(changed(row))}">{text}</span> '
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>popsd diagnose</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; }} img {{ width: 100%; }}
+th, td {{ padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }}
+th:first-child {{ text-align: left; }} .heat {{ font-family: ui-monospace, monospace; white-space: pre-wrap; }}
+.heat span {{ padding: 0 .15em; border-radius: .2em; }}
+</style></head><body><h1>Before training: what the purified target would change</h1><p><b>{sentence}</b></p>
+<p>Measured on the base model's own completions. A marker's probability is its mean per completion token. The target composes
+base, teacher (question and reference solution) and reference (the solution alone), arXiv 2607.02234.</p>
+<table><thead><tr><th></th>{header}</tr></thead><tbody>{body}</tbody></table>{images}
+<h2>The completions that change most</h2><p>Blue tokens gain probability under the target, orange ones lose; hold the pointer
+over a token for the numbers.</p>{completions}</body></html>
+"""

@@ -1,0 +1,238 @@
+"""The prompts of student, teacher and reference-only teacher."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Problem(NamedTuple):
+    """A question and its reference solution.
+
+    question: text, or a conversation: messages with "role" and "content", the last one the user's. Templates are filled
+        with that message; those before it stay in student and teacher, and of them the reference keeps the system's alone.
+    wrong_solution: the wrong hint, for ``ContextConfig.reference = "wrong_hint"`` alone.
+    """
+
+    question: str | Sequence[Mapping[str, Any]]
+    solution: str
+    wrong_solution: str | None = None
+
+
+class Prompts(NamedTuple):
+    """Token ids of one problem's prompts: question (student and base), teacher, reference (no question, or a wrong hint)."""
+
+    question: list[int]
+    teacher: list[int]
+    reference: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextConfig:
+    """How prompts are written. Templates hold ``{question}`` and ``{solution}``; everything else in them is literal.
+
+    reference: "solution_only", the solution without the question by ``reference_template``; or "wrong_hint", the
+        problem's ``wrong_solution`` by ``teacher_template``, for the contrast of hints.
+    system_prompt: a first message of every chat, or None. It needs a tokenizer with a chat template.
+    student_kwargs, teacher_kwargs, reference_kwargs: ``chat_template_kwargs`` of each context, such as
+        ``enable_thinking``.
+    max_prompt_tokens: longest prompt allowed in any context, or None.
+    on_overflow: "error"; "truncate" cuts the reference solution, the same in teacher and reference (of a wrong hint to
+        the same number of tokens); "drop" leaves the row out. The question is never cut.
+    """
+
+    question_template: str = "{question}"
+    teacher_template: str = (
+        "{question}\n\nA reference solution of this problem:\n<reference>\n{solution}\n</reference>\n\n"
+        "With the reference in mind, solve the problem again in your own words, step by step."
+    )
+    reference_template: str = (
+        "A reference solution of some problem:\n<reference>\n{solution}\n</reference>\n\n"
+        "With the reference in mind, solve the problem again in your own words, step by step."
+    )
+    reference: str = "solution_only"
+    system_prompt: str | None = None
+    student_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    teacher_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    reference_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    max_prompt_tokens: int | None = None
+    on_overflow: str = "error"
+
+    def __post_init__(self) -> None:
+        expected = {
+            "question_template": {"{question}"},
+            "teacher_template": {"{question}", "{solution}"},
+            "reference_template": {"{solution}"},
+        }
+        for name, fields in expected.items():
+            found = set(_FIELD.findall(getattr(self, name)))
+            if found != fields:
+                raise ValueError(
+                    f"{name}: expected the fields {sorted(fields)} and no other; got {sorted(found)} in "
+                    f"{getattr(self, name)!r}. The student never sees the solution, the reference never the question."
+                )
+        if self.reference not in ("solution_only", "wrong_hint"):
+            raise ValueError(f"reference: expected 'solution_only' or 'wrong_hint'; got {self.reference!r}.")
+        if self.on_overflow not in ("error", "truncate", "drop"):
+            raise ValueError(f"on_overflow: expected 'error', 'truncate' or 'drop'; got {self.on_overflow!r}.")
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+            raise ValueError(f"max_prompt_tokens: expected at least 1, or None; got {self.max_prompt_tokens}.")
+
+
+_FIELD = re.compile(r"\{question\}|\{solution\}")
+
+
+class ContextBuilder:
+    """Writes the three prompts of a problem by a Hugging Face tokenizer's chat template, or as plain text without one.
+
+    text_as_chat: write a question given as text as a user's message where there is a chat template. False leaves it plain
+        text, as TRL does. A conversation always takes the chat template.
+    ``truncated`` and ``dropped`` count the problems whose solution was cut and those left out since construction.
+    """
+
+    def __init__(self, tokenizer: Any, config: ContextConfig | None = None, *, text_as_chat: bool = True) -> None:
+        self.tokenizer = tokenizer
+        self.config = config or ContextConfig()
+        self.truncated = 0
+        self.dropped = 0
+        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._text_as_chat = text_as_chat and self._has_template
+        if self.config.system_prompt is not None and not self._has_template:
+            raise ValueError(
+                "system_prompt: expected None, since this tokenizer has no chat_template; "
+                f"got {self.config.system_prompt!r}. Write it into the templates."
+            )
+
+    def build(self, problem: Problem) -> Prompts | None:
+        """The prompts of one problem, or None where ``on_overflow="drop"`` left it out.
+
+        Raises ValueError where the question or the solution is empty, or a prompt is longer than max_prompt_tokens.
+        """
+        self.check(problem)
+        prompts = self._prompts(problem)
+        limit = self.config.max_prompt_tokens
+        if limit is None or max(map(len, prompts)) <= limit:
+            return prompts
+        if self.config.on_overflow == "truncate" and len(prompts.question) <= limit:
+            shortened = self._truncate(problem, prompts, limit)
+            if shortened is not None:
+                self.truncated += 1
+                return shortened
+        if self.config.on_overflow == "drop":
+            self.dropped += 1
+            return None
+        lengths = ", ".join(f"{name} {len(ids)}" for name, ids in zip(Prompts._fields, prompts, strict=True))
+        raise ValueError(
+            f"max_prompt_tokens: expected prompts of at most {limit} tokens; got {lengths}, and the question is never "
+            "cut. Raise max_prompt_tokens, or set on_overflow to 'truncate' (cuts the solution) or 'drop'."
+        )
+
+    def build_all(self, problems: Sequence[Problem]) -> list[Prompts]:
+        """The prompts of all problems but the dropped ones. Raises ValueError where none is left."""
+        built = [prompts for problem in problems if (prompts := self.build(problem)) is not None]
+        if not built:
+            raise ValueError(
+                f"problems: expected at least one that fits max_prompt_tokens={self.config.max_prompt_tokens}; "
+                f"got {len(problems)} problems, {self.dropped} dropped. Raise max_prompt_tokens."
+            )
+        return built
+
+    def question(self, problem: Problem) -> str | list[dict[str, Any]]:
+        """The student's prompt before it becomes tokens: text, or messages for the chat template."""
+        return self._write(self.config.question_template, problem)
+
+    def check(self, problem: Problem) -> None:
+        """Raise ValueError where question or solution is empty, or a conversation does not end with the user."""
+        question, solution, wrong = problem
+        if not isinstance(question, str):
+            if not self._has_template:
+                raise ValueError(
+                    "question: expected text, since this tokenizer has no chat_template; got a conversation. Set "
+                    "tokenizer.chat_template (instruction-tuned models bring one), or write the questions as text."
+                )
+            if not question or question[-1]["role"] != "user":
+                roles = [message["role"] for message in question]
+                raise ValueError(f"question: expected a conversation that ends with the user's message; got {roles}.")
+            question = question[-1]["content"]
+        texts = {"question": question, "solution": solution}
+        if self.config.reference == "wrong_hint":
+            texts["wrong_solution"] = wrong
+            if wrong == solution:
+                raise ValueError(f"wrong_solution: expected another text than the solution; got {wrong!r} in both.")
+        for name, text in texts.items():
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(
+                    f"{name}: expected non-empty text; got {text!r}. Leave problems without one out of the data."
+                )
+        if not self.tokenizer(solution, add_special_tokens=False)["input_ids"]:
+            raise ValueError(
+                f"solution: expected at least one token; got none from {solution!r}. Without it the teacher knows no "
+                "more than the student; leave the problem out of the data."
+            )
+
+    def _prompts(self, problem: Problem) -> Prompts:
+        config = self.config
+        reference, hinted = config.reference_template, problem
+        if config.reference == "wrong_hint":
+            assert problem.wrong_solution is not None
+            reference, hinted = config.teacher_template, problem._replace(solution=problem.wrong_solution)
+        return Prompts(
+            self._encode(config.question_template, problem, config.student_kwargs),
+            self._encode(config.teacher_template, problem, config.teacher_kwargs),
+            self._encode(reference, hinted, config.reference_kwargs),
+        )
+
+    def _write(self, template: str, problem: Problem) -> str | list[dict[str, Any]]:
+        question, history = problem.question, []
+        if not isinstance(question, str):
+            *history, last = ({**message} for message in question)
+            question = last["content"]
+        values = {"{question}": question, "{solution}": problem.solution}
+        # One pass over the template: a question that itself contains "{solution}" stays as it is.
+        text = _FIELD.sub(lambda found: values[found[0]], template)
+        if isinstance(problem.question, str) and not self._text_as_chat:
+            return text
+        if "{question}" not in template:  # what the user and the model said before is part of the question
+            history = [message for message in history if message["role"] == "system"]
+        if self.config.system_prompt is not None and not any(message["role"] == "system" for message in history):
+            history.insert(0, {"role": "system", "content": self.config.system_prompt})
+        return [*history, {"role": "user", "content": text}]
+
+    def _encode(self, template: str, problem: Problem, chat_template_kwargs: Mapping[str, Any]) -> list[int]:
+        written = self._write(template, problem)
+        if isinstance(written, str):
+            return list(self.tokenizer(written)["input_ids"])
+        return list(
+            self.tokenizer.apply_chat_template(
+                written, add_generation_prompt=True, tokenize=True, return_dict=False, **chat_template_kwargs
+            )
+        )
+
+    def _truncate(self, problem: Problem, prompts: Prompts, limit: int) -> Prompts | None:
+        """The longest head of the solution with which both prompts fit: Δ_it needs the same solution in both."""
+        hints = problem[1:] if self.config.reference == "wrong_hint" else problem[1:2]
+        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in hints]
+        keep = max(map(len, ids))
+        while max(map(len, prompts)) > limit:
+            # Decoding and encoding again may change the count, hence the loop.
+            keep -= max(map(len, prompts)) - limit
+            solution, *wrong = (self.tokenizer.decode(hint[: max(keep, 0)]).strip() for hint in ids)
+            if not all((solution, *wrong)):
+                return None
+            prompts = self._prompts(Problem(problem.question, solution, *wrong))
+        return prompts
+
+
+def thinking_states(tokenizer: Any, prompts: Prompts) -> dict[str, str]:
+    """How each prompt ends: "open" in a <think> block, "closed" after one, "none" otherwise.
+
+    The same completion follows all three. Where they differ, its first tokens (``<think>`` or the answer) mean something
+    else in each context, and the divergence there is of the templates' making.
+    """
+    ends = {name: tokenizer.decode(ids[-8:]).rstrip() for name, ids in prompts._asdict().items()}
+    return {
+        name: "open" if end.endswith("<think>") else "closed" if end.endswith("</think>") else "none"
+        for name, end in ends.items()
+    }

@@ -1,0 +1,301 @@
+"""The whole method as one plain PyTorch loop over a Hugging Face causal language model.
+
+Each step: sample completions from the student on the question alone; run the frozen initial weights over the same
+tokens on the question (base), on question + reference (teacher) and on the reference alone; step the student towards
+the target built of them.
+
+Left out, to keep it readable from top to bottom: several devices, vLLM, mixed precision (the model trains in the dtype
+it was loaded in), learning-rate schedules (it is constant), logging services. The model stays in the mode it comes
+in: ``from_pretrained`` gives eval mode, so that the student is trained on the very distribution it sampled from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from popsd import MaskConfig, PurifiedConfig, PurifiedOPSDLoss
+from popsd.markers import EpistemicMarkers
+from popsd_integrations.huggingface.frozen import FrozenWeights, eval_mode, frozen_states, frozen_weights
+from popsd_integrations.huggingface.heads import causal_model, check_head
+from popsd_integrations.huggingface.objective import (
+    LossTarget,
+    loss_function,
+    measures_decomposition,
+    needed_contexts,
+    student_loss,
+    target_config,
+)
+from popsd_integrations.huggingface.packing import pack
+from popsd_integrations.huggingface.prompts import Prompts
+from popsd_integrations.huggingface.sampling import hf_generate, special_tokens
+from popsd_integrations.torch_loop.checkpoint import (
+    random_state,
+    read_checkpoint,
+    restore,
+    run_fingerprint,
+    save_checkpoint,
+    seed_everything,
+    set_random_state,
+)
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+# What may differ between a run and its continuation without changing the steps they share.
+_FREE = ("steps", "checkpoint_every")
+
+Generate = Callable[..., list[list[int]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Options of ``train``; the defaults are the paper's, with one completion per question.
+
+    steps, batch_size: optimiser steps, and questions per step. micro_batch_size: rows per forward, None for all; the
+        result does not depend on it. lora_rank: None is full fine-tuning, which keeps a frozen copy of the weights.
+    temperature: of sampling; 0 is greedy. loss_target: see ``huggingface.objective``; "contrastive_hints" wants prompts
+        built with ``ContextConfig(reference="wrong_hint")``. loss: None is the target's own defaults.
+    masks: which completion tokens the loss keeps; logged as kept_share. Under micro-batches a top share is of each.
+    decompose_every: log Eq. 4 every so many steps, 0 never; β-OPSD has none. evaluate_every, checkpoint_every: steps, 0
+        is at the end only.
+    batched_frozen: the frozen contexts as one batch. impl: who computes the loss, see ``popsd.Impl``.
+    """
+
+    steps: int = 200
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    learning_rate: float = 5e-6
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lora_rank: int | None = 64
+    lora_alpha: int = 128
+    lora_targets: str | tuple[str, ...] = "all-linear"
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    loss_target: LossTarget = "purified"
+    loss: PurifiedConfig | None = None
+    masks: MaskConfig | None = None
+    markers: EpistemicMarkers = field(default_factory=EpistemicMarkers)
+    decompose_every: int = 10
+    evaluate_every: int = 0
+    checkpoint_every: int = 50
+    batched_frozen: bool = False
+    impl: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: expected a number of at least {least}; got {value}.")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a positive finite number; got {getattr(self, name)}.")
+        if self.loss is None:
+            object.__setattr__(self, "loss", target_config(self.loss_target))
+        self.loss_function()
+        if not all(0 <= beta < 1 for beta in self.adam_betas) or len(self.adam_betas) != 2:
+            raise ValueError(f"adam_betas: expected two numbers in [0, 1); got {self.adam_betas}.")
+
+    def loss_function(self) -> PurifiedOPSDLoss:
+        return loss_function(self.loss_target, self.loss, masks=self.masks, impl=self.impl)
+
+
+_LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "lora_rank": 1, "lora_alpha": 1, "max_new_tokens": 1}
+_LEAST |= dict.fromkeys(("temperature", "weight_decay", "decompose_every", "evaluate_every", "checkpoint_every"), 0)
+
+
+class TrainResult(NamedTuple):
+    """model: the trained student (the PEFT model under LoRA). metrics: one dictionary per step, as in metrics.jsonl."""
+
+    model: Any
+    metrics: list[dict[str, float]]
+
+
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompts],
+    config: TrainConfig,
+    *,
+    output_dir: str | Path,
+    generate: Generate | None = None,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainResult:
+    """Train ``model`` in place on the questions of ``prompts`` (see ``contexts.ContextBuilder``).
+
+    generate: called as ``generate(model, prompts, max_new_tokens=, temperature=, eos_token_id=, pad_token_id=)`` with
+        questions as lists of token ids; returns completions as such lists. None: ``hf_generate``.
+    evaluate: called with the model every ``evaluate_every`` steps and at the end; its numbers join the metrics as
+        ``eval/…``.
+    resume: continue from the checkpoint in ``output_dir`` (from the start where there is none yet), to the same metrics
+        as an unbroken run. Pass the same initial model: the checkpoint holds the trained parameters only. The random
+        state of PyTorch and of ``random`` is seeded, saved and restored; a ``generate`` with its own is not covered.
+
+    Raises ValueError before any work: no prompts, a checkpoint that is there without ``resume``, unreadable, or of
+    another run; a model whose head popsd would get wrong.
+    """
+    if len(prompts) == 0:
+        raise ValueError("prompts: expected at least one problem; got none. Build them with ContextBuilder.build_all.")
+    output = Path(output_dir)
+    eos, pad = special_tokens(model, tokenizer)
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    fingerprint = run_fingerprint(options, model, prompts)
+    checkpoint = read_checkpoint(output / CHECKPOINT, fingerprint, resume)
+    check_head(model)
+    seed_everything(config.seed)
+    if config.lora_rank is not None:
+        model = _with_lora(model, config)
+    output.mkdir(parents=True, exist_ok=True)
+    source = frozen_weights(model)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
+    )
+    loss_fn = config.loss_function()
+    start = 0
+    if checkpoint is not None:
+        start = restore(checkpoint, trained, optimizer)
+    history = _read_metrics(output / METRICS, upto=start)
+
+    with open(output / METRICS, "a") as log:
+        for step in _progress(range(start, config.steps), config, start, progress):
+            began = time.perf_counter()
+            rows = [prompts[index] for index in _rows(step, config, len(prompts))]
+            with eval_mode(model):
+                completions = (generate or hf_generate)(
+                    model,
+                    [row.question for row in rows],
+                    max_new_tokens=config.max_new_tokens,
+                    temperature=config.temperature,
+                    eos_token_id=eos,
+                    pad_token_id=pad,
+                )
+            generated = time.perf_counter()
+            decompose = config.decompose_every > 0 and step % config.decompose_every == 0
+            decompose = decompose and measures_decomposition(config.loss_target)
+            metrics = _backward(model, source, loss_fn, rows, completions, config, pad, decompose)
+            norm = nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            metrics = {"step": step + 1, **metrics, "grad_norm": norm.item()}
+            metrics |= _completion_metrics(completions, tokenizer, eos, config.markers)
+            metrics |= {"seconds/generate": generated - began, "seconds/update": time.perf_counter() - generated}
+            last = step + 1 == config.steps
+            if evaluate is not None and (last or _due(step, config.evaluate_every)):
+                state = random_state()
+                with eval_mode(model), torch.no_grad():
+                    metrics |= {f"eval/{name}": float(value) for name, value in evaluate(model).items()}
+                set_random_state(state)
+            history.append(metrics)
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            if last or _due(step, config.checkpoint_every):
+                save_checkpoint(output / CHECKPOINT, fingerprint, step + 1, trained, optimizer)
+    return TrainResult(model, history)
+
+
+def _backward(
+    model: nn.Module,
+    source: FrozenWeights,
+    loss_fn: PurifiedOPSDLoss,
+    rows: Sequence[Prompts],
+    completions: Sequence[Sequence[int]],
+    config: TrainConfig,
+    pad: int,
+    decompose: bool,
+) -> dict[str, float]:
+    """Accumulate the gradient of the whole batch's mean loss per completion token; return the means of the metrics."""
+    tokens = sum(map(len, completions))
+    size = config.micro_batch_size or len(rows)
+    contexts = needed_contexts(config.loss_target, decompose)
+    totals: dict[str, torch.Tensor] = {}
+    for first in range(0, len(rows), size):
+        part, ids = rows[first : first + size], completions[first : first + size]
+        student = pack([row.question for row in part], ids, pad_token_id=pad, device=causal_model(model).device)
+        frozen = frozen_states(
+            source, part, ids, pad_token_id=pad, contexts=contexts, student=student, batched=config.batched_frozen
+        )
+        loss, metrics = student_loss(model, loss_fn, student, frozen, num_items=tokens, decompose=decompose)
+        loss.backward()
+        weighted = {name: value * (sum(map(len, ids)) / tokens) for name, value in metrics.items() if name != "tokens"}
+        weighted["loss"] = loss.detach()
+        totals = {name: value + totals.get(name, 0) for name, value in weighted.items()}
+    return {name: value.item() for name, value in totals.items()}
+
+
+def _completion_metrics(
+    completions: Sequence[Sequence[int]], tokenizer: Any, eos: Sequence[int], markers: EpistemicMarkers
+) -> dict[str, float]:
+    counts = markers.count_ids(completions, tokenizer)
+    return {
+        "completions/mean_length": sum(map(len, completions)) / len(completions),
+        "completions/eos_rate": sum(ids[-1] in eos for ids in completions) / len(completions),
+        "markers/per_completion": counts.per_completion(),
+        "markers/per_thousand_tokens": counts.per_thousand_tokens(),
+        **{f"markers/{word}": counts.per_completion(word) for word in counts.counts},
+    }
+
+
+def _rows(step: int, config: TrainConfig, count: int) -> list[int]:
+    """Rows of a step. An epoch is a permutation drawn from (seed, epoch): the step alone says where the data stands."""
+    places = range(step * config.batch_size, (step + 1) * config.batch_size)
+    orders = {epoch: list(range(count)) for epoch in {place // count for place in places}}
+    for epoch, order in orders.items():
+        random.Random(f"{config.seed}:{epoch}").shuffle(order)
+    return [orders[place // count][place % count] for place in places]
+
+
+def _with_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("lora_rank needs peft: pip install 'popsd[trl]', or set lora_rank=None.") from error
+
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "lora_rank: expected None for a model that has an adapter already; its own adapter is trained."
+        )
+    targets = config.lora_targets if isinstance(config.lora_targets, str) else list(config.lora_targets)
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    was_training = model.training
+    return get_peft_model(model, lora).train(was_training)
+
+
+def _progress(steps: range, config: TrainConfig, start: int, shown: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(steps, desc=config.loss_target, initial=start, total=config.steps, unit="step", disable=not shown)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and (step + 1) % every == 0
+
+
+def _read_metrics(path: Path, upto: int) -> list[dict[str, float]]:
+    """Keep the lines up to the checkpoint; the steps after it, and a line torn by a kill, are run and written again."""
+    lines = path.read_text().splitlines()[:upto] if path.exists() else []
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in lines))
+    os.replace(temporary, path)
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,95 @@
+"""Callbacks of ``PurifiedOPSDTrainer``: the moving average, and the plot at the end."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from popsd_integrations.huggingface.frozen import EMA
+
+logger = logging.getLogger(__name__)
+
+EMA_FILE = "popsd_ema.pt"
+PANELS = {
+    "loss": "loss per token, nats",
+    "entropy": "student entropy, nats",
+    "target_entropy": "target entropy, nats",
+    "markers/per_completion": "markers per completion",
+    "completions/mean_length": "tokens per completion",
+    "decomposition/cos_total_reference": "cos(Δ_total, Δ_ref)",
+    "decomposition/cos_total_transferable": "cos(Δ_total, Δ_it)",
+    "decomposition/reference_fraction": "‖Δ_ref‖ / ‖Δ_total‖",
+}
+
+
+class EMACallback(TrainerCallback):
+    """Updates the average after every optimiser step, and keeps it in the checkpoints."""
+
+    def __init__(self, ema: EMA) -> None:
+        self.ema = ema
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ema.update()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            path = _checkpoint(args, state) / EMA_FILE
+            torch.save(self.ema.state_dict(), path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            return
+        path = _checkpoint(args, state) / EMA_FILE
+        if not path.exists():
+            raise ValueError(
+                f"resume_from_checkpoint: expected the moving average in {path}; got a checkpoint without it. Resume "
+                "from one in this run's output_dir that has the file."
+            )
+        self.ema.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+
+
+class PlotMetrics(TrainerCallback):
+    """Writes ``metrics.png`` to output_dir when training ends: one panel per metric, train and eval."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        try:
+            plot_history(state.log_history, Path(args.output_dir) / "metrics.png")
+        except ImportError:
+            logger.warning("No metrics.png: matplotlib is missing (pip install 'popsd[plots]').")
+
+
+def plot_history(history: Sequence[dict[str, Any]], path: Path) -> None:
+    """Plot a trainer's ``state.log_history``. Raises ImportError without matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = 4
+    figure = Figure(figsize=(3.4 * columns, 2.9 * -(-len(PANELS) // columns)))
+    axes = figure.subplots(-(-len(PANELS) // columns), columns, squeeze=False).flat
+    for axis, (key, title) in zip(axes, PANELS.items(), strict=False):
+        for name, prefix in (("train", ""), ("eval", "eval_")):
+            points = [(row["step"], row[prefix + key]) for row in history if row.get(prefix + key) is not None]
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), marker="." if name == "eval" or len(points) == 1 else "", label=name
+                )
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

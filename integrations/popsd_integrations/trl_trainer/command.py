@@ -1,0 +1,214 @@
+"""``popsd train``: PurifiedOPSDTrainer from a YAML file and flags, with TRL's own argument groups.
+
+Flags override the file; a misspelt name is refused in both. ``--dry_run`` stops before the weights are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from popsd_integrations.huggingface.objective import needed_contexts
+from popsd_integrations.huggingface.prompts import ContextBuilder, thinking_states
+from popsd_integrations.trl_trainer.trainer import (
+    SOLUTION_COLUMNS,
+    WRONG_COLUMN,
+    PurifiedOPSDConfig,
+    PurifiedOPSDTrainer,
+    problem_of,
+)
+
+
+@dataclass
+class TrainArguments(ScriptArguments):
+    """Where the data is, and what to do with it."""
+
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with the questions."})
+    solution_column: str | None = field(
+        default=None, metadata={"help": f"Column with the reference solutions. None: one of {SOLUTION_COLUMNS}."}
+    )
+    wrong_solution_column: str = field(
+        default=WRONG_COLUMN, metadata={"help": "Column with wrong solutions, for loss_target contrastive_hints."}
+    )
+    text_as_conversation: bool = field(
+        default=False,
+        metadata={"help": "Write a question given as text as a user's message, so that it takes the chat template."},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Print the first example's prompts as tokenised and the memory plan, and stop."},
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, load and train; returns 0. Raises ValueError on bad input."""
+    parser = TrlParser((TrainArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig), prog="popsd train")
+    script, args, model_args, mixture = parser.parse_args_and_config(arguments)
+    if not model_args.model_name_or_path:
+        raise ValueError(
+            "model_name_or_path: expected a model; got none. Pass --model_name_or_path or set it in --config."
+        )
+    dataset = load_data(script, mixture)
+    peft_config = get_peft_config(model_args)
+    # TRL's ModelConfig has float32 unless told otherwise.
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    train_dataset = dataset[script.dataset_train_split]
+    if script.dry_run:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=args.trust_remote_code,
+        )
+        print(describe_prompts(next(iter(train_dataset)), tokenizer, args))
+        print(memory_plan(model_args.model_name_or_path, args, peft_config))
+        return 0
+    trainer = PurifiedOPSDTrainer(
+        model=model_args.model_name_or_path,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=dataset[script.dataset_test_split] if args.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=peft_config,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    return 0
+
+
+def load_data(script: TrainArguments, mixture: Any) -> Any:
+    """Splits with the columns that the trainer takes."""
+    if bool(mixture.datasets) == bool(script.dataset_name):
+        raise ValueError(
+            "dataset_name: expected it or a mixture in `datasets`, and not both; a folder with train.jsonl will do."
+        )
+    dataset = (
+        get_dataset(mixture)
+        if mixture.datasets
+        else load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+    )
+    renamed = {script.prompt_column: "prompt"}
+    if script.solution_column is not None:
+        renamed[script.solution_column] = SOLUTION_COLUMNS[0]
+    if script.wrong_solution_column != WRONG_COLUMN:
+        renamed[script.wrong_solution_column] = WRONG_COLUMN
+    for split in dataset:
+        columns = dataset[split].column_names
+        missing = sorted(renamed.keys() - set(columns or renamed))
+        if missing:
+            raise ValueError(f"prompt_column and the other columns: expected columns of {columns}; got {missing}.")
+        for old, new in renamed.items():
+            if old != new:
+                dataset[split] = dataset[split].rename_column(old, new)
+        if script.text_as_conversation:
+            dataset[split] = dataset[split].map(_as_conversation)
+    return dataset
+
+
+def describe_prompts(row: dict[str, Any], tokenizer: Any, args: PurifiedOPSDConfig) -> str:
+    """The three prompts of an example: text as the tokens decode, their number, first and last ids, thinking state."""
+    prompts = ContextBuilder(tokenizer, args.context_config(), text_as_chat=False).build(problem_of(row))
+    if prompts is None:
+        return f"The first example is dropped: a prompt of it has more than {args.max_prompt_length} tokens."
+    states = thinking_states(tokenizer, prompts)
+    wrong = args.loss_target == "contrastive_hints"
+    whose = {"question": "student and base", "teacher": "teacher"}
+    whose["reference"] = "teacher with the wrong hint" if wrong else "reference-only teacher"
+    parts = []
+    for name, ids in prompts._asdict().items():
+        shown = " ".join(map(str, ids if len(ids) <= 24 else [*ids[:12], "…", *ids[-12:]]))
+        parts.append(
+            f"=== {name} ({whose[name]}): {len(ids)} tokens, thinking {states[name]}\n{tokenizer.decode(ids)}\n    ids {shown}"
+        )
+    return "\n".join(parts)
+
+
+def memory_plan(model: str, args: PurifiedOPSDConfig, peft_config: Any) -> str:
+    """What one process holds beside activations and the generation cache, before any sharding; no weight is loaded."""
+    kwargs = dict(args.model_init_kwargs or {})
+    config = AutoConfig.from_pretrained(
+        model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+    )
+    dtype = kwargs.get("dtype") or "float32"
+    dtype = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
+    with torch.device("meta"):
+        student = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            student = get_peft_model(student, peft_config)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    weights, trained_bytes = (sum(p.numel() * p.itemsize for p in x) for x in (student.parameters(), trained))
+    rows, text = args.per_device_train_batch_size, config.get_text_config()
+    itemsize = 2 if args.bf16 or args.fp16 else dtype.itemsize
+    contexts = needed_contexts(args.loss_target, decompose=args.diagnostics_steps > 0)
+    streams = len(contexts) + 2  # the student's and its gradient
+    workspace = args.workspace_mib or (2048 if torch.cuda.is_available() else 64)
+    plan = {
+        "weights": weights,
+        "gradients of what is trained": trained_bytes,
+        "AdamW's moments": 2 * trained_bytes,
+        "hidden states in the loss, at most": streams * rows * args.max_completion_length * text.hidden_size * itemsize,
+        "logits in the loss, at most": int(workspace * 2**20),
+    }
+    if args.frozen_weights == "ema":
+        plan["moving average"] = trained_bytes + sum(4 * p.numel() for p in trained if p.itemsize < 4)
+    elif peft_config is None:
+        plan["copy of the initial weights"] = weights
+    trained_count = sum(p.numel() for p in trained)
+    logits = 4 * rows * args.max_completion_length * text.vocab_size
+    lines = [f"  {name:<36} {size / 2**30:9.3f} GiB" for name, size in plan.items()]
+    return "\n".join(
+        [
+            f"=== memory of one process, without activations and generation cache; {trained_count:,} parameters trained",
+            *lines,
+            f"  {'sum':<36} {sum(plan.values()) / 2**30:9.3f} GiB",
+            f"  never held: logits of a micro-batch, {logits / 2**30:.3f} GiB in float32 for each of the distributions",
+        ]
+    )
+
+
+def checkpoint_to_resume(args: PurifiedOPSDConfig) -> str | None:
+    """``--resume_from_checkpoint true`` is the last whole checkpoint in output_dir, or a fresh start where there is none.
+
+    A run killed while it saved leaves a folder without trainer_state.json, which is written last.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() not in ("true", "1", "yes"):
+        return None if str(wanted).lower() in ("none", "false", "0", "no") else wanted
+    whole = [path for path in Path(args.output_dir).glob("checkpoint-*") if _is_whole(path)]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return path.name.split("-")[1].isdigit() and bool(json.loads((path / "trainer_state.json").read_text()))
+    except (OSError, ValueError):
+        return False
+
+
+def _as_conversation(row: dict[str, Any]) -> dict[str, Any]:
+    text = row["prompt"]
+    return {"prompt": [{"role": "user", "content": text}] if isinstance(text, str) else text}

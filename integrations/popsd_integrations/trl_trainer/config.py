@@ -1,0 +1,222 @@
+"""Options of ``PurifiedOPSDTrainer``: TRL's own, and those of the method."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from popsd import Impl, MaskConfig, PurifiedConfig, PurifiedOPSDLoss, Strategy, presets
+from popsd.markers import DEFAULT_MARKERS, EpistemicMarkers
+from popsd_integrations.huggingface.objective import LossTarget, loss_function, target_config
+from popsd_integrations.huggingface.prompts import ContextConfig
+from popsd_integrations.trl_trainer.compat import DistillationConfig
+
+_ENTRY_MASKS = ("plausibility", "tail_floor", "tail_cap")
+_OPTION_OF = {"temperature": "loss_temperature"} | {
+    name: name for name in ("beta", "token_clip", "entry_clip", "vocab_size", "pmi_beta", "pmi_clip", *_ENTRY_MASKS)
+}
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class PurifiedOPSDConfig(DistillationConfig):
+    """``trl.DistillationConfig`` (generation, vLLM, logging, all of ``TrainingArguments``) and the options below.
+
+    Defaults that differ from TRL's, after arXiv 2607.02234: beta 0.5, learning_rate 5e-6, max_completion_length 1024.
+    ``temperature`` is that of sampling; the loss has its own in ``loss_temperature``. Every option is checked here.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *DistillationConfig._VALID_DICT_FIELDS,
+        "teacher_chat_template_kwargs",
+        "reference_chat_template_kwargs",
+        "loss_kwargs",
+        "masks",
+        "position_weights",
+    ]
+
+    beta: float = _option(0.5, "JSD coefficient: 0 is forward KL, 0.5 the symmetric JSD, 1 reverse KL.")
+    learning_rate: float = _option(5e-6, "The initial learning rate for AdamW.")
+    max_completion_length: int | None = _option(1024, "Maximum number of tokens to generate per completion.")
+
+    loss_target: LossTarget = field(
+        default="purified",
+        metadata={
+            "help": "'purified' subtracts the reference-only teacher; 'opsd' distils the teacher itself; 'beta_opsd' "
+            "mixes base and teacher; 'contrastive_hints' subtracts a teacher with the hint in wrong_privileged_context."
+        },
+    )
+    pmi_beta: float = _option(
+        1.0, "Divides the signal: softmax(log base + signal / pmi_beta). At 1 the target of beta_opsd is the teacher."
+    )
+    pmi_clip: float | str | None = _option(
+        "auto",
+        "Soft clip c of the signal, c * tanh(signal / c). None: no clip. 'auto': 10 for purified, else no clip.",
+    )
+    entry_clip: float | None = _option(None, "Cap on each vocabulary entry's contribution (OPSD's stabiliser).")
+    token_clip: float | None = _option(None, "Cap on each token's loss.")
+    loss_temperature: float | None = _option(None, "Divides all logits in the loss. None: `temperature`, as in TRL.")
+    vocab_size: int | None = _option(
+        None, "Leading rows of the head in use (such as len(tokenizer)); its padding rows then count nowhere."
+    )
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further fields of popsd.PurifiedConfig, such as exact_difference."}
+    )
+    plausibility: float | None = _option(
+        None, "Vocabulary entries whose base probability is below this share of the largest one keep the base's."
+    )
+    tail_floor: float | None = _option(
+        None, "Where teacher and reference are both below this probability, the signal is capped at tail_cap."
+    )
+    tail_cap: float | None = _option(None, "Largest signal in nats where tail_floor applies.")
+    skip_first_tokens: int = _option(0, "Leave the first tokens of every completion out of the loss.")
+    masks: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Which completion tokens the loss keeps: fields of popsd.MaskConfig, such as top_target_entropy. "
+            "Logged as masks/kept_share. A top share is taken of each process's micro-batch."
+        },
+    )
+    protect_markers: bool = _option(
+        False, "Leave tokens sampled as one of `markers` out of the loss: protect_ids of `masks`, by the tokenizer."
+    )
+    position_weights: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights that rise along each completion: arguments of popsd.presets.position_weights, such as "
+            "first. The loss still divides by the number of tokens."
+        },
+    )
+    impl: str = _option("auto", "Who computes the loss: 'auto', 'triton' or 'torch'.")
+    strategy: str = _option("chunked", "How logits come and go: 'chunked', 'single_read' or 'streaming'.")
+    workspace_mib: float | None = _option(None, "Memory for logits in the loss. None: 72 MiB on CPU, 2 GiB on a GPU.")
+
+    question_template: str = _option(ContextConfig.question_template, "The student's prompt; holds {question}.")
+    teacher_template: str = _option(ContextConfig.teacher_template, "Holds {question} and {solution}.")
+    reference_template: str = _option(ContextConfig.reference_template, "Holds {solution} and never the question.")
+    teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "`chat_template_kwargs` of the teacher, such as enable_thinking. None: the student's."},
+    )
+    reference_chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "`chat_template_kwargs` of the reference-only teacher. None: the teacher's."},
+    )
+    max_prompt_length: int | None = _option(None, "Longest prompt in tokens, in any context.")
+    on_overflow: Literal["error", "truncate", "drop"] = _option(
+        "error", "A prompt too long: 'error'; 'truncate' cuts the solution, never the question; 'drop' the problem."
+    )
+
+    frozen_weights: Literal["initial", "ema"] = _option(
+        "initial", "'initial': adapter off, or a copy under full fine-tuning; 'ema': a moving average of the student."
+    )
+    ema_decay: float = _option(0.999, "average = decay * average + (1 - decay) * student, per optimiser step.")
+    batched_frozen: bool = _option(False, "Run the frozen contexts as one batch; pays where they are equally long.")
+    frozen_batch_size: int | None = _option(None, "Rows per frozen forward. None: all at once.")
+
+    diagnostics_steps: int = _option(10, "Log the decomposition of the teacher's signal every so many steps; 0 never.")
+    markers: list[str] = field(
+        default_factory=lambda: list(DEFAULT_MARKERS),
+        metadata={"help": "Epistemic markers counted in the completions."},
+    )
+    plot_metrics: bool = _option(True, "Write metrics.png to output_dir at the end of training.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("skip_first_tokens", 0), ("diagnostics_steps", 0), ("frozen_batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: expected at least {least}; got {value}.")
+        if not self.max_completion_length or self.max_completion_length <= self.skip_first_tokens:
+            raise ValueError(
+                f"max_completion_length: expected more than skip_first_tokens ({self.skip_first_tokens}); got "
+                f"{self.max_completion_length}. No token would be left for the loss."
+            )
+        if self.frozen_weights not in ("initial", "ema"):
+            raise ValueError(f"frozen_weights: expected 'initial' or 'ema'; got {self.frozen_weights!r}.")
+        if not 0 <= self.ema_decay <= 1:
+            raise ValueError(f"ema_decay: expected a number in [0, 1], such as 0.999; got {self.ema_decay}.")
+        if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs: expected use_reentrant False; got True, which fails with LoRA and DDP. "
+                "Leave it out."
+            )
+        Impl(self.impl), Strategy(self.strategy)
+        if self.pmi_clip == "auto":
+            self.pmi_clip = target_config(self.loss_target).pmi_clip
+        elif isinstance(self.pmi_clip, str):  # a flag; in YAML a number or null
+            self.pmi_clip = None if self.pmi_clip.lower() in ("none", "null") else float(self.pmi_clip)
+        self.loss_function()
+        self.token_weights(torch.ones(1, 1))
+        self.context_config()
+        self.epistemic_markers()
+
+    def loss_function(self, tokenizer: Any = None) -> PurifiedOPSDLoss:
+        """The loss that these options describe. tokenizer: needed for the tokens of protect_markers."""
+        own = {name: getattr(self, option) for name, option in _OPTION_OF.items()}
+        if own["temperature"] is None:
+            own["temperature"] = self.temperature
+        further = self._fields("loss_kwargs", {entry.name for entry in fields(PurifiedConfig)} - _OPTION_OF.keys())
+        return loss_function(
+            self.loss_target,
+            target_config(self.loss_target, **own, **further),
+            masks=self._mask_config(tokenizer),
+            impl=self.impl,
+            strategy=self.strategy,
+            workspace_mib=self.workspace_mib,
+        )
+
+    def token_weights(self, mask: torch.Tensor) -> torch.Tensor:
+        """What counts of the completion tokens in ``mask`` [B, T], before `MaskConfig`: bool, or float weights."""
+        counted = mask.bool()
+        counted = counted & (torch.arange(mask.shape[1], device=mask.device) >= self.skip_first_tokens)
+        if self.position_weights is None:
+            return counted
+        return presets.position_weights(counted, **self._fields("position_weights", {"first", "power"}))
+
+    def _mask_config(self, tokenizer: Any) -> MaskConfig | None:
+        rules = self._fields("masks", {entry.name for entry in fields(MaskConfig)} - {"skip_first"})
+        if self.protect_markers and tokenizer is not None:
+            markers = self.epistemic_markers().token_ids(tokenizer).values()
+            rules["protect_ids"] = sorted({*rules.get("protect_ids", ()), *(token for ids in markers for token in ids)})
+        return MaskConfig(**rules) if rules else None
+
+    def _fields(self, name: str, known: Collection[str]) -> dict[str, Any]:
+        """What an option that holds other options says. Raises ValueError for one that is unknown, or elsewhere."""
+        given: Any = getattr(self, name) or {}
+        if not isinstance(given, dict) or not given.keys() <= set(known):
+            got = sorted(given) if isinstance(given, dict) else repr(given)
+            raise ValueError(
+                f"{name}: expected some of {sorted(known)}; got {got}. Others of the kind have options of their own."
+            )
+        return dict(given)
+
+    def context_config(self) -> ContextConfig:
+        """How these options write the prompts."""
+        kwargs: list[Any] = [
+            self.chat_template_kwargs,
+            self.teacher_chat_template_kwargs,
+            self.reference_chat_template_kwargs,
+        ]
+        for index, value in enumerate(kwargs):
+            kwargs[index] = (kwargs[index - 1] if index else {}) if value is None else value
+        return ContextConfig(
+            question_template=self.question_template,
+            teacher_template=self.teacher_template,
+            reference_template=self.reference_template,
+            reference="wrong_hint" if self.loss_target == "contrastive_hints" else "solution_only",
+            student_kwargs=kwargs[0],
+            teacher_kwargs=kwargs[1],
+            reference_kwargs=kwargs[2],
+            max_prompt_tokens=self.max_prompt_length,
+            on_overflow=self.on_overflow,
+        )
+
+    def epistemic_markers(self) -> EpistemicMarkers:
+        return EpistemicMarkers(tuple(self.markers))

@@ -1,0 +1,49 @@
+"""TRL's own two-distribution loss by ``popsd.linear_jsd``, for those who keep its ``DistillationTrainer``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from popsd import DivergenceConfig, Head, linear_jsd
+
+
+def chunked_divergence_loss(
+    student_hidden_states: torch.Tensor,
+    teacher_hidden_states: torch.Tensor,
+    student_lm_head_weight: torch.Tensor,
+    teacher_lm_head_weight: torch.Tensor,
+    completion_mask: torch.Tensor,
+    beta: float,
+    *chunk_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """TRL's ``_chunked_divergence_loss`` by ``popsd.linear_jsd``: the same arguments, the same three results.
+
+    For those who keep ``DistillationTrainer`` and want only the fast two-distribution JSD; see
+    examples/fast_jsd_for_trl.py. ``chunk_size``, which TRL 1.12 passes, is not used. Returns the loss, the summed student
+    entropy and the number of valid positions.
+    """
+    heads = [
+        Head(
+            weight.full_tensor() if hasattr(weight, "full_tensor") else weight,
+            options.get(f"{name}_lm_head_bias"),
+            logit_scale=options.get(f"{name}_logit_scale", 1.0),
+            softcap=options.get(f"{name}_final_logit_softcapping"),
+        )
+        for name, weight in (("student", student_lm_head_weight), ("teacher", teacher_lm_head_weight))
+    ]
+    valid = completion_mask.reshape(-1).nonzero()[:, 0]
+    output = linear_jsd(
+        student_hidden_states.flatten(0, -2)[valid],
+        heads[0],
+        teacher_hidden_states.flatten(0, -2)[valid],
+        heads[1],
+        config=DivergenceConfig(beta=beta, temperature=options.get("temperature", 1.0)),
+        reduction="sum",
+    )
+    count = torch.tensor(len(valid), device=output.loss.device)
+    items = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    return output.loss / items, output.student_entropy.sum(), count

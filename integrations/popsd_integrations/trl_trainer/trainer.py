@@ -1,0 +1,358 @@
+"""Purified on-policy self-distillation (arXiv 2607.02234) as a TRL trainer.
+
+``trl.DistillationTrainer`` generates, batches, accumulates, logs, evaluates, saves and resumes. Overridden are the columns
+it keeps, the order of its data (which a resumed run must find again), what it generates (the prompts of teacher and
+reference join the batch) and the loss (three frozen forwards and the student's, over the same completion tokens, without
+full-vocabulary logits).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from datasets import IterableDataset
+from torch import nn
+from transformers import ProcessorMixin
+
+from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states
+from popsd_integrations.huggingface.heads import check_head, head_from_model, held, is_sharded
+from popsd_integrations.huggingface.objective import measures_decomposition, needed_contexts, student_loss
+from popsd_integrations.huggingface.packing import Packed, pack, unpad
+from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts, thinking_states
+from popsd_integrations.trl_trainer.callbacks import EMACallback, PlotMetrics
+from popsd_integrations.trl_trainer.compat import (
+    DistillationTrainer,
+    EpochSampler,
+    accumulation_factor,
+    left_padded,
+    record,
+    run_in_forward,
+)
+from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
+
+__all__ = ["PurifiedOPSDConfig", "PurifiedOPSDTrainer"]
+
+logger = logging.getLogger(__name__)
+
+SOLUTION_COLUMNS = ("privileged_context", "solution")
+WRONG_COLUMN = "wrong_privileged_context"
+
+
+class PurifiedOPSDTrainer(DistillationTrainer):
+    """Distil a model into itself on its own completions, towards the purified target or, as a baseline, the teacher.
+
+    Args:
+        model: the student: a name or path, a causal language model, or a PEFT model. Its weights as they come, without
+            the adapter under PEFT, are the frozen initial weights; merge an adapter trained before.
+        args: `PurifiedOPSDConfig`.
+        train_dataset, eval_dataset: with the columns ``prompt`` (text or conversational) and ``privileged_context`` or
+            ``solution`` (text: the reference solution), and for contrastive hints ``wrong_privileged_context``. As in TRL, a
+            text prompt is used as it is, without chat template.
+        teacher_model: the frozen weights, where they shall be others than the student's own. Needed where neither the
+            adapter can be switched off nor the weights copied, such as a model that is sharded already.
+        processing_class, callbacks, optimizers, quantization_config, peft_config: see ``trl.DistillationTrainer``.
+
+    Raises, at construction: ValueError and TypeError for missing columns, problems without question or solution, prompts
+    too long, a conversation without chat template, a head that popsd would get wrong.
+    """
+
+    loss_is_scaled_for_ga = True
+    _tag_names: ClassVar[list[str]] = ["trl", "popsd", "purified-opsd"]
+    _name = "Purified OPSD"
+    _paper: ClassVar[dict[str, str]] = {"title": "Purified On-Policy Self-Distillation", "id": "2607.02234"}
+
+    def __init__(
+        self,
+        model: Any,
+        args: PurifiedOPSDConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        teacher_model: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path or "model"
+            args = PurifiedOPSDConfig(f"{name.split('/')[-1]}-Purified-OPSD")
+        if not isinstance(args, PurifiedOPSDConfig):
+            raise TypeError(f"args: expected a PurifiedOPSDConfig; got {type(args).__name__}.")
+        if isinstance(processing_class, ProcessorMixin):
+            raise TypeError(
+                f"processing_class: expected a tokenizer; got {type(processing_class).__name__}. Images are not supported."
+            )
+        adapter = peft_config is not None or hasattr(model, "peft_config")
+        if teacher_model is not None and args.frozen_weights == "ema":
+            raise ValueError("teacher_model: expected None with frozen_weights='ema'; the average is the teacher.")
+        if teacher_model is None and not adapter and args.frozen_weights == "initial":
+            teacher_model = _copy_of(model, args)
+        super().__init__(
+            model=model,
+            teacher_model=teacher_model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self._zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+        sharded = any(map(is_sharded, self.model.parameters()))
+        if self.accelerator.is_main_process and not sharded:  # other ranks may not hold the weights yet
+            check_head(self.model)
+        if any(module.p > 0 for module in self.model.modules() if isinstance(module, nn.Dropout)):
+            logger.warning(
+                "The student has dropout: its completions are then sampled from another model than the one trained "
+                "(TRL generates in train mode). Set lora_dropout=0.0."
+            )
+        self._loss_fn = args.loss_function(self.processing_class)
+        self._markers = args.epistemic_markers()
+        self._contexts = ContextBuilder(self.processing_class, args.context_config(), text_as_chat=False)
+        self.train_dataset: Any = self._checked(train_dataset, "train_dataset")
+        self.eval_dataset: Any = self._checked(eval_dataset, "eval_dataset")
+        self._ema = None
+        if args.frozen_weights == "ema":
+            if self.is_fsdp_enabled or self._zero3:
+                raise ValueError(
+                    "frozen_weights: expected 'initial' under FSDP and ZeRO-3; got 'ema', which needs whole parameters."
+                )
+            self._ema = EMA(self.model, args.ema_decay)
+            self.add_callback(EMACallback(self._ema))
+        if args.plot_metrics:
+            self.add_callback(PlotMetrics())
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt", *SOLUTION_COLUMNS, WRONG_COLUMN]
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.global_step)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch, and the prompts of teacher and reference, left-padded, so that TRL shuffles and splits them too."""
+        problems = [problem_of(row) for row in inputs]
+        prompts = [self._prompts(problem) for problem in problems]
+        batch = super()._generate_and_score_completions(
+            [{"prompt": self._contexts.question(problem)} for problem in problems]
+        )
+        if unpad(batch["prompt_ids"], batch["prompt_mask"]) != [row.question for row in prompts]:
+            raise RuntimeError(
+                "TRL has tokenised a prompt otherwise than popsd; teacher and student would not see the same question."
+            )
+        for name in ("teacher", "reference"):
+            rows = [getattr(row, name) for row in prompts]
+            ids, mask = left_padded(rows, self.processing_class.pad_token_id, self.accelerator.device)
+            batch |= {f"{name}_prompt_ids": ids, f"{name}_prompt_mask": mask}
+        weights = self.args.token_weights(batch["completion_mask"])
+        totals = torch.stack([(weights != 0).sum(), weights.sum()])
+        batch["num_items_in_batch"], batch["weight_in_batch"] = self.accelerator.reduce(totals, "sum").unbind()
+        self._record_completions(unpad(batch["completion_ids"], batch["completion_mask"]))
+        return batch
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Sum of the completion tokens' losses over their number in the global batch; in evaluation, their mean.
+
+        ``num_items_in_batch``, which transformers counted before there were completions, is not used.
+        """
+        every = self.args.diagnostics_steps
+        decompose = every > 0 and (self.state.global_step % every == 0 or not self.model.training)
+        decompose = decompose and measures_decomposition(self.args.loss_target)
+        totals = [inputs["num_items_in_batch"].clamp(min=1), inputs["weight_in_batch"].clamp(min=1e-9)]
+        total = totals[0] if self.model.training else None
+        student = self.accelerator.unwrap_model(model)
+        loss, metrics = run_in_forward(model, student, lambda: self._loss(student, inputs, total, decompose))
+        self._record_loss(metrics, totals if self.model.training else None)
+        if self.model.training:
+            # DDP and FSDP average the gradients.
+            loss = loss * self.accelerator.num_processes * accumulation_factor(self)
+        return (loss, None) if return_outputs else loss
+
+    def _loss(
+        self, student: nn.Module, inputs: dict[str, Any], total: torch.Tensor | None, decompose: bool
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Runs inside the wrapped model's forward."""
+        completions = unpad(inputs["completion_ids"], inputs["completion_mask"])
+        names = {"question": "prompt", "teacher": "teacher_prompt", "reference": "reference_prompt"}
+        columns = {key: unpad(inputs[f"{name}_ids"], inputs[f"{name}_mask"]) for key, name in names.items()}
+        prompts = [Prompts(*row) for row in zip(*columns.values(), strict=True)]
+        device = inputs["completion_ids"].device
+        packed = pack(columns["question"], completions, pad_token_id=self.processing_class.pad_token_id, device=device)
+        weights = self.args.token_weights(packed.completion_mask)
+        with self.accelerator.autocast():
+            contexts = needed_contexts(self.args.loss_target, decompose)
+            frozen = self._frozen_states(student, prompts, completions, packed, contexts)
+            loss, metrics = student_loss(
+                student, self._loss_fn, packed, frozen, mask=weights, num_items=total, decompose=decompose
+            )
+        return loss, metrics | {"weight": weights.sum().to(loss.dtype)}
+
+    def _frozen_states(
+        self,
+        student: nn.Module,
+        prompts: list[Prompts],
+        completions: list[list[int]],
+        packed: Packed,
+        contexts: list[str],
+    ) -> FrozenStates:
+        def run(source: Any) -> FrozenStates:
+            return frozen_states(
+                source,
+                prompts,
+                completions,
+                pad_token_id=self.processing_class.pad_token_id,
+                contexts=contexts,
+                student=packed,
+                batched=self.args.batched_frozen,
+                batch_size=self.args.frozen_batch_size,
+            )
+
+        if self.teacher_model is None:
+            return run(self._ema or AdapterOff(student))
+        inner = self.accelerator.unwrap_model(self.teacher_model)
+
+        def run_and_hold() -> FrozenStates:
+            states = run(FrozenModel(inner))
+            return states._replace(head=held(states.head))
+
+        with torch.no_grad():
+            states = run_in_forward(self.teacher_model, inner, run_and_hold)
+        # FSDP2 may have resharded on leaving, which empties the head that was seen inside.
+        return states if self._zero3 else states._replace(head=head_from_model(inner))
+
+    def _prompts(self, problem: Problem) -> Prompts:
+        prompts = self._contexts.build(problem)
+        if prompts is None:
+            raise ValueError(
+                f"dataset: expected prompts of at most max_prompt_length={self.args.max_prompt_length} tokens; got a "
+                "longer one. Pass the dataset when the trainer is built, which drops those rows."
+            )
+        return prompts
+
+    def _checked(self, dataset: Any, name: str) -> Any:
+        """The dataset without the rows that ``on_overflow='drop'`` leaves out. Raises ValueError on a row that is no good.
+
+        Of a stream only the columns and the first row can be known here.
+        """
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return {key: self._checked(part, f"{name}[{key!r}]") for key, part in dataset.items()}
+        columns = dataset.column_names
+        if columns is not None and ("prompt" not in columns or not set(SOLUTION_COLUMNS) & set(columns)):
+            raise ValueError(
+                f"{name}: expected the columns 'prompt' and one of {list(SOLUTION_COLUMNS)}; got {columns}. "
+                "Rename them with dataset.rename_column."
+            )
+        if columns is not None and self.args.loss_target == "contrastive_hints" and WRONG_COLUMN not in columns:
+            raise ValueError(
+                f"{name}: expected the column {WRONG_COLUMN!r} for loss_target='contrastive_hints'; got {columns}. It "
+                "holds a wrong solution of each problem; another problem's will do."
+            )
+        builder = ContextBuilder(self.processing_class, self._contexts.config, text_as_chat=False)
+        if isinstance(dataset, IterableDataset):
+            first = next(iter(dataset), None)
+            if first is not None:
+                self._warn_of_thinking(builder.build(problem_of(first)))
+            drop = self.args.on_overflow == "drop"
+            return dataset.filter(lambda row: self._contexts.build(problem_of(row)) is not None) if drop else dataset
+        keep: list[int] = []
+        for index, row in enumerate(dataset):
+            try:
+                problem = problem_of(row)
+                if self.args.max_prompt_length is None:
+                    builder.check(problem)  # nothing but the solution has to become tokens
+                elif builder.build(problem) is None:
+                    continue
+            except ValueError as error:
+                raise ValueError(f"{name}, row {index}: {error}") from error
+            keep.append(index)
+        if not keep:
+            raise ValueError(
+                f"{name}: expected at least one usable row; {builder.dropped} of {len(dataset)} were dropped."
+            )
+        dropped, truncated = builder.dropped, builder.truncated
+        self._warn_of_thinking(builder.build(problem_of(dataset[keep[0]])))
+        if dropped or truncated:
+            logger.warning(
+                f"{name}: of {len(dataset)} problems {dropped} were dropped and {truncated} have their "
+                f"solution cut, for prompts longer than max_prompt_length={self.args.max_prompt_length}."
+            )
+        return dataset if len(keep) == len(dataset) else dataset.select(keep)
+
+    def _warn_of_thinking(self, prompts: Prompts | None) -> None:
+        states = {} if prompts is None else thinking_states(self.processing_class, prompts)
+        if len(set(states.values())) > 1:
+            logger.warning(
+                f"The prompts end in different thinking states: {states}. The completion's first tokens then mean "
+                "something else to each. Set the same chat_template_kwargs, or skip_first_tokens."
+            )
+
+    @torch.no_grad()
+    def _record_completions(self, completions: list[list[int]]) -> None:
+        counts = self._markers.count_ids(completions, self.processing_class)
+        local = [*counts.counts.values(), counts.total, counts.completions, counts.tokens]
+        sums = self.accelerator.reduce(torch.tensor(local, device=self.accelerator.device), "sum").tolist()
+        *words, total, rows, tokens = sums
+        rates = dict(zip(counts.counts, words, strict=True)) | {"per_completion": total}
+        record(self, {f"markers/{name}": value / rows for name, value in rates.items()})
+        record(self, {"markers/per_thousand_tokens": 1000 * total / max(tokens, 1)})
+        if self.args.on_overflow != "error":
+            record(self, {"contexts/dropped": self._contexts.dropped, "contexts/truncated": self._contexts.truncated})
+
+    @torch.no_grad()
+    def _record_loss(self, metrics: Mapping[str, torch.Tensor], totals: list[torch.Tensor] | None) -> None:
+        """Means over the tokens of the global batch, exact under accumulation, where TRL averages the micro-batches.
+
+        totals: the global batch's tokens and their weight, of which kept_share is a share; None: this call's.
+        """
+        metrics = dict(metrics)
+        local = torch.stack([metrics.pop("tokens"), metrics.pop("weight")])
+        denominator = [int(name == "kept_share") for name in metrics]
+        sums = torch.stack([x * local[of] for x, of in zip(metrics.values(), denominator, strict=True)])
+        # Here and not inside the wrapped forward, where a collective could meet FSDP's in another order on another rank.
+        *values, tokens, weight = self.accelerator.reduce(torch.cat([sums, local]), "sum").tolist()
+        shares = [1 / max(x, 1e-9) for x in (tokens, weight)]
+        if totals is not None:
+            shares = [self.current_gradient_accumulation_steps / x.item() for x in totals]
+        renamed = {"student_entropy": "entropy", "kept_share": "masks/kept_share"}
+        names = [renamed.get(name, name) for name in metrics]
+        record(self, {name: x * shares[of] for name, x, of in zip(names, values, denominator, strict=True)})
+
+
+def problem_of(row: Mapping[str, Any]) -> Problem:
+    """The problem in a row of a dataset. Raises ValueError where a column is missing."""
+    column = next((name for name in SOLUTION_COLUMNS if name in row), None)
+    if column is None or "prompt" not in row:
+        raise ValueError(f"expected the columns 'prompt' and one of {list(SOLUTION_COLUMNS)}; got {list(row)}.")
+    return Problem(row["prompt"], row[column], row.get(WRONG_COLUMN))
+
+
+def _copy_of(model: Any, args: PurifiedOPSDConfig) -> Any:
+    """What TRL takes as a teacher to be the frozen initial weights: the path, loaded once more, or a copy."""
+    if isinstance(model, str):
+        kwargs = dict(args.model_init_kwargs or {})
+        if isinstance(kwargs.get("dtype"), torch.dtype):
+            kwargs["dtype"] = str(kwargs["dtype"]).removeprefix("torch.")  # TRL reads the teacher's as a name only
+        args.teacher_model_init_kwargs = kwargs
+        return model
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "model: expected whole parameters, to keep a copy of the initial weights; got sharded ones. Train LoRA, pass "
+            "the frozen weights as teacher_model, or let accelerate shard the model."
+        )
+    try:
+        return copy.deepcopy(model).requires_grad_(False)
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            "model: no memory for the copy of the initial weights that full fine-tuning needs. Train LoRA "
+            "(peft_config), which needs none, or build the trainer from a path."
+        ) from error

@@ -1,0 +1,1 @@
+"""Loss and gradients from hidden states with no logit in memory."""

@@ -1,0 +1,231 @@
+"""The launches of the streaming path: tile sizes by device, how programs share the vocabulary, arguments of each kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from popsd_kernels import launch
+from popsd_kernels.device.divergence import divergence_mode
+from popsd_kernels.device.logits import projection_stream
+from popsd_kernels.device.targets import Difference
+from popsd_kernels.launch import Launch, LaunchConfig
+from popsd_kernels.rows import RowOptions, RowStatistics
+from popsd_kernels.streaming.sums import Scaling, Strip, stream_finish_kernel, stream_fold_kernel
+from popsd_kernels.streaming.tiles import LANES, Extent, Parts, Streams, stream_merge_kernel, stream_statistics_kernel
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A logit tile is ``tokens`` x ``vocabulary``, projected ``width`` hidden dimensions at a time."""
+
+    tokens: int
+    vocabulary: int
+    width: int
+    num_warps: int
+    num_stages: int
+
+
+_KERNELS = ("statistics", "sums", "strip")
+# Chosen from the compiler's report (Triton 3.7.1): the largest tile, in multiplications per operand byte, without a
+# spill in any flag combination. 64x256 does 110 FLOP per byte from L2, 64x128 77, 64x64 48. Pass 2 holds nine sums per
+# token on top of the accumulators. float32 runs on the FMA units ("ieee"): tensor cores would round it to tf32.
+_FLOAT32_WIDE = {(kernel, 4): TileConfig(64, 64, 32, 8, 2) for kernel in _KERNELS}
+_FLOAT32 = {
+    **_FLOAT32_WIDE,
+    ("statistics", 4): TileConfig(32, 64, 32, 8, 2),
+    ("strip", 4): TileConfig(32, 64, 32, 8, 2),
+}
+_AMPERE = {
+    **_FLOAT32,
+    ("statistics", 2): TileConfig(64, 128, 64, 8, 3),
+    ("sums", 2): TileConfig(32, 128, 64, 8, 3),
+    ("strip", 2): TileConfig(64, 128, 64, 8, 3),
+}
+_HOPPER = {
+    **_FLOAT32,
+    ("statistics", 2): TileConfig(64, 256, 32, 8, 3),
+    ("sums", 2): TileConfig(64, 128, 64, 8, 3),
+    ("strip", 2): TileConfig(64, 256, 32, 8, 3),
+}
+_BLACKWELL = {**_FLOAT32_WIDE, **{(kernel, 2): TileConfig(64, 64, 64, 8, 3) for kernel in _KERNELS}}
+_CDNA = {
+    **_FLOAT32_WIDE,
+    ("sums", 4): TileConfig(64, 64, 16, 8, 2),
+    **{(kernel, 2): TileConfig(64, 128, 32, 8, 2) for kernel in _KERNELS},
+}
+TABLES: Mapping[str, Mapping[tuple[str, int], TileConfig]] = {
+    "sm_80": _AMPERE,
+    "sm_90": _HOPPER,
+    "sm_100": _BLACKWELL,
+    "sm_120": _AMPERE,
+    "gfx942": _CDNA,
+}
+"""Architecture -> (kernel, bytes per operand entry) -> sizes; "sums" is any fold that makes pass 2."""
+
+_ROW = LaunchConfig(LANES, 1, 4)
+
+
+class Shape(NamedTuple):
+    """N, V, D and the frozen head's width."""
+
+    tokens: int
+    vocabulary: int
+    width: int
+    frozen_width: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the launches of one call share; builds each of them, unchecked."""
+
+    streams: Streams
+    shape: Shape
+    options: RowOptions
+    operand_bytes: int
+    fast: bool
+
+    def statistics(self, config: TileConfig, extent: Extent, out: torch.Tensor) -> Launch:
+        """Pass 1. out: [parts, 4, N] float32."""
+        return self._tiles(stream_statistics_kernel, config, extent, {"streams": self.streams, "out": parts(out)})
+
+    def merge(self, partial: torch.Tensor, out: torch.Tensor) -> Launch:
+        """partial: pass 1's, out: [4, N] float32 from `result_rows`."""
+        arguments = {
+            "partial": parts(partial),
+            "part_count": partial.shape[0],
+            "out_ptr": out,
+            "out_row_stride": out.stride(0),
+            "V": self.shape.vocabulary,
+            "LANES": LANES,
+        }
+        return Launch(stream_merge_kernel, self.shape.tokens, arguments, _ROW)
+
+    def fold(
+        self,
+        config: TileConfig,
+        extent: Extent,
+        statistics: RowStatistics,
+        token_ids: torch.Tensor | None,
+        scaling: Scaling | None,
+        sums: Parts | None,
+        strip: Strip | None,
+    ) -> Launch:
+        """Pass 2 (``sums``), pass 3 over the tiles of ``extent`` (``scaling`` and ``strip``), or both in one."""
+        entry_clip = self.options.entry_clip
+        arguments = {
+            "streams": self.streams,
+            "statistics": tuple(statistics),
+            "token_ids_ptr": token_ids,
+            "scaling": scaling,
+            "sums_out": sums,
+            "strip": strip or Strip(*[None] * len(Strip._fields)),
+            "beta": float(self.options.beta),
+            "entry_clip": None if entry_clip is None else float(entry_clip),
+            "MODE": divergence_mode(self.options.beta),
+        }
+        return self._tiles(stream_fold_kernel, config, extent, arguments)
+
+    def finish(
+        self,
+        statistics: RowStatistics,
+        partial: torch.Tensor,
+        token_ids: torch.Tensor | None,
+        row_scale: torch.Tensor | None,
+        scaling: Scaling,
+        out: torch.Tensor,
+    ) -> Launch:
+        """partial: pass 2's [parts, SUMS, N], out: [9, N] float32 from `result_rows`; writes ``scaling`` too."""
+        entry_clip, token_clip = self.options.entry_clip, self.options.token_clip
+        arguments = {
+            "statistics": tuple(statistics),
+            "partial": parts(partial),
+            "part_count": partial.shape[0],
+            "token_ids_ptr": token_ids,
+            "row_scale_ptr": row_scale,
+            "scaling": scaling,
+            "out_ptr": out,
+            "out_row_stride": out.stride(0),
+            "beta": float(self.options.beta),
+            "entry_clip": None if entry_clip is None else float(entry_clip),
+            "token_clip": None if token_clip is None else float(token_clip),
+            "V": self.shape.vocabulary,
+            "LANES": LANES,
+            "MODE": divergence_mode(self.options.beta),
+            "FAST": self.fast,
+        }
+        return Launch(stream_finish_kernel, self.shape.tokens, arguments, _ROW)
+
+    def _tiles(self, kernel: Any, config: TileConfig, extent: Extent, arguments: dict[str, Any]) -> Launch:
+        programs = triton.cdiv(self.shape.tokens, config.tokens) * triton.cdiv(extent.last - extent.first, extent.span)
+        shared = {
+            **extent._asdict(),
+            "V": self.shape.vocabulary,
+            "D": self.shape.width,
+            "FROZEN_D": self.shape.frozen_width,
+            "BLOCK_M": config.tokens,
+            "BLOCK_V": config.vocabulary,
+            "BLOCK_D": config.width,
+            "num_stages": config.num_stages,
+            "FAST": self.fast,
+        }
+        return Launch(kernel, programs, {**arguments, **shared}, LaunchConfig(config.vocabulary, 1, config.num_warps))
+
+
+def make_streams(
+    student: torch.Tensor,
+    target: torch.Tensor,
+    delta: torch.Tensor | None,
+    delta_offset: torch.Tensor | None,
+    student_weight: torch.Tensor,
+    frozen_weight: torch.Tensor | None,
+    student_bias: torch.Tensor | None,
+    target_bias: torch.Tensor | None,
+    options: RowOptions,
+) -> Streams:
+    inv_temperature = float(options.inv_temperature)
+    difference = None
+    if delta is not None:
+        difference = Difference(delta, delta.stride(0), float(options.delta_scale) * inv_temperature)
+    return Streams(
+        projection_stream(student, student_bias, options.student, inv_temperature),
+        projection_stream(target, target_bias, options.target, inv_temperature),
+        difference,
+        delta_offset,
+        None if delta is None else float(options.pmi_beta),
+        None if delta is None or options.pmi_clip is None else float(options.pmi_clip),
+        student_weight,
+        student_weight.stride(0),
+        frozen_weight,
+        None if frozen_weight is None else frozen_weight.stride(0),
+    )
+
+
+def parts(tensor: torch.Tensor) -> Parts:
+    return Parts(tensor, tensor.stride(0), tensor.stride(1))
+
+
+def shipped_config(kernel: str, operand_bytes: int, device: torch.device) -> TileConfig:
+    return TABLES[launch.architecture(device)][kernel, operand_bytes]
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors: each holds one program of these kernels."""
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def tile_span(token_tiles: int, vocabulary_tiles: int, processors: int, limit: int) -> int:
+    """Vocabulary tiles per program: the most (fewest parts to merge) that is within 5 % of the shortest run.
+
+    Programs run in waves of ``processors``, and a wave lasts as long as a program's tiles.
+    """
+    spans = [triton.cdiv(vocabulary_tiles, n) for n in range(1, min(vocabulary_tiles, processors, limit) + 1)]
+    lasts = [triton.cdiv(token_tiles * triton.cdiv(vocabulary_tiles, span), processors) * span for span in spans]
+    return next(span for span, last in zip(spans, lasts, strict=True) if last <= 1.05 * min(lasts))

@@ -1,0 +1,1 @@
+"""Kernels that read rows of logits, each beside its launcher."""

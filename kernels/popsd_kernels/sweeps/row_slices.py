@@ -1,0 +1,330 @@
+"""A row in slices, each in the registers of a program of its own: what few_rows.py and single_read.py share.
+
+A slice goes through three phases: leave its normalisers; merge those of the row and leave sums; merge those and write the
+gradient. Between two phases a program needs what its siblings left, by a launch of its own (few_rows.py) or by waiting for
+them (single_read.py, PHASE 0).
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton evaluates annotations: only constexpr parameters may carry one.
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from popsd_kernels.checks import check_device, check_matrix_shape, check_not_relative, check_rows, check_vector
+from popsd_kernels.device.divergence import FORWARD, divergence_mode
+from popsd_kernels.device.logits import floor_logit, load_logit, projection_stream
+from popsd_kernels.device.primitives import LOG2E, LOGIT_FLOOR, NOTHING, fma, lse_finish
+from popsd_kernels.device.probabilities import entries_from, scalars_from
+from popsd_kernels.device.row_loss import (
+    Gradient,
+    Sums,
+    accumulate,
+    finish_row,
+    projection_gradient,
+    store_block,
+    zero_sums,
+)
+from popsd_kernels.device.targets import Difference, load_target_logit, target_gain
+from popsd_kernels.launch import LaunchConfig
+from popsd_kernels.rows import RowLoss, RowOptions, RowStatistics
+
+RESULTS = len(RowStatistics._fields) + len(RowLoss._fields)
+"""Vectors that a call leaves, [13, C]: the normalisers, then the losses."""
+PARTIALS = 12
+"""Scalars that a program leaves for its siblings: 4 normalisers, 8 sums."""
+
+
+@dataclass(frozen=True)
+class SliceCall:
+    """The tensors of one call, unchecked. out: [13, C] from `result_rows`; partials: from `partials_for`."""
+
+    student: torch.Tensor
+    target: torch.Tensor
+    delta: torch.Tensor | None
+    delta_offset: torch.Tensor | None
+    token_ids: torch.Tensor | None
+    row_scale: torch.Tensor | None
+    gradient: torch.Tensor | None
+    out: torch.Tensor
+    partials: torch.Tensor
+    options: RowOptions
+    config: LaunchConfig
+    fast: bool
+    student_bias: torch.Tensor | None = None
+    target_bias: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.student.shape[0]
+
+    @property
+    def slices(self) -> int:
+        """Programs of a row."""
+        return -(-self.student.shape[1] // self.config.block)
+
+    def arguments(self) -> dict[str, Any]:
+        """What both kernels take."""
+        options, gradient = self.options, self.gradient
+        tau = float(options.inv_temperature)
+        difference: Difference | None = None
+        pmi: tuple[float | None, float | None] = (None, None)
+        if self.delta is not None:
+            difference = Difference(self.delta, self.delta.stride(0), float(options.delta_scale) * tau)
+            pmi = (float(options.pmi_beta), None if options.pmi_clip is None else float(options.pmi_clip))
+        return {
+            "student": projection_stream(self.student, self.student_bias, options.student, tau),
+            "target": projection_stream(self.target, self.target_bias, options.target, tau),
+            "difference": difference,
+            "offset_ptr": self.delta_offset,
+            "token_ids_ptr": self.token_ids,
+            "row_scale_ptr": self.row_scale,
+            "gradient": None if gradient is None else Gradient(gradient, gradient.stride(0)),
+            "out_ptr": self.out,
+            "out_row_stride": self.out.stride(0),
+            "partials_ptr": self.partials,
+            "pmi": pmi,
+            "clips": tuple(None if x is None else float(x) for x in (options.entry_clip, options.token_clip)),
+            "beta": float(options.beta),
+            "V": self.student.shape[1],
+            "SLICE": self.config.block,
+            "MODE": divergence_mode(options.beta),
+            "FAST": self.fast,
+        }
+
+
+def partials_for(student: torch.Tensor, config: LaunchConfig) -> torch.Tensor:
+    """[C, 12, slices]: a row's own, so that no program writes what a slower sibling of another row still reads."""
+    rows, vocabulary = student.shape
+    slices = -(-vocabulary // config.block)
+    return torch.empty(rows, PARTIALS, slices, dtype=torch.float32, device=student.device)
+
+
+def check_slice_inputs(
+    name: str,
+    student: torch.Tensor,
+    target: torch.Tensor,
+    delta: torch.Tensor | None,
+    delta_offset: torch.Tensor | None,
+    options: RowOptions,
+    token_ids: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+    gradient: torch.Tensor | None,
+) -> None:
+    """What both launchers ask of their arguments."""
+    check_matrix_shape(name, "student", student)
+    check_device(name, "student", student)
+    check_not_relative(name, options.relative)
+    rows, device = student.shape[0], student.device
+    matrices = {"student": student, "target": target, "delta": delta, "gradient": gradient}
+    check_rows(name, student.shape, device, matrices)
+    check_vector(name, "delta_offset", delta_offset, rows, device, (torch.float32,))
+    check_vector(name, "token_ids", token_ids, rows, device, (torch.int64,))
+    check_vector(name, "row_scale", row_scale, rows, device, (torch.float32,))
+    if gradient is None:
+        return
+    if share_memory(gradient, student):
+        raise ValueError(
+            f"{name}: gradient must not share memory with student, which other programs of its row may still read; got a "
+            "gradient in the student's memory; pass other memory, or target or delta themselves"
+        )
+    for read, tensor in (("target", target), ("delta", delta)):
+        if tensor is not None and share_memory(gradient, tensor) and not _same_layout(gradient, tensor):
+            raise ValueError(
+                f"{name}: gradient must be {read} itself or share no memory with it, got {gradient.dtype} with row stride "
+                f"{gradient.stride(0)} in the memory of {tensor.dtype} with row stride {tensor.stride(0)}; pass other memory"
+            )
+
+
+def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether any byte belongs to both of two [C, V] tensors of unit inner stride, which may be views of one buffer."""
+    if 0 in (one.numel(), other.numel()) or one.device != other.device:
+        return False
+    sizes = [x.element_size() for x in (one, other)]
+    pitches = [x.stride(0) * size for x, size in zip((one, other), sizes, strict=True)]
+    widths = [x.shape[1] * size for x, size in zip((one, other), sizes, strict=True)]
+    apart = other.data_ptr() - one.data_ptr()
+    ends = [(one.shape[0] - 1) * pitch + width for pitch, width in zip(pitches, widths, strict=True)]
+    if apart >= ends[0] or -apart >= ends[1]:
+        return False
+    if one.shape[0] == 1 or pitches[0] != pitches[1] or pitches[0] == 0:
+        return True
+    apart %= pitches[0]  # columns of one buffer
+    return apart < widths[0] or apart + widths[1] > pitches[0]
+
+
+def _same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.element_size() == other.element_size()
+        and (one.shape[0] == 1 or one.stride(0) == other.stride(0))
+    )
+
+
+class Vectors(NamedTuple):
+    """A number per row; None where not given."""
+
+    offset_ptr: Any
+    token_ids_ptr: Any
+    row_scale_ptr: Any
+
+
+class Exchange(NamedTuple):
+    """Where results and partial results go. counters_ptr: two per row, at 0; None where nothing waits."""
+
+    out_ptr: Any
+    out_row_stride: Any
+    partials_ptr: Any
+    counters_ptr: Any
+
+
+@triton.jit
+def row_slice(
+    student,
+    target,
+    difference,
+    vectors,
+    gradient,
+    exchange,
+    pmi,
+    clips,
+    beta,
+    row,
+    part,
+    V: tl.constexpr,
+    SLICE: tl.constexpr,
+    MODE: tl.constexpr,
+    PHASE: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """One slice of a row in PHASE 1, 2 or 3; or in 0, all of them, waiting for the siblings in between."""
+    slices: tl.constexpr = (V + SLICE - 1) // SLICE
+    MASKED: tl.constexpr = V % SLICE != 0
+    columns = part * SLICE + tl.arange(0, SLICE)
+    partials = exchange.partials_ptr + row.to(tl.int64) * (12 * slices)
+    out_ptr, out_row_stride = exchange.out_ptr + row, exchange.out_row_stride
+    offset = 0.0
+    if difference is not None:
+        offset = tl.load(vectors.offset_ptr + row)
+    if part < V // SLICE:
+        s, u = _load_slice(student, target, difference, offset, pmi, row, columns, V, False, FAST)
+    else:
+        s, u = _load_slice(student, target, difference, offset, pmi, row, columns, V, True, FAST)
+    if PHASE <= 1:
+        _store_normaliser(partials + part, s, columns, V, slices, MASKED)
+        _store_normaliser(partials + part + 2 * slices, u, columns, V, slices, MASKED)
+        if PHASE == 0:
+            _arrive_and_wait(exchange.counters_ptr + 2 * row, slices)
+    if PHASE != 1:
+        scalars = _merge_normalisers(partials, out_ptr, out_row_stride, V, slices)
+        entries = entries_from(s, u, scalars, columns, V, MASKED, 1.0, MODE != FORWARD)
+        if PHASE != 3:
+            sums = accumulate(zero_sums(SLICE // 4), entries, beta, clips[0], 4, MODE, FAST)
+            _store_sums(partials + part + 4 * slices, sums, slices)
+            if PHASE == 0:
+                _arrive_and_wait(exchange.counters_ptr + 2 * row + 1, slices)
+        if PHASE != 2:
+            row_scale = 1.0
+            if vectors.row_scale_ptr is not None:
+                row_scale = tl.load(vectors.row_scale_ptr + row)
+            sums = _load_sums(partials + 4 * slices, slices)
+            slope_sum, row_scale = finish_row(
+                sums, student, scalars, vectors.token_ids_ptr, exchange.out_ptr + 4 * out_row_stride, out_row_stride,
+                row, row_scale, beta, clips[0], clips[1], V, MODE, FAST,
+            )  # fmt: skip
+            if gradient is not None:
+                g = projection_gradient(student, entries, slope_sum, row_scale, beta, clips[0], MODE, FAST)
+                g = tl.where(row_scale == 0.0, 0.0, g)
+                if part < V // SLICE:
+                    store_block(gradient, row, columns, g, V, False)
+                else:
+                    store_block(gradient, row, columns, g, V, True)
+
+
+@triton.jit
+def _load_slice(
+    student, target, difference, offset, pmi, row, columns, V: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr
+):
+    """Floored logits of student and target."""
+    s = floor_logit(load_logit(student, row, columns, V, MASKED, FAST), columns, V, MASKED)
+    u = load_target_logit(target, difference, offset, pmi[0], pmi[1], row, columns, V, MASKED, FAST)
+    if difference is None:  # a composed target is floored already
+        u = floor_logit(u * target_gain(target, difference), columns, V, MASKED)
+    return s, u
+
+
+@triton.jit
+def _arrive_and_wait(counter_ptr, COUNT: tl.constexpr):
+    """Publishes what this program stored, then waits until all COUNT siblings have done so."""
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+    while tl.atomic_add(counter_ptr, 0, sem="acquire") < COUNT:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _store_normaliser(pointer, x, columns, V: tl.constexpr, STRIDE: tl.constexpr, MASKED: tl.constexpr):
+    """A slice's (max, sum of exp(x - max)). Every slice has an entry inside the vocabulary.
+
+    A NaN may be lost to the maximum: the sum is NaN then, and so are the row's normalisers.
+    """
+    if MASKED:
+        x = tl.where(columns < V, x, float("-inf"))
+    top = tl.maximum(tl.max(x, axis=0), NOTHING)
+    tl.store(pointer, top)
+    tl.store(pointer + STRIDE, tl.sum(tl.exp2(fma(x, LOG2E, -top * LOG2E)), axis=0))
+
+
+@triton.jit
+def _load_partials(pointer, INDEX: tl.constexpr, COUNT: tl.constexpr, OTHER: tl.constexpr):
+    """One partial scalar of all slices, as a vector padded to a power of two; past the L1 cache, which may be stale."""
+    lanes = tl.arange(0, triton.next_power_of_2(COUNT))
+    return tl.load(pointer + INDEX * COUNT + lanes, mask=lanes < COUNT, other=OTHER, cache_modifier=".cg")
+
+
+@triton.jit
+def _merge_normalisers(pointer, out_ptr, out_row_stride, V: tl.constexpr, COUNT: tl.constexpr):
+    """The row's RowScalars; every sibling stores the same four normalisers."""
+    student_max, student_logsum = lse_finish(
+        _load_partials(pointer, 0, COUNT, LOGIT_FLOOR), _load_partials(pointer, 1, COUNT, 0.0), V
+    )
+    target_max, target_logsum = lse_finish(
+        _load_partials(pointer, 2, COUNT, LOGIT_FLOOR), _load_partials(pointer, 3, COUNT, 0.0), V
+    )
+    tl.store(out_ptr, student_max)
+    tl.store(out_ptr + out_row_stride, student_logsum)
+    tl.store(out_ptr + 2 * out_row_stride, target_max)
+    tl.store(out_ptr + 3 * out_row_stride, target_logsum)
+    return scalars_from(student_max, student_logsum, target_max, target_logsum)
+
+
+@triton.jit
+def _store_sums(pointer, sums, STRIDE: tl.constexpr):
+    tl.store(pointer, tl.sum(sums.student_kl, axis=0))
+    tl.store(pointer + STRIDE, tl.sum(sums.target_kl, axis=0))
+    tl.store(pointer + 2 * STRIDE, tl.sum(sums.student_entropy, axis=0))
+    tl.store(pointer + 3 * STRIDE, tl.sum(sums.target_entropy, axis=0))
+    tl.store(pointer + 4 * STRIDE, tl.max(sums.top, axis=0))
+    tl.store(pointer + 5 * STRIDE, tl.sum(sums.clipped_divergence, axis=0))
+    tl.store(pointer + 6 * STRIDE, tl.sum(sums.capped, axis=0))
+    tl.store(pointer + 7 * STRIDE, tl.sum(sums.slope, axis=0))
+
+
+@triton.jit
+def _load_sums(pointer, COUNT: tl.constexpr):
+    return Sums(
+        _load_partials(pointer, 0, COUNT, 0.0),
+        _load_partials(pointer, 1, COUNT, 0.0),
+        _load_partials(pointer, 2, COUNT, 0.0),
+        _load_partials(pointer, 3, COUNT, 0.0),
+        _load_partials(pointer, 4, COUNT, LOGIT_FLOOR),
+        _load_partials(pointer, 5, COUNT, 0.0),
+        _load_partials(pointer, 6, COUNT, 0.0),
+        _load_partials(pointer, 7, COUNT, 0.0),
+    )

@@ -1,0 +1,1 @@
+"""How a loss is computed: the operator, its chunks of tokens, and the backends that sweep them."""

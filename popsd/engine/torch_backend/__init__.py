@@ -1,0 +1,1 @@
+"""The sweeps in plain torch, with the arguments and semantics of the Triton launchers."""

@@ -1,0 +1,356 @@
+"""Validation: each error names the argument, what was expected, what came, and what to do. Nothing here computes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from importlib.util import find_spec
+from typing import Literal, TypeVar
+
+import torch
+
+from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy
+from popsd.engine.problem import comes_apart
+from popsd.head import Head
+from popsd.outputs import HiddenStates
+
+Streams = dict[str, torch.Tensor]
+C = TypeVar("C", bound=DivergenceConfig)
+E = TypeVar("E", bound=StrEnum)
+
+_IMPLS = {member.value: member for member in Impl}
+_METHODS = {member.value: member for member in Method}
+_STRATEGIES = {member.value: member for member in Strategy}
+
+
+def checked_config(config: DivergenceConfig | None, kind: type[C]) -> C:
+    if config is None:
+        return kind()
+    if not isinstance(config, kind):
+        raise TypeError(f"config: expected a popsd.{kind.__name__}; got {type(config).__name__}.")
+    return config
+
+
+def checked_impl(impl: Impl | str, device: torch.device) -> Impl:
+    """A known implementation that can run there; TRITON never falls back."""
+    impl = _member("impl", impl, _IMPLS)
+    if impl is Impl.TRITON:
+        if find_spec("triton") is None:
+            raise ValueError(
+                "impl: 'triton' needs Triton, which is not installed. Install popsd[triton], or pass 'torch'."
+            )
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"impl: 'triton' expected tensors on a GPU that Triton drives; got {device}. Move them, pass 'torch', "
+                "or set TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter."
+            )
+    return impl
+
+
+def hidden_streams(hidden: HiddenStates) -> Streams:
+    """The four streams by name, all present."""
+    if not isinstance(hidden, HiddenStates):
+        raise TypeError(f"hidden: expected a popsd.HiddenStates; got {type(hidden).__name__}.")
+    streams = {f"hidden.{name}": x for name, x in zip(HiddenStates._fields, hidden, strict=True) if x is not None}
+    missing = [name for name in HiddenStates._fields if f"hidden.{name}" not in streams]
+    if missing:
+        raise ValueError(
+            f"hidden.{missing[0]}: expected a tensor; got None. The purified target needs all four streams; "
+            "for the teacher alone as target use popsd.linear_jsd."
+        )
+    return streams
+
+
+def check_streams(streams: Streams) -> torch.Size:
+    """Floating tensors of one rank, with equal leading shapes, on one device. Returns that leading shape."""
+    for name, x in streams.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor; got {type(x).__name__}.")
+        if not x.is_floating_point() or x.dtype == torch.float64:
+            raise TypeError(
+                f"{name}: expected float32, bfloat16 or float16; got {x.dtype}. Convert it; popsd.oracle computes in float64."
+            )
+        if x.ndim not in (2, 3):
+            raise ValueError(f"{name}: expected shape [N, D] or [B, T, D]; got {list(x.shape)}.")
+    first, tensor = next(iter(streams.items()))
+    for name, x in streams.items():
+        if x.shape[:-1] != tensor.shape[:-1]:
+            raise ValueError(
+                f"{name}: expected the tokens of {first}, {list(tensor.shape[:-1])}; got {list(x.shape[:-1])}. "
+                "All streams hold the same completion positions; gather them before the call."
+            )
+        if x.device != tensor.device:
+            raise ValueError(
+                f"{name}: expected device {tensor.device} like {first}; got {x.device}. Move it with .to()."
+            )
+    return tensor.shape[:-1]
+
+
+def check_vocabulary(streams: Streams, heads: tuple[Head, Head] | None, config: DivergenceConfig) -> int:
+    """One vocabulary, of the given logits or of both heads, and heads that fit their streams. Returns how much is in use."""
+    if heads is None:
+        sizes = {name: x.shape[-1] for name, x in streams.items()}
+        if len(set(sizes.values())) > 1 or not all(sizes.values()):
+            raise ValueError(
+                f"{next(iter(sizes))}: expected one non-empty vocabulary for all logits; got {sizes}. "
+                "Cut padded logits to the common vocabulary first."
+            )
+        rows = next(iter(sizes.values()))
+    else:
+        rows = _check_heads(streams, heads, config)
+    if config.vocab_size is not None and config.vocab_size > rows:
+        raise ValueError(f"config.vocab_size: expected at most the {rows} rows there are; got {config.vocab_size}.")
+    return config.vocab_size or rows
+
+
+def _check_heads(streams: Streams, heads: tuple[Head, Head], config: DivergenceConfig) -> int:
+    """The first stream belongs to the first head, the others to the second. Returns the rows that both heads have."""
+    for i, (name, x) in enumerate(streams.items()):
+        head = heads[min(i, 1)]
+        label = ("student_head", "frozen_head")[min(i, 1)]
+        if not isinstance(head, Head):
+            raise TypeError(
+                f"{label}: expected a popsd.Head; got {type(head).__name__}. Wrap the lm_head's weight in one."
+            )
+        width = head.weight.shape[1]
+        if x.shape[-1] != width:
+            raise ValueError(
+                f"{name}: expected width {width} of {label}.weight {list(head.weight.shape)}; got {list(x.shape)}. "
+                "Pass the last hidden states, after the final norm, and the head that belongs to them."
+            )
+        if head.weight.device != x.device:
+            raise ValueError(
+                f"{label}: expected device {x.device} like {name}; got {head.weight.device}. Move it with .to()."
+            )
+    sizes = [head.weight.shape[0] for head in heads]
+    if config.vocab_size is None and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"frozen_head: expected the student's vocabulary of {sizes[0]} rows; got {sizes[1]}. "
+            "Set config.vocab_size to the common number of leading rows if the rest is padding."
+        )
+    return min(sizes)
+
+
+def checked_weights(weights: torch.Tensor | None, shape: Sequence[int], device: torch.device) -> torch.Tensor | None:
+    """Flat float32 weights."""
+    if weights is None:
+        return None
+    _check_token_tensor("weights", weights, shape, device)
+    if weights.requires_grad:
+        raise ValueError("weights: expected a tensor without gradient; got requires_grad=True. Detach it.")
+    flat = weights.reshape(-1).float()
+    if may_look(flat) and not torch.isfinite(flat).all():
+        raise ValueError("weights: expected finite numbers; got NaN or inf. Mask tokens out with 0.")
+    return flat
+
+
+def checked_token_ids(
+    token_ids: torch.Tensor | None, shape: Sequence[int], device: torch.device, vocab_size: int
+) -> torch.Tensor | None:
+    """Flat int64 token ids, -1 for none."""
+    if token_ids is None:
+        return None
+    _check_token_tensor("token_ids", token_ids, shape, device)
+    if token_ids.dtype != torch.int64:
+        raise TypeError(f"token_ids: expected int64; got {token_ids.dtype}. Convert it with .long().")
+    flat = token_ids.reshape(-1)
+    if may_look(flat) and flat.numel() and not -1 <= int(flat.min()) <= int(flat.max()) < vocab_size:
+        raise ValueError(
+            f"token_ids: expected entries in [0, {vocab_size}) or -1 for none; got {int(flat.min())} … {int(flat.max())}."
+        )
+    return flat
+
+
+def checked_reduction(reduction: str) -> Literal["none", "sum"]:
+    if reduction == "none":
+        return "none"
+    if reduction == "sum":
+        return "sum"
+    raise ValueError(f"reduction: expected 'none' or 'sum'; got {reduction!r}. popsd.PurifiedOPSDLoss offers means.")
+
+
+def checked_strategy(
+    strategy: Strategy | str,
+    impl: Impl,
+    heads: tuple[Head, Head] | None,
+    purified: PurifiedConfig | None,
+    normalisers: bool,
+) -> Strategy:
+    """A known strategy that can do this case; ``impl`` is resolved, ``purified`` None with two distributions.
+
+    normalisers: a diagnostic is asked for that needs those of teacher and reference.
+    """
+    strategy = _member("strategy", strategy, _STRATEGIES)
+    if strategy is Strategy.CHUNKED:
+        return strategy
+    obstacle = None
+    if impl is not Impl.TRITON:
+        obstacle = "Triton kernels: pass impl='triton' on a GPU"
+    elif heads is None:
+        obstacle = "hidden states and a head, not logits"
+    elif purified is not None and comes_apart(purified, heads[1], normalisers):
+        obstacle = (
+            "teacher and reference as one difference: no soft cap, centred or without pmi_clip and plausibility, "
+            "no tail_floor, telemetry=False, decompose=False or 'gram'"
+        )
+    elif strategy is Strategy.STREAMING and purified is not None and purified.masks_entries:
+        obstacle = "a configuration without plausibility: it never holds a row's logits to look for the largest"
+    elif strategy is Strategy.STREAMING and purified is not None and purified.exact_difference:
+        obstacle = "exact_difference=False"
+    elif strategy is Strategy.SINGLE_READ and (
+        purified is None or heads[0].bias is not None or heads[1].bias is not None
+    ):
+        obstacle = "the purified target and heads without bias"
+    if obstacle is not None:
+        raise ValueError(f"strategy: '{strategy.value}' needs {obstacle}. Otherwise use strategy='chunked'.")
+    return strategy
+
+
+def checked_method(
+    decompose: bool | Method | str, heads: tuple[Head, Head] | None, *, argument: str = "decompose"
+) -> Method | None:
+    """How to decompose, None for not at all; GRAM only where one head without soft cap serves all streams."""
+    if isinstance(decompose, bool):
+        return Method.LOGITS if decompose else None
+    method = _member(argument, decompose, _METHODS)
+    if method is Method.GRAM:
+        obstacle = gram_obstacle(heads)
+        if obstacle is not None:
+            raise ValueError(f"{argument}: 'gram' needs {obstacle}. Otherwise use 'logits'.")
+    return method
+
+
+def gram_obstacle(heads: tuple[Head, Head] | None) -> str | None:
+    """Why the decomposition is no quadratic form of hidden states here; None where it is one."""
+    if heads is None:
+        return "hidden states and a head, not logits"
+    own, frozen = heads
+    if own.weight is not frozen.weight or own.bias is not frozen.bias or own.logit_scale != frozen.logit_scale:
+        return "one head for student, teacher and reference, as under LoRA: frozen_head=None"
+    if own.softcap is not None or frozen.softcap is not None:
+        return "a head without soft cap, which is not linear"
+    return None
+
+
+def method_for_masks(method: Method | None, masks: MaskConfig | None, heads: tuple[Head, Head] | None) -> Method | None:
+    """The decomposition asked for, or the cheapest one that the masks can read."""
+    if masks is None or not masks.reads_decomposition:
+        return method
+    if method is None:
+        return Method.GRAM if masks.signal == "centred" and gram_obstacle(heads) is None else Method.LOGITS
+    if method is Method.GRAM and masks.signal != "centred":
+        raise ValueError(
+            f"decompose: expected True, since the masks read the {masks.signal} decomposition; got 'gram', which knows "
+            "the centred one alone. Pass decompose=True, or MaskConfig(signal='centred')."
+        )
+    return method
+
+
+def checked_masks(
+    masks: MaskConfig | None, *, purified: bool, token_ids: torch.Tensor | None, positions: torch.Tensor | None
+) -> MaskConfig | None:
+    """Token masks whose every rule has what it reads."""
+    if masks is None:
+        return None
+    if not isinstance(masks, MaskConfig):
+        raise TypeError(f"masks: expected a popsd.MaskConfig or None; got {type(masks).__name__}.")
+    if masks.reads_decomposition and not purified:
+        raise ValueError(
+            "masks: max_reference_fraction and min_cos_transferable need the streams of a purified loss; got two "
+            "distributions. Use the entropy rules, or compute the weights with popsd.decompose and popsd.token_weights."
+        )
+    if masks.protect_ids and token_ids is None:
+        raise ValueError("masks: protect_ids expected token_ids, the sampled tokens; got None. Pass token_ids.")
+    if masks.skip_first and positions is None:
+        raise ValueError(
+            "masks: skip_first expected completions of shape [B, T], or positions; got flat tokens, which do not tell "
+            "where a completion begins. Pass positions, the place of each token in its completion."
+        )
+    return masks
+
+
+def checked_positions(
+    positions: torch.Tensor | None, shape: Sequence[int], device: torch.device
+) -> torch.Tensor | None:
+    """Flat int64 places in the completion; of [B, T] by default the column, of flat tokens unknown."""
+    if positions is None:
+        if len(shape) != 2:
+            return None
+        return torch.arange(shape[1], device=device).expand(shape[0], -1).reshape(-1)
+    _check_token_tensor("positions", positions, shape, device)
+    if positions.dtype != torch.int64:
+        raise TypeError(f"positions: expected int64; got {positions.dtype}. Convert it with .long().")
+    return positions.reshape(-1)
+
+
+def checked_log_normalisers(
+    normalisers: Sequence[torch.Tensor] | None, shape: Sequence[int], device: torch.device
+) -> list[torch.Tensor] | None:
+    """Flat float32 log-normalisers of student, teacher and reference."""
+    if normalisers is None:
+        return None
+    if len(normalisers) != 3:
+        raise ValueError(
+            f"log_normalisers: expected three tensors, of student, teacher and reference; got {len(normalisers)}."
+        )
+    for x in normalisers:
+        _check_token_tensor("log_normalisers", x, shape, device)
+    return [x.detach().reshape(-1).float() for x in normalisers]
+
+
+def check_workspace(workspace_mib: float | None) -> None:
+    if workspace_mib is not None and not 0 < workspace_mib < float("inf"):
+        raise ValueError(f"workspace_mib: expected a positive number of MiB or None; got {workspace_mib}.")
+
+
+def check_finite(
+    streams: Streams, weights: torch.Tensor | None, config: DivergenceConfig, *, minus_infinity: bool = False
+) -> None:
+    """No NaN and no inf in tokens that count. ``minus_infinity``: -inf is an impossible token, not an error."""
+    if not (may_look(next(iter(streams.values()))) if config.check_finite is None else config.check_finite):
+        return
+    for name, x in streams.items():
+        # a sum is finite exactly when no entry is NaN or inf, short of overflow: one cheap pass when all is well
+        if torch.isfinite(x.detach().sum(dtype=torch.float32)):
+            continue
+        bad = ~torch.isfinite(x.detach())
+        if minus_infinity:
+            bad &= ~torch.isneginf(x.detach())
+        rows = bad.flatten(0, -2).any(dim=1)
+        if weights is not None:
+            rows &= weights != 0
+        if rows.any():
+            first = int(rows.nonzero()[0])
+            where = f"row {first}" if x.ndim == 2 else f"row {list(divmod(first, x.shape[1]))} of [B, T]"
+            raise ValueError(
+                f"{name}: expected finite values; got NaN or inf first in {where} ({int(rows.sum())} rows in all). "
+                "Mask padding with weights = 0, or look for overflow in that forward pass."
+            )
+
+
+def may_look(tensor: torch.Tensor) -> bool:
+    """Whether values can be looked at for free: a GPU would have to be waited for, a compiler's trace has none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _member(argument: str, value: str, members: Mapping[str, E]) -> E:
+    """The member of an enumeration, which may be given as its value.
+
+    Looked up by its value, not constructed: torch.compile before 2.13 cannot trace the call of an enumeration's class where the
+    value is a member already (2.11, arguments that come from a NamedTuple's defaults), and 2.8 takes members for no str.
+    """
+    key = value.value if isinstance(value, StrEnum) else value
+    member = members.get(key) if isinstance(key, str) else None
+    if member is None:
+        raise ValueError(f"{argument}: expected one of {list(members)}; got {value!r}.")
+    return member
+
+
+def _check_token_tensor(name: str, tensor: torch.Tensor, shape: Sequence[int], device: torch.device) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor of shape {list(shape)}; got {type(tensor).__name__}.")
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(f"{name}: expected shape {list(shape)}, one entry per token; got {list(tensor.shape)}.")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}; got {tensor.device}. Move it with .to().")

@@ -1,0 +1,223 @@
+"""The two commands in benchmarks/gpu, as far as no GPU is needed: every part at a tiny size, failures, and the plans."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from popsd_benchmarks import report
+from popsd_benchmarks.cells import Case, Cell, Results, load
+from popsd_benchmarks.shapes import SHAPES
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks" / "gpu"
+PARTS = """
+import os, sys, time
+import environment
+from runner import Part, main
+
+def fine(bench):
+    for name in ("one", "two"):
+        with bench.attempt("fine", name) as wanted:
+            if wanted:
+                bench.record("fine", name, seconds=0.5)
+
+def raises(bench):
+    with bench.attempt("raises", "first"):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
+    with bench.attempt("raises", "second"):
+        raise ValueError("no")
+    bench.record("raises", "third")
+
+def breaks(bench):
+    with bench.attempt("breaks", "illegal") as wanted:
+        if wanted:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    bench.record("breaks", "after")
+
+def dies(bench):
+    with bench.attempt("dies", "killer") as wanted:
+        if wanted:
+            os.kill(os.getpid(), 11)
+    bench.record("dies", "after")
+
+def hangs(bench):
+    bench.record("hangs", "before")
+    with bench.attempt("hangs", "waiting"):
+        time.sleep(60)
+
+PARTS = [Part("hangs", 6, hangs), Part("dies", 60, dies), Part("breaks", 60, breaks), Part("raises", 60, raises),
+         Part("absent", 60, fine, modules=("no_such_module",)), Part("fine", 60, fine)]
+if __name__ == "__main__":
+    import runner
+    runner.DRY_SECONDS = 12.0
+    sys.exit(main(__doc__, PARTS))
+"""
+
+
+def run(script, *arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """What the commands are made of."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import measuring
+    import predictions
+    import runner
+
+    return {"measuring": measuring, "predictions": predictions, "runner": runner}
+
+
+@pytest.mark.parametrize(
+    ("script", "parts"),
+    [
+        ("first.py", ["probe", "correctness", "headline", "profile"]),
+        (
+            "second.py",
+            ["planning", "step", "forward-kl", "width-2560", "accuracy", "dram", "memcheck", "streaming", "single-read",
+             "compiled"],
+        ),
+    ],
+)  # fmt: skip
+def test_every_part_runs_dry(script, parts, tmp_path):
+    """On the CPU by the torch backend, tools by a stub; what comes out is what `make report` reads."""
+    suite = (ROOT / "tests" / "test_correctness.py").exists()
+    found = run(FOLDER / script, "--dry", "--out", tmp_path / "out", "--work", tmp_path / "work")
+    needing = {"correctness", "memcheck", "single-read"}
+    for part in parts:
+        ended = "done" if suite or part not in needing else "left out: no tests/test_correctness.py"
+        assert f"== {part}: {ended}," in found.stdout, found.stdout + (tmp_path / "out" / "log.txt").read_text()[-3000:]
+    assert found.returncode == (0 if suite else len(needing & set(parts)))
+    assert len(found.stdout.splitlines()) < 60 and len(found.stdout) < 12_000
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) <= 8 and {p.parent for p in files} == {tmp_path / "out"}
+    (results,) = (tmp_path / "out").glob("*.json")
+    assert "# Measured" in report.page([(results, load(results))], tmp_path / "RESULTS.md")
+    kept = {(r["part"], r["status"]) for r in load(results).records}
+    if script == "second.py":
+        assert ("dram", "ok") in kept and ("step", "ok") in kept
+    else:
+        assert ("probe", "ok") in kept and ("probe", "failed") not in kept
+
+
+def test_a_part_that_fails_fails_alone_and_is_taken_up_again(tmp_path):
+    script = tmp_path / "parts.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(FOLDER)!r})\n" + PARTS)
+    found = run(script, "--dry", "--out", tmp_path / "out", "--work", tmp_path / "work")
+    assert found.returncode == 5, found.stderr
+    (path,) = (tmp_path / "out").glob("*.json")
+    rows = {f"{row['part']} {row['name']}": row for row in load(path).records}
+    assert "stopped after" in rows["parts hangs"]["note"] and rows["hangs before"]["status"] == "ok"
+    assert rows["hangs waiting"]["status"] == "stopped"
+    for part, culprit in (("dies", "killer"), ("breaks", "illegal")):
+        assert rows[f"{part} {culprit}"]["status"] == "failed", "begun again without it"
+        assert rows[f"{part} after"]["status"] == "ok" and culprit in rows[f"parts {part}"]["note"]
+    assert "its process died" in rows["dies killer"]["note"] and "illegal memory" in rows["breaks illegal"]["note"]
+    statuses = [rows[f"raises {name}"]["status"] for name in ("first", "second", "third")]
+    assert statuses == ["out of memory", "failed", "ok"]
+    assert rows["parts absent"]["note"] == "left out: no no_such_module"
+    assert rows["fine two"]["seconds"] == 0.5
+    again = run(script, "--dry", "--out", tmp_path / "elsewhere", "--work", tmp_path / "work", "--parts", "fine,raises")
+    assert again.returncode == 1 and "== fine: done, 0 s" in again.stdout
+    (path,) = (tmp_path / "elsewhere").glob("*.json")
+    assert len(load(path).meta["continued"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--dry", "--out", "OUT", "--parts", "probe,tables"],
+            "--parts: expected some of probe, correctness, headline",
+        ),
+        (["--out", "OUT"], "expected a GPU that torch sees; got none. --dry runs every part on a CPU"),
+        (["--dry", "--out", "FILE/below"], "--out: expected a folder that can be written to; got"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message, tmp_path, modules, capsys):
+    import first
+
+    (tmp_path / "file").touch()
+    places = {"OUT": str(tmp_path / "out"), "FILE": str(tmp_path / "file")}
+    given = [x.replace("FILE", places["FILE"]).replace("OUT", places["OUT"]) for x in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        modules["runner"].main("", first.PARTS, given)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_what_cannot_run_is_left_out(modules, monkeypatch, tmp_path):
+    runner = modules["runner"]
+    monkeypatch.setattr(runner, "card", lambda: {"gib": 24.0, "capability": [8, 9]})
+    monkeypatch.setattr(runner.provenance, "describe", lambda device: {"device": "NVIDIA L4", "date": "2026-01-01"})
+    session = runner.Session(tmp_path, tmp_path, dry=False)
+    assert session.path.name == "l4-2026-01-01.json"
+    assert any("this card has [8, 9]" in sentence for sentence in session.warnings())
+    part = runner.Part("x", 60, gib=40)
+    assert session.obstacle(part, 60.0) == "needs 40 GiB of device memory; the card has 24"
+    assert session.obstacle(runner.Part("x", 60, tool=("no-such-tool",)), 60.0) == "no no-such-tool"
+    assert session.obstacle(part, 1.0) == "no time"
+    # eight processes of 8 GiB would not fit: two do
+    command = session.suite_command(runner.Part("x", 60), ("-n", "8", "--max-worker-restart", "200"))
+    assert command[command.index("-n") + 1] == "2" if "-n" in command else "--max-worker-restart" not in command
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("GeForce RTX 4090", "geforce-rtx-4090")],
+)
+def test_a_card_has_a_short_name(device, name, modules):
+    assert modules["runner"].slug(device) == name
+
+
+def test_predictions_are_those_written_down(modules):
+    """kernels/README.md and this table say the same; milliseconds on an H100 for N = 8192, V = 151,936, JSD."""
+    predictions = modules["predictions"]
+    card = predictions.rates("NVIDIA H100 80GB HBM3")
+    expected = {"qwen3-1.7b": (29.2, 45.4, 35.8), "qwen3-4b": (36.0, 52.2, 42.7), "qwen3-8b": (56.6, 72.8, 63.3)}
+    for shape, row in expected.items():
+        case = Case(loss="purified", shape=SHAPES[shape], dtype="bfloat16", device="cuda")
+        for provider, ms in zip(("matmuls", "popsd-triton", "popsd-single-read"), row, strict=True):
+            cell = Cell(part="table", provider=provider, case=case, seconds=[ms / 1e3])
+            assert predictions.milliseconds(cell, card) == pytest.approx(ms, rel=0.005), (shape, provider)
+    assert predictions.filled(1664, 2048) == pytest.approx(0.788, abs=1e-3)
+    assert predictions.filled(2048, 2560) == pytest.approx(0.606, abs=1e-3)
+    results = Results({"device": "NVIDIA H100"}, [cell])
+    assert "popsd-single-read 63.3 (63.0)" in predictions.comparison(results)[1]
+
+
+def test_what_ncu_says_is_read(modules, tmp_path):
+    import stub
+
+    results = Results({}, records=[{"part": "probe", "name": "copy", "status": "ok", "gb_per_s": 2.0}])
+    (tmp_path / "ncu.csv").write_text(stub.ANSWER)
+    assert len(list(csv.DictReader(stub.ANSWER.splitlines()[1:]))) == 6
+    bench = modules["runner"].Bench(results, tmp_path / "results.json", dry=True)
+    modules["measuring"].read_ncu(bench, tmp_path)
+    first, second = results.records[1:]
+    assert (first["name"], first["gb_per_s"], first["share_of_copy"]) == ("row_statistics_kernel", 0.8, 0.4)
+    assert second["gb"] == pytest.approx(1.8e-6)
+    modules["measuring"].read_ncu(bench, tmp_path / "elsewhere")
+    assert results.records[-1]["status"] == "failed"
+
+
+def test_the_suite_is_read_by_its_last_lines(modules, tmp_path):
+    runner = modules["runner"]
+    part, session = runner.Part("correctness", 60), runner.Session(tmp_path, tmp_path, dry=True)
+    lines = [
+        {"case": "a", "impl": "triton", "errors": {}, "passed": False, "exception": "its process died"},
+        {"case": "a", "impl": "triton", "errors": {"loss": 0.5}, "passed": True},
+        {"case": "b", "impl": "triton", "errors": {"loss": 1.5, "dhidden": 0.2}, "passed": False},
+    ]
+    session.cases_of(part).write_text("\n".join(map(json.dumps, lines)) + '\n{"case": "cut of')
+    session.collect_cases(part)
+    (row,) = [row for row in load(session.path).records if row["name"] == "cases"]
+    assert (row["passed"], row["failed"], row["worst"], row["share_of_bound"]) == (1, 1, "b", 1.5)
+    assert row["status"] == "failed" and row["failures"] == {"b": {"loss": 1.5, "dhidden": 0.2}}

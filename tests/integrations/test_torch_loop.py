@@ -1,0 +1,318 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import tiny_qwen3
+
+import popsd
+from popsd_integrations.huggingface.heads import head_from_model, hidden_states
+from popsd_integrations.huggingface.prompts import Prompts
+from popsd_integrations.huggingface.sampling import hf_generate
+from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
+from popsd_integrations.torch_loop.loop import TrainConfig, train
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+EOS = VOCABULARY.index("EOS")
+PROMPTS = [Prompts([11, a, 13], [11, a, 20, b, 17, 13], [12, b, 17, 13]) for a in range(5) for b in range(2)]
+CONFIG = TrainConfig(
+    steps=6,
+    batch_size=4,
+    learning_rate=1e-2,
+    lora_rank=None,
+    max_new_tokens=6,
+    decompose_every=2,
+    checkpoint_every=2,
+    loss=popsd.PurifiedConfig(beta=0.3),
+)
+
+
+def tiny(seed=0):
+    special = {"eos_token_id": EOS, "pad_token_id": 10, "bos_token_id": None}
+    return tiny_qwen3(len(VOCABULARY), seed, tie_word_embeddings=True, initializer_range=0.2, **special).eval()
+
+
+def run(folder, config=CONFIG, model=None, prompts=PROMPTS, **options):
+    return train(model or tiny(), build_tokenizer(), prompts, config, output_dir=folder, progress=False, **options)
+
+
+def deterministic(metrics):
+    return [{name: value for name, value in row.items() if not name.startswith("seconds/")} for row in metrics]
+
+
+def fixed_generate(model, prompts, **options):
+    """Completions that depend on the question alone."""
+    return [[prompt[1], 14, 3, EOS][: 2 + prompt[1] % 3] for prompt in prompts]
+
+
+@pytest.mark.parametrize("lora_rank", [None, 4])
+@pytest.mark.parametrize("target", ["purified", "opsd"])
+def test_first_loss_is_the_oracles(tmp_path, target, lora_rank):
+    """At step 1 student and base are the same, and every distribution can be had from the model's own logits."""
+    config = replace(
+        CONFIG, steps=1, batch_size=len(PROMPTS), loss_target=target, lora_rank=lora_rank, micro_batch_size=3
+    )
+    row = run(tmp_path, config, generate=fixed_generate).metrics[0]
+    model, losses, cosines = tiny(), [], []
+    for prompt in PROMPTS:
+        completion = fixed_generate(None, [prompt.question])[0]
+        logits = {}
+        for name in Prompts._fields:
+            context = getattr(prompt, name)
+            with torch.no_grad():
+                full = model(input_ids=torch.tensor([context + completion])).logits[0]
+            logits[name] = full[len(context) - 1 : -1]
+        student, teacher, reference = logits.values()
+        if target == "purified":
+            losses.append(popsd.oracle.purified_jsd(student, student, teacher, reference, config.loss))
+        else:
+            losses.append(popsd.oracle.jsd(student, teacher, config.loss))
+        cosines.append(popsd.oracle.decompose(student, teacher, reference, config.loss).cos_total_reference)
+    assert row["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+    assert row["decomposition/cos_total_reference"] == pytest.approx(torch.cat(cosines).mean().item(), abs=1e-4)
+    assert row["loss"] > 0.01
+
+
+def test_metrics_of_a_run(tmp_path):
+    result = run(
+        tmp_path, replace(CONFIG, evaluate_every=4), evaluate=lambda model: {"weight": model.lm_head.weight.sum()}
+    )
+    assert [row["step"] for row in result.metrics] == list(range(1, 7))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == result.metrics
+    assert [row["step"] for row in lines if "decomposition/total_norm" in row] == [1, 3, 5]
+    assert [row["step"] for row in lines if "eval/weight" in row] == [4, 6]
+    for name in ("loss", "student_entropy", "target_entropy", "grad_norm", "completions/mean_length"):
+        assert all(0 < row[name] < 100 for row in lines)
+    assert {"markers/per_completion", "markers/wait", "completions/eos_rate", "seconds/generate"} <= lines[0].keys()
+
+
+@pytest.mark.parametrize("target", ["purified", "opsd"])
+def test_training_reaches_the_target(tmp_path, target):
+    config = replace(CONFIG, steps=30, batch_size=10, loss_target=target)
+    metrics = run(tmp_path, config, generate=fixed_generate).metrics
+    assert metrics[-1]["loss"] < 0.3 * metrics[0]["loss"]
+
+
+def test_metrics_do_not_depend_on_the_micro_batch_or_on_batched_frozen_passes(tmp_path):
+    whole = run(tmp_path / "whole").metrics
+    for name, options in {
+        "1": {"micro_batch_size": 1},
+        "3": {"micro_batch_size": 3},
+        "b": {"batched_frozen": True},
+    }.items():
+        split = run(tmp_path / name, replace(CONFIG, **options)).metrics
+        for row, other in zip(deterministic(whole), deterministic(split), strict=True):
+            assert row == pytest.approx(other, rel=2e-3, abs=1e-5)
+
+
+def test_evaluation_does_not_disturb_the_run(tmp_path):
+    plain = run(tmp_path / "plain").metrics
+    drawn = run(
+        tmp_path / "drawn",
+        replace(CONFIG, evaluate_every=1),
+        evaluate=lambda model: {"x": random.random() + torch.rand(())},
+    )
+    assert [row["loss"] for row in plain] == [row["loss"] for row in drawn.metrics]
+
+
+def test_lora_trains_the_adapter_alone(tmp_path):
+    model = tiny()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    result = run(tmp_path, replace(CONFIG, lora_rank=4), model=model)
+    trained = {name: parameter for name, parameter in result.model.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    assert max(parameter.abs().max() for name, parameter in trained.items() if "lora_B" in name) > 1e-3
+    with result.model.disable_adapter():
+        ids = torch.tensor([[11, 3, 13]])
+        torch.testing.assert_close(hidden_states(result.model, ids), hidden_states(tiny(), ids))
+    assert torch.equal(head_from_model(result.model).weight, before["model.embed_tokens.weight"])
+
+
+def test_rows_visit_every_problem_once_an_epoch(tmp_path):
+    seen = []
+
+    def generate(model, prompts, **options):
+        seen.extend(tuple(prompt) for prompt in prompts)
+        return fixed_generate(model, prompts)
+
+    prompts = [Prompts([11, a, 13], [11, a, 13], [13]) for a in range(6)]
+    run(tmp_path, replace(CONFIG, steps=6, batch_size=2), prompts=prompts, generate=generate)
+    assert len(set(seen[:6])) == len(set(seen[6:])) == 6
+    assert seen[:6] != seen[6:]
+
+
+class Broken(Exception):
+    pass
+
+
+def breaks_at(call):
+    calls = iter(range(1, 100))
+
+    def generate(model, prompts, **options):
+        if next(calls) == call:
+            raise Broken
+        return hf_generate(model, prompts, **options)
+
+    return generate
+
+
+@pytest.mark.parametrize("lora_rank", [None, 4])
+def test_a_broken_run_resumes_to_the_same_metrics_and_weights(tmp_path, lora_rank):
+    config = replace(CONFIG, lora_rank=lora_rank)
+    unbroken = run(tmp_path / "unbroken", config)
+    with pytest.raises(Broken):
+        run(tmp_path / "broken", config, generate=breaks_at(4))
+    with pytest.raises(Broken):
+        run(tmp_path / "broken", config, generate=breaks_at(2), resume=True)
+    torch.manual_seed(123)  # whatever state the next process is in
+    resumed = run(tmp_path / "broken", config, resume=True)
+    assert deterministic(resumed.metrics) == deterministic(unbroken.metrics)
+    for one, other in zip(resumed.model.parameters(), unbroken.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_run_can_be_extended(tmp_path):
+    unbroken = run(tmp_path / "unbroken")
+    run(tmp_path / "extended", replace(CONFIG, steps=3))
+    extended = run(tmp_path / "extended", CONFIG, resume=True)
+    assert deterministic(extended.metrics) == deterministic(unbroken.metrics)
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {folders!r}
+import torch
+torch.set_num_threads(1)
+import test_torch_loop as t
+calls = iter(range(1, 100))
+
+def generate(model, prompts, **options):
+    if next(calls) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return t.hf_generate(model, prompts, **options)
+
+t.run({folder!r}, generate=generate)
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_metrics(tmp_path):
+    script = KILLED.format(
+        folders=[os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))], folder=str(tmp_path / "killed")
+    )
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    log = tmp_path / "killed" / "metrics.jsonl"
+    assert len(log.read_text().splitlines()) == 5  # the checkpoint is of step 4
+    with open(log, "a") as file:
+        file.write('{"step": 6, "lo')  # a line torn by the kill
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        resumed = run(tmp_path / "killed", resume=True)
+        unbroken = run(tmp_path / "unbroken")
+    finally:
+        torch.set_num_threads(threads)
+    assert deterministic(resumed.metrics) == deterministic(unbroken.metrics)
+    assert len(log.read_text().splitlines()) == 6
+    assert not list((tmp_path / "killed").glob("checkpoint.pt?*"))
+
+
+def no_work(model, prompts, **options):
+    raise AssertionError("work was begun")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": replace(CONFIG, learning_rate=1e-3)}, r"differs in learning_rate\. Restore"),
+        ({"config": replace(CONFIG, loss=popsd.PurifiedConfig(pmi_beta=2.0))}, r"differs in loss\."),
+        ({"model": tiny(seed=1)}, r"differs in initial weights\."),
+        ({"prompts": PROMPTS[:-1]}, r"differs in prompts\."),
+    ],
+)
+def test_a_foreign_checkpoint_is_refused_before_any_work(tmp_path, change, message):
+    run(tmp_path, replace(CONFIG, steps=2))
+    content = (tmp_path / "checkpoint.pt").read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=rf"output_dir: expected a checkpoint of this very run.*{message}"):
+        run(tmp_path, **{"config": CONFIG, **change}, resume=True, generate=no_work)
+    assert content == ((tmp_path / "checkpoint.pt").read_bytes(), (tmp_path / "metrics.jsonl").read_bytes())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "another"])
+def test_an_unreadable_checkpoint_is_refused_before_any_work(tmp_path, damage):
+    path = tmp_path / "checkpoint.pt"
+    run(tmp_path, replace(CONFIG, steps=2))
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "text":
+        path.write_text("not a checkpoint")
+    else:
+        torch.save({"model": {}}, path)
+    with pytest.raises(ValueError, match=r"output_dir: expected a readable popsd checkpoint.*Delete the file"):
+        run(tmp_path, resume=True, generate=no_work)
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path):
+    run(tmp_path, replace(CONFIG, steps=2))
+    with pytest.raises(ValueError, match=r"output_dir: expected no checkpoint.*Pass resume=True"):
+        run(tmp_path, generate=no_work)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, r"steps: expected a number of at least 1; got 0"),
+        ({"micro_batch_size": 0}, r"micro_batch_size: "),
+        ({"temperature": -1.0}, r"temperature: expected a number of at least 0"),
+        ({"learning_rate": float("nan")}, r"learning_rate: expected a positive finite number"),
+        ({"loss_target": "teacher"}, r"loss_target: expected one of .*'opsd'.*; got 'teacher'"),
+        ({"adam_betas": (0.9, 1.0)}, r"adam_betas: expected two numbers in \[0, 1\)"),
+    ],
+)
+def test_bad_config_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+def test_no_prompts_and_two_adapters_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"prompts: expected at least one problem.*build_all"):
+        run(tmp_path, prompts=[])
+    adapted = run(tmp_path / "a", replace(CONFIG, steps=1, lora_rank=4)).model
+    with pytest.raises(ValueError, match=r"lora_rank: expected None for a model that has an adapter"):
+        run(tmp_path / "b", replace(CONFIG, lora_rank=4), model=adapted, generate=no_work)
+    again = run(tmp_path / "c", replace(CONFIG, steps=1), model=adapted)
+    assert again.metrics[0]["loss"] > 0
+
+
+OPTIONS = {"max_new_tokens": 8, "eos_token_id": [EOS], "pad_token_id": 10}
+
+
+def test_generation_is_cut_after_the_first_end_and_unmoved_by_padding():
+    model = tiny()
+    prompts = [row.question for row in PROMPTS] + [[1, 2, 3, 4, 5, 6]]
+    completions = hf_generate(model, prompts, temperature=0.0, **OPTIONS)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert 1 <= len(completion) <= 8 and EOS not in completion[:-1]
+        assert len(completion) == 8 or completion[-1] == EOS
+        assert hf_generate(model, [prompt], temperature=0.0, **OPTIONS) == [completion]
+    everything = hf_generate(model, prompts, temperature=0.0, max_new_tokens=8, eos_token_id=range(22), pad_token_id=10)
+    assert all(len(completion) == 1 for completion in everything)
+
+
+def test_generation_ignores_the_models_own_filters():
+    model = tiny()
+    model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=5.0)
+    torch.manual_seed(0)
+    drawn = {completion[0] for completion in hf_generate(model, [[11, 3, 13]] * 300, temperature=1.0, **OPTIONS)}
+    with torch.no_grad():
+        probability = model(input_ids=torch.tensor([[11, 3, 13]])).logits[0, -1].softmax(-1)
+    assert {int(token) for token in (probability > 0.03).nonzero()} <= drawn
+    assert len(drawn) > 3

@@ -1,0 +1,183 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+import yaml
+from trl_helpers import CHAT_TEMPLATE, EOS, TEMPLATES, config, tiny
+
+from popsd_integrations import cli
+from popsd_integrations.miniature.tokenizer import build_tokenizer
+from popsd_integrations.trl_trainer import command as train_command
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A model and a dataset in folders, and a configuration that trains on them for two steps."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    model = tiny()
+    model.generation_config.eos_token_id = EOS
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    rows = [{"problem": f"{a} {b}", "answer": f"{a} WAIT {b}"} for a in range(4) for b in range(2)]
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(tmp_path / "data"),
+        "prompt_column": "problem",
+        "solution_column": "answer",
+        "text_as_conversation": True,
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 5,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "learning_rate": 1e-2,
+        "diagnostics_steps": 0,
+        "plot_metrics": False,
+        "use_peft": True,
+        "lora_dropout": 0.0,
+        **TEMPLATES,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
+    return tmp_path
+
+
+def test_a_dry_run_prints_prompts_and_memory_and_trains_nothing(work, capsys):
+    assert cli.main(["train", "--config", str(work / "config.yaml"), "--dry_run", "true"]) == 0
+    printed = capsys.readouterr().out
+    assert "=== question (student and base): 4 tokens, thinking none\nQ 0 0 A\n    ids 11 0 0 13" in printed
+    assert "teacher): 10 tokens" in printed and "R 0 WAIT 0 OK A" in printed
+    assert "weights" in printed and "copy of the initial weights" not in printed
+    assert not (work / "out").exists()
+    arguments = ["--config", str(work / "config.yaml"), "--dry_run", "true", "--use_peft", "false"]
+    assert train_command.main(arguments) == 0
+    assert "copy of the initial weights" in capsys.readouterr().out
+
+
+def test_help_names_the_options_of_the_method(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--pmi_beta" in printed and "--dry_run" in printed and "--lora_r" in printed
+
+
+def test_flags_override_the_file_and_the_run_is_saved(work, capsys):
+    assert cli.main(["train", "--config", str(work / "config.yaml"), "--max_steps", "1", "--beta", "0.25"]) == 0
+    assert (work / "out" / "adapter_model.safetensors").exists()
+    options = torch.load(work / "out" / "training_args.bin", weights_only=False)
+    assert (options.beta, options.max_steps, options.loss_target) == (0.25, 1, "purified")
+    assert "2607.02234" in (work / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--pmi_bta", "1"], "pmi_bta"),
+        (["--prompt_column", "question"], r"expected columns of \['problem', 'answer'\]; got \['question'\]"),
+        (["--pmi_beta", "0"], "pmi_beta: expected a positive"),
+    ],
+)
+def test_bad_flags_are_an_exit_status_and_a_message(work, capsys, flags, message):
+    import re
+
+    assert cli.main(["train", "--config", str(work / "config.yaml"), *flags]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_misspelt_key_in_the_file_is_refused(work, capsys):
+    options = yaml.safe_load((work / "config.yaml").read_text()) | {"pmi_bta": 1.0}
+    (work / "config.yaml").write_text(yaml.safe_dump(options))
+    assert cli.main(["train", "--config", str(work / "config.yaml")]) == 2
+    assert "pmi_bta" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_examples_are_valid(path, tmp_path):
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+
+    from popsd_integrations.trl_trainer.trainer import PurifiedOPSDConfig
+
+    parser = TrlParser((train_command.TrainArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig))
+    flags = ["--config", str(path), "--use_cpu", "true", "--output_dir", str(tmp_path), "--dataset_name", "x"]
+    _, args, model, _ = parser.parse_args_and_config(flags)
+    assert (model.lora_r, model.lora_dropout, model.dtype, args.learning_rate) == (64, 0.0, "bfloat16", 5e-6)
+    processes = 8 if "8gpu" in path.name else 1
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * processes == 32
+
+
+def test_the_last_whole_checkpoint_is_resumed(tmp_path):
+    def found(value):
+        return train_command.checkpoint_to_resume(config(tmp_path, resume_from_checkpoint=value))
+
+    assert found(None) is None and found("false") is None and found("true") is None
+    assert found("somewhere/checkpoint-7") == "somewhere/checkpoint-7"
+    for step, content in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_st'), (14, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if content:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
+    assert found("true") == str(tmp_path / "checkpoint-10")
+
+
+def command(work, output, *flags):
+    arguments = ["train", "--config", str(work / "config.yaml"), "--max_steps", "12", "--save_steps", "1"]
+    arguments += ["--output_dir", str(work / output), "--resume_from_checkpoint", "true", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "popsd_integrations.cli", *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_peft", ["true", "false"])
+def test_a_killed_run_resumes_to_the_same_weights(work, use_peft):
+    from safetensors.torch import load_file
+
+    unbroken = command(work, "whole", "--use_peft", use_peft)
+    assert unbroken.wait(timeout=300) == 0, unbroken.stderr.read()
+    killed = command(work, "killed", "--use_peft", use_peft)
+    while not (work / "killed" / "checkpoint-4").exists():
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    name = "adapter_model.safetensors" if use_peft == "true" else "model.safetensors"
+    assert not (work / "killed" / name).exists()
+    resumed = command(work, "killed", "--use_peft", use_peft)
+    assert resumed.wait(timeout=300) == 0, resumed.stderr.read()
+    expected, found = (load_file(work / folder / name) for folder in ("whole", "killed"))
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def test_a_wrong_hint_comes_from_a_column_and_joins_the_dry_run(work, capsys):
+    rows = [json.loads(line) | {"miss": "7 7"} for line in (work / "data" / "train.jsonl").read_text().splitlines()]
+    (work / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--loss_target", "contrastive_hints", "--wrong_solution_column", "miss", "--masks", '{"floor": 0.5}']
+    assert cli.main(["train", "--config", str(work / "config.yaml"), *flags, "--dry_run", "true"]) == 0
+    printed = capsys.readouterr().out
+    assert "(teacher with the wrong hint): 9 tokens" in printed and "Q 0 0 R 7 7 OK A" in printed
+    assert cli.main(["train", "--config", str(work / "config.yaml"), *flags, "--max_steps", "1"]) == 0
+    options = torch.load(work / "out" / "training_args.bin", weights_only=False)
+    assert (options.pmi_clip, options.masks) == (None, {"floor": 0.5})

@@ -1,0 +1,105 @@
+"""Launch tables, refusals before a launch, and that no annealed number ever compiles a kernel again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_helpers import run_without_interpreter
+
+from popsd_kernels import checks, launch
+
+COUNT_COMPILATIONS = """
+from dataclasses import replace
+import torch
+from popsd_kernels import LogitTransform, RowOptions, RowStatistics, difference, launch, loss_gradient, statistics
+from popsd_kernels.aot import select_target
+for kernel in (statistics.row_statistics_kernel, loss_gradient.row_loss_gradient_kernel, difference.logit_difference_kernel):
+    select_target("sm_90", kernel)
+meta, config = torch.device("meta"), launch.LaunchConfig(128, 4, 4)
+def sweep(rows, options):
+    s, u, d = torch.empty(3, rows, 4096, device=meta)
+    chunk = torch.empty(rows + 1, device=meta)[1:]  # a slice that starts off 16 bytes
+    out = launch.result_rows(9, rows, meta)
+    plans = [
+        statistics.plan(s, u, d, chunk, None, None, options, u, out, config, True),
+        loss_gradient.plan(
+            s, u, RowStatistics(*[chunk] * 4), None, None, options, True, chunk.long(), chunk, d, out, config, True
+        ),
+        difference.plan(s, u, d, None, options, True, chunk, config, True),
+    ]
+    for plan in plans:
+        plan.compile()
+    return [len(plan.kernel.device_caches[0][0]) for plan in plans]
+plain = RowOptions(entry_clip=0.05, token_clip=2.0, student=LogitTransform(1.0, 30.0))
+print(sweep(16, plain))
+for rows in (1, 2, 17, 1000, 4096):
+    sweep(rows, plain)
+for value in (0.25, 0.9, 1e-4):
+    sweep(16, replace(plain, beta=value))
+for value in (1, 2, 0.3):
+    sweep(16, replace(plain, pmi_beta=value, pmi_clip=value, inv_temperature=value, entry_clip=value, token_clip=value))
+    sweep(16, replace(plain, delta_scale=value, student=LogitTransform(value, value), target=LogitTransform(value)))
+print(sweep(16, plain))
+print(sweep(16, replace(plain, beta=0)))
+"""
+
+
+def test_annealing_and_the_number_of_tokens_never_recompile():
+    finished = run_without_interpreter("-c", COUNT_COMPILATIONS)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    first, after, mode = finished.stdout.split("\n")[:3]
+    assert first == after == "[1, 1, 1]"
+    assert mode == "[1, 2, 1]", "another divergence is another kernel: the count can see a recompilation"
+
+
+def test_cpu_tensors_without_the_interpreter_are_refused():
+    finished = run_without_interpreter(
+        "-c",
+        "import torch, popsd_kernels as k; x = torch.zeros(2, 8); k.row_statistics(x, x, options=k.RowOptions())",
+    )
+    assert finished.returncode == 1
+    assert "row_statistics: student is on the CPU" in finished.stderr
+    assert "TRITON_INTERPRET=1" in finished.stderr
+
+
+def test_devices_triton_does_not_drive_are_refused():
+    with pytest.raises(RuntimeError, match="does not drive"):
+        checks.check_device("f", "x", torch.zeros(1, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((7, 5), "sm_80"),
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_100"),
+        ((12, 0), "sm_120"),
+    ],
+)
+def test_unlisted_devices_take_the_nearest_older_table(capability, expected):
+    assert launch.nearest_architecture(capability) == expected
+
+
+def test_tables_name_every_kernel_and_fit_a_block():
+    for architecture, table in launch.TABLES.items():
+        assert set(table) == {
+            "statistics", "loss_gradient", "loss_gradient_entry_clip", "difference", "masks", "moments",
+            "single_read",
+        }  # fmt: skip
+        lanes = 64 if architecture.startswith("gfx") else 32
+        assert all(config.num_warps * lanes <= 1024 for config in table.values())
+
+
+@pytest.mark.parametrize("sizes", [(100, 4, 4), (128, 3, 4), (4, 8, 4)])
+def test_launch_config_refuses_sizes_triton_cannot_tile(sizes):
+    with pytest.raises(ValueError, match="powers of two"):
+        launch.LaunchConfig(*sizes)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17, 64])
+def test_result_rows_are_aligned_whatever_the_number_of_tokens(rows):
+    out = launch.result_rows(9, rows, torch.device("cpu"))
+    assert out.shape == (9, rows)
+    assert len({(x.data_ptr() - out.data_ptr()) % 64 for x in out}) == 1
