@@ -3,10 +3,13 @@
 
 SHELL := /bin/bash
 VENV ?= .venv
+BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 TESTS ?= tests
 PYTEST_ARGS ?= --cov=popsd --cov-report=term-missing:skip-covered --cov-fail-under=95
-BIN := $(VENV)/bin
+# Processes that share the test files. Each needs about 1 GiB; OMP_NUM_THREADS=1 keeps their threads from waiting for one another.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -p no:benchmark
 
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 ifndef PYTHON
@@ -20,10 +23,10 @@ demo: $(VENV)/.installed
 	$(BIN)/popsd demo $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) $(TESTS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS) $(TESTS)
 
 test-all: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+	$(PYTEST) $(PYTEST_ARGS) $(TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
