@@ -126,11 +126,6 @@ class PurifiedConfig(DivergenceConfig):
                     f"got {self.tail_cap}."
                 )
 
-    @property
-    def masks_entries(self) -> bool:
-        """Whether some vocabulary entries keep less than their Δ̃."""
-        return self.plausibility is not None or self.tail_floor is not None
-
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:

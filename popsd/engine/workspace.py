@@ -76,6 +76,12 @@ def vocabulary_columns(vocab: int, rows: int, device: torch.device) -> Columns:
     return Columns(whole if whole <= rows else aligned, inner if inner else vocab)
 
 
+def slices(tokens: slice, step: int) -> Iterator[slice]:
+    """Consecutive pieces of ``step`` tokens, the last one of what is left."""
+    for start in range(tokens.start, tokens.stop, step):
+        yield slice(start, min(start + step, tokens.stop))
+
+
 def fill(rows: int, columns: int, processors: int) -> float:
     """Share of the multiprocessors that a matmul's output tiles keep busy."""
     tiles = _tiles(rows, columns)
