@@ -12,7 +12,7 @@ from popsd.engine import validation
 from popsd.engine.backends import resolve_impl
 from popsd.engine.operator import divergence
 from popsd.engine.problem import problem_of
-from popsd.engine.results import loss_output
+from popsd.engine.results import columns_of, decomposition_of, loss_output
 from popsd.engine.token_masks import token_weights, warn_if_nothing_is_kept
 from popsd.head import Head
 from popsd.outputs import HiddenStates, LossOutput
@@ -248,23 +248,21 @@ def _divergence(
         workspace_mib=workspace_mib,
     )
     validation.check_strategy(problem, resolve_impl(impl, device))
-    output = loss_output(*divergence(problem), problem, shape, weights)
-    if masks is None:
-        return output
-    token_ids, positions, weights = (
-        None if x is None else x.unflatten(0, shape) for x in (token_ids, positions, weights)
-    )
-    kept = token_weights(
-        masks,
-        student_entropy=output.student_entropy,
-        target_entropy=output.target_entropy,
-        decomposition=output.decomposition,
-        token_ids=token_ids,
-        positions=positions,
-        weights=weights,
-    )
-    used = output.weights * kept
-    if validation.may_look(kept):
-        warn_if_nothing_is_kept(used, output.weights)
-    loss = output.loss * kept
-    return output._replace(loss=loss.sum() if total else loss, weights=used)
+    loss, rows = divergence(problem)
+    used = torch.ones_like(rows[0]) if weights is None else weights
+    if masks is not None:
+        columns = columns_of(rows, problem)
+        kept = token_weights(
+            masks,
+            student_entropy=columns["student_entropy"],
+            target_entropy=columns["target_entropy"],
+            decomposition=decomposition_of(columns, problem),
+            token_ids=token_ids,
+            positions=positions,
+            weights=weights,
+        )
+        if validation.may_look(kept):
+            warn_if_nothing_is_kept(used * kept, used)
+        loss, used = loss * kept, used * kept
+        loss = loss.sum() if total else loss
+    return loss_output(loss, rows, problem, shape, used)

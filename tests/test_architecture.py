@@ -295,9 +295,9 @@ def statement_lines(source):
             skipped |= set(range(node.lineno, node.end_lineno + 1))
         elif isinstance(node, ast.FunctionDef):
             skipped |= set(range(node.lineno, node.body[0].lineno))
-        elif isinstance(node, ast.AnnAssign) and node.value is None:
-            skipped |= set(range(node.lineno, node.end_lineno + 1))
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        elif isinstance(node, ast.AnnAssign | ast.Expr) and (
+            node.value is None or isinstance(node.value, ast.Constant)
+        ):
             skipped |= set(range(node.lineno, node.end_lineno + 1))
     lines = enumerate(source.splitlines(), start=1)
     return [(n, x.strip()) for n, x in lines if n not in skipped and re.search(r"\w\w", x) and x.strip()[0] != "#"]

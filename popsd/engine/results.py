@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -38,19 +39,31 @@ class Results:
         self.decomposition[:] = torch.stack([x for x in parts if x is not None])
 
 
+def columns_of(rows: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
+    """Rows [R, ...] by the names of their fields, those that hold something."""
+    columns = dict(zip(result_names(problem.options), rows.unbind(0), strict=True))
+    if problem.tensors.token_ids is None:
+        del columns["token_logprob"]
+    return columns
+
+
+def decomposition_of(columns: dict[str, torch.Tensor], problem: Problem) -> Decomposition | None:
+    if problem.options.decompose is None:
+        return None
+    return Decomposition(*(columns.get(name) for name in Decomposition._fields))
+
+
 def loss_output(
-    loss: torch.Tensor, rows: torch.Tensor, problem: Problem, shape: Sequence[int], weights: torch.Tensor | None
+    loss: torch.Tensor, rows: torch.Tensor, problem: Problem, shape: Sequence[int], weights: torch.Tensor
 ) -> LossOutput:
-    """What every loss returns, in the shape of its tokens. loss: [N] or scalar. rows: [R, N]. weights: [N] or None."""
-    options = problem.options
-    columns = dict(zip(result_names(options), rows.unflatten(1, shape).unbind(0), strict=True))
-    used = torch.ones_like(rows[0]) if weights is None else weights
-    decomposition = Decomposition(*(columns.get(name) for name in Decomposition._fields))
-    output = LossOutput(
-        loss if loss.ndim == 0 else loss.unflatten(0, shape),
-        *(columns[name] for name in RowLoss._fields),
-        decomposition=None if options.decompose is None else decomposition,
-        weights=used.unflatten(0, shape),
-        purification=Purification(*(columns[name] for name in Purification._fields)) if options.purification else None,
-    )  # type: ignore[misc]
-    return output if problem.tensors.token_ids is not None else output._replace(token_logprob=None)
+    """What every loss returns, in the shape of its tokens. loss: [N] or scalar. rows: [R, N]. weights: [N], those used."""
+    columns = columns_of(rows.unflatten(1, shape), problem)
+    fields: dict[str, Any] = {name: columns.get(name) for name in RowLoss._fields}
+    if problem.options.purification:
+        fields["purification"] = Purification(*(columns[name] for name in Purification._fields))
+    return LossOutput(
+        loss=loss if loss.ndim == 0 else loss.unflatten(0, shape),
+        decomposition=decomposition_of(columns, problem),
+        weights=weights.unflatten(0, shape),
+        **fields,
+    )
