@@ -55,10 +55,10 @@ def linear_purified_jsd(
         masks: which tokens the loss keeps, see `MaskConfig`; batch-level rules see the tokens of this call. The weights act
             after the operator, so with a trainable head the gradient is recomputed in backward, as for "none".
         positions: [N] or [B, T] int64 place of each token in its completion, for ``skip_first``; columns of [B, T] if None.
-        decompose: also return Eq. 4 per token; True or "logits": every field, one more matrix product; "gram": the centred
+        decompose: also return Eq. 4 per token; True or "logits": every field, one more matmul; "gram": the centred
             fields alone, from hidden states, where one head without soft cap serves all streams, see `Method`.
         gram: the head's `gram_matrix`, for "gram" and for masks on the centred fields; None forms it in every call.
-        telemetry: also return what the target does to each token, see `Purification`; one more matrix product and a search
+        telemetry: also return what the target does to each token, see `Purification`; one more matmul and a search
             for quantiles, about as much again as the loss itself on CPU.
         reduction: "none" gives one loss per token, "sum" their sum, for which a trainable head needs no recomputation.
         impl: "auto", "triton" or "torch", see `Impl`.

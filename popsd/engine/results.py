@@ -24,7 +24,7 @@ def result_names(options: Options) -> list[str]:
 
 
 class Results:
-    """Room for the results of N tokens, float32, to be filled by slices of tokens."""
+    """Buffers for the results of N tokens, float32, to be filled by slices of tokens."""
 
     def __init__(self, problem: Problem) -> None:
         tokens, student = problem.tokens, problem.tensors.student

@@ -28,7 +28,7 @@ DIAGNOSTIC_ELEMENTS = 1 << 24
 
 
 def moment_rows(problem: Problem, backend: Bodies, chunk: Chunk, shared: dict[str, Any]) -> torch.Tensor:
-    """What `fields_of` takes, [13, n] float32, of a chunk that has the reference and its difference to the teacher or both."""
+    """What `fields_of` takes, [13, n] float32. The chunk has the reference, and teacher or difference."""
     tensors = problem.tensors
     return backend.row_moments(
         chunk.student,
@@ -57,8 +57,8 @@ def by_gram(problem: Problem) -> Decomposition:
 
 
 def fields_of(moments: torch.Tensor) -> Decomposition:
-    """All fields, [N] each, from centred products, weighted products, mean log-ratios of teacher and reference to the
-    student, and how many entries they are the means of: [13, N]. Once per call, since it is 100 operations on small vectors.
+    """All fields, [N] each, from `row_moments` [13, N]: centred inner products, weighted ones, mean log-ratios of teacher and
+    reference to the student, and how many entries they are the means of. Once per call: it is 100 operations on small vectors.
     """
     a, b, count = moments[10:]
     centred = moments[:5].unbind()
