@@ -3,16 +3,9 @@
 from popsd import oracle, presets
 from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy
 from popsd.engine.token_masks import token_weights
-from popsd.functional import (
-    decompose,
-    head_logits,
-    jsd,
-    linear_jsd,
-    linear_purified_jsd,
-    purified_jsd,
-    purified_target_logits,
-)
+from popsd.functional import jsd, linear_jsd, linear_purified_jsd, purified_jsd
 from popsd.head import Head
+from popsd.inspection import decompose, gram_matrix, head_logits, purified_target_logits
 from popsd.modules import PurifiedOPSDLoss
 from popsd.outputs import Decomposition, HiddenStates, LossOutput, Purification
 
@@ -32,6 +25,7 @@ __all__ = [
     "PurifiedOPSDLoss",
     "Strategy",
     "decompose",
+    "gram_matrix",
     "head_logits",
     "jsd",
     "linear_jsd",

@@ -16,10 +16,10 @@ class Impl(StrEnum):
 
 
 class Method(StrEnum):
-    """How Eq. 4 is measured. LOGITS: every field, from logits of teacher and reference apart, one more matrix product.
+    """How Eq. 4 is measured. LOGITS: every field, from the logits of teacher and reference, one more matmul.
 
-    GRAM: the centred fields alone, from hidden states and the head's Gram matrix, no logit; all three streams share a head
-    without soft cap. There is no AUTO: the two do not return the same fields.
+    GRAM: the centred fields alone, from hidden states and the head's `popsd.gram_matrix`, no logit; all three streams share a
+    head without soft cap. There is no AUTO: the two do not return the same fields.
     """
 
     LOGITS = "logits"
@@ -86,16 +86,16 @@ class PurifiedConfig(DivergenceConfig):
     """The purified (PMI) target of arXiv 2607.02234 on top of the divergence: softmax(log π_0 + Δ̃/pmi_beta).
 
     pmi_beta: > 0; Eq. 16. pmi_clip: > 0 or None; c of Δ̃ = c·tanh(Δ̄/c), Eq. 15; None leaves the tanh out.
-    center: subtract the vocabulary mean of Δ_it, Eq. 14. Switching it off needs one more matrix product: without centring
-        the log-normalisers of teacher and reference no longer cancel.
-    exact_difference: carry teacher − reference as a high and a low part (one more matrix product on 16-bit inputs).
+    center: subtract the vocabulary mean of Δ_it, Eq. 14. Switching it off needs one more matmul: without centring the
+        log-normalisers of teacher and reference no longer cancel.
+    exact_difference: carry teacher − reference as a high and a low part (one more matmul on 16-bit inputs).
         By default it is taken in float32 and rounded once to the head's dtype. Float32 inputs are always exact.
 
     Two masks on vocabulary entries, off by default. Where teacher and probe are both near zero, Δ_it is a ratio of two tails
     that c = 10 never clips: .0085 / .0005 gives +2.8 nats on a token that the base does use.
     plausibility: in (0, 1] or None; entries whose base probability is below this share of the largest one keep Δ̃ = 0.
     tail_floor, tail_cap: a probability in (0, 1] and nats > 0, or None both; |Δ̃| is at most tail_cap where teacher and
-        reference are both below tail_floor. They need the log-normalisers: one more matrix product.
+        reference are both below tail_floor. They need the log-normalisers: one more matmul.
     """
 
     pmi_beta: float = 1.0
@@ -126,11 +126,6 @@ class PurifiedConfig(DivergenceConfig):
                     f"got {self.tail_cap}."
                 )
 
-    @property
-    def masks_entries(self) -> bool:
-        """Whether some vocabulary entries keep less than their Δ̃."""
-        return self.plausibility is not None or self.tail_floor is not None
-
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
@@ -138,8 +133,8 @@ class MaskConfig:
 
     max_reference_fraction: > 0; keeps tokens with ‖Δ_ref‖/‖Δ_total‖ up to this: the share that exists without the question.
     min_cos_transferable: in [-1, 1]; keeps tokens whose cos(Δ_total, Δ_it) is at least this.
-    signal: which family of `Decomposition` these two read: "raw" is the paper's, and with "weighted" costs a matrix product;
-        "centred" costs next to nothing where one head serves all streams.
+    signal: which family of `Decomposition` these two read: "raw" is the paper's, and with "weighted" costs a matmul;
+        "centred" costs next to nothing where one head serves all streams and its `popsd.gram_matrix` is passed.
     min_student_entropy, min_target_entropy: nats >= 0; keeps tokens of at least this entropy.
     top_student_entropy, top_target_entropy: in (0, 1]; keeps this share of the call's tokens, those of highest entropy.
     skip_first: >= 0; leaves out the first tokens of each completion.

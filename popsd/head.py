@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 
 @dataclass(frozen=True)
@@ -42,63 +39,43 @@ class Head:
             raise ValueError(f"Head.softcap: expected a positive number or None; got {self.softcap}.")
 
 
-def mean_row(head: Head, vocab_size: int) -> torch.Tensor:
-    """Mean of a head's first ``vocab_size`` rows, [D] float32, leaving out rows masked by a bias of -inf.
+def mean_row(weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
+    """Mean of a head's first ``vocab_size`` rows [V, D], [D] float32, leaving out rows masked by a bias of -inf.
 
-    Centring (Eq. 14) needs the mean logit over the vocabulary, and the mean of a projection is the projection by the mean
-    row (METHOD identity 2). Kept for as long as the weight lives, until it is written to again.
+    Centring (Eq. 14) needs the mean logit over the vocabulary, and the mean of projections is the projection onto the mean row.
+    It is formed in every call and never kept: no counter tells of a weight written through ``.data`` or by a fused optimiser.
+    It reads V·D entries once, where a call's matmuls multiply 4·N times as many.
     """
-    return _remembered(_mean_rows, head, vocab_size, _mean_row)
+    if bias is None:
+        return weight.detach()[:vocab_size].mean(dim=0, dtype=torch.float32)
+    total = weight.new_zeros(weight.shape[1], dtype=torch.float32)
+    kept = torch.isfinite(bias.detach()[:vocab_size])
+    for start in range(0, vocab_size, BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, vocab_size)
+        rows = torch.where(kept[start:stop, None], weight.detach()[start:stop], 0.0)
+        total += rows.sum(dim=0, dtype=torch.float32)
+    return total / kept.sum()
 
 
-def centred_gram(head: Head, vocab_size: int) -> torch.Tensor:
-    """G = W_cᵀ·W_c of the same rows less their mean, [D, D] float32: Σ_v ((x·W_v) − x·w̄)² = xᵀGx. Kept like `mean_row`.
+def centred_gram(weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
+    """G = W_cᵀ·W_c of the same rows less their mean, [D, D] float32: Σ_v ((x·W_v) − x·w̄)² = xᵀGx.
 
-    It costs V·D² multiplications once per weight: D/(4·N) of one call's four products.
+    It costs V·D² multiplications, D/(4·N) of a call's four matmuls, so a caller whose head is frozen may keep it.
     """
-    return _remembered(_grams, head, vocab_size, _centred_gram)
-
-
-def _mean_row(head: Head, vocab_size: int) -> torch.Tensor:
-    rows = head.weight.detach()[:vocab_size]
-    if head.bias is None:
-        return rows.mean(dim=0, dtype=torch.float32)
-    kept = torch.isfinite(head.bias.detach()[:vocab_size])
-    return torch.where(kept[:, None], rows, 0.0).sum(dim=0, dtype=torch.float32) / kept.sum()
-
-
-def _centred_gram(head: Head, vocab_size: int) -> torch.Tensor:
-    mean, width = mean_row(head, vocab_size), head.weight.shape[1]
-    gram = torch.zeros(width, width, device=mean.device)
-    for start in range(0, vocab_size, _GRAM_ROWS):  # centred before it is squared: a common row would cost its digits
-        stop = min(start + _GRAM_ROWS, vocab_size)
-        rows = head.weight.detach()[start:stop].float() - mean
-        if head.bias is not None:
-            rows = torch.where(torch.isfinite(head.bias.detach()[start:stop])[:, None], rows, 0.0)
+    mean, width = mean_row(weight, bias, vocab_size), weight.shape[1]
+    gram = torch.zeros(width, width, dtype=torch.float32, device=weight.device)
+    kept = None if bias is None else torch.isfinite(bias.detach()[:vocab_size])
+    for start in range(0, vocab_size, BLOCK_ROWS):  # centred before it is squared: a common row would cost its digits
+        stop = min(start + BLOCK_ROWS, vocab_size)
+        rows = weight.detach()[start:stop].float() - mean
+        if kept is not None:
+            rows = torch.where(kept[start:stop, None], rows, 0.0)
         gram.addmm_(rows.t(), rows)
     return gram
 
 
-def _remembered(
-    cache: WeakIdKeyDictionary, head: Head, vocab_size: int, compute: Callable[[Head, int], torch.Tensor]
-) -> torch.Tensor:
-    weight, bias = head.weight, head.bias
-    key = (vocab_size, *(None if x is None or x.is_inference() else x._version for x in (weight, bias)))
-    known = cache.get(weight)
-    if known is None or known[0] != key or known[1]() is not bias:
-        value = compute(head, vocab_size)
-        known = cache[weight] = (key, _no_bias if bias is None else weakref.ref(bias), value)
-    return known[2]
-
-
-def _no_bias() -> None:
-    return None
-
-
-_mean_rows: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_grams: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_GRAM_ROWS = 8192
-"""Rows of the head in float32 at a time: 128 MiB at D = 4096."""
+BLOCK_ROWS = 8192
+"""Rows of the head at a time: 128 MiB in float32 at D = 4096."""
 
 
 def _require_matrix(name: str, tensor: torch.Tensor) -> None:

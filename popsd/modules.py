@@ -7,9 +7,11 @@ from typing import Any, Literal
 import torch
 
 from popsd.config import Impl, MaskConfig, Method, PurifiedConfig, Strategy
-from popsd.functional import decompose, linear_jsd, linear_purified_jsd
+from popsd.functional import linear_jsd, linear_purified_jsd
 from popsd.head import Head
+from popsd.inspection import decompose
 from popsd.outputs import HiddenStates, LossOutput
+from popsd_kernels.rows import RowLoss
 
 LossTarget = Literal["purified", "opsd"]
 Averaging = Literal["token_mean", "sequence_mean"]
@@ -61,13 +63,14 @@ class PurifiedOPSDLoss(torch.nn.Module):
         num_items: int | float | torch.Tensor | None = None,
         token_ids: torch.Tensor | None = None,
         decompose: bool | Method | str = False,
+        gram: torch.Tensor | None = None,
         telemetry: bool = False,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss over the tokens of ``mask``.
 
         Args:
             hidden: streams [B, T, D] or [N, D], at the positions that predict each completion token.
-            student_head, frozen_head, token_ids, decompose, telemetry: see `popsd.linear_purified_jsd`.
+            student_head, frozen_head, token_ids, decompose, gram, telemetry: see `popsd.linear_purified_jsd`.
             mask: [B, T] or [N], true (or a weight > 0) where a token counts; None: everywhere. Masked tokens are dropped
                 before any projection, at the price of one host synchronisation.
             num_items: what to divide by; the count of this call by default. Under gradient accumulation or data
@@ -106,7 +109,7 @@ class PurifiedOPSDLoss(torch.nn.Module):
             token_ids = None if token_ids is None else token_ids.flatten()[index]
             positions = None if positions is None else positions.flatten()[index]
         common: dict[str, Any] = {"weights": weights, "token_ids": token_ids, "positions": positions}
-        output = self._divergence(hidden, student_head, frozen_head, common, decompose, telemetry)
+        output = self._divergence(hidden, student_head, frozen_head, common, decompose, gram, telemetry)
         divisor = items if num_items is None else num_items
         if isinstance(divisor, torch.Tensor):
             divisor = divisor.to(output.loss.device).clamp_min(1)
@@ -122,6 +125,7 @@ class PurifiedOPSDLoss(torch.nn.Module):
         frozen_head: Head | None,
         common: dict[str, Any],
         method: bool | Method | str,
+        gram: torch.Tensor | None,
         telemetry: bool,
     ) -> LossOutput:
         common |= {
@@ -134,10 +138,12 @@ class PurifiedOPSDLoss(torch.nn.Module):
         }
         if self.loss_target == "purified":
             return linear_purified_jsd(
-                hidden, student_head, frozen_head, decompose=method, telemetry=telemetry, **common
+                hidden, student_head, frozen_head, decompose=method, gram=gram, telemetry=telemetry, **common
             )
         if telemetry:
             raise ValueError("telemetry: expected False for loss_target='opsd', whose target is the teacher; got True.")
+        if gram is not None and not method:
+            raise ValueError("gram: expected None unless decompose is 'gram'; got a tensor. Leave it out.")
         output = linear_jsd(hidden.student, student_head, hidden.teacher, frozen_head, **common)
         if not method:
             return output
@@ -147,6 +153,7 @@ class PurifiedOPSDLoss(torch.nn.Module):
             frozen_head,
             config=self.config,
             method=Method.LOGITS if method is True else method,
+            gram=gram,
             impl=self.impl,
             workspace_mib=self.workspace_mib,
         )
@@ -157,22 +164,9 @@ def _metrics(output: LossOutput, weights: torch.Tensor) -> dict[str, torch.Tenso
     """Means over the tokens of positive weight, masked ones included, without a host synchronisation."""
     counted = (weights != 0).float()
     tokens = counted.sum()
-    fields = {name: getattr(output, name) for name in _AVERAGED if getattr(output, name) is not None}
+    fields = {name: getattr(output, name) for name in RowLoss._fields if getattr(output, name) is not None}
     for group, parts in (("decomposition", output.decomposition), ("purification", output.purification)):
         if parts is not None:
             fields |= {f"{group}/{name}": x for name, x in parts._asdict().items() if x is not None}
     metrics = {name: (x * counted).sum() / tokens.clamp_min(1.0) for name, x in fields.items()}
     return metrics | {"tokens": tokens}
-
-
-_AVERAGED = (
-    "divergence",
-    "student_kl",
-    "target_kl",
-    "student_entropy",
-    "target_entropy",
-    "clip_fraction",
-    "token_clipped",
-    "argmax_agreement",
-    "token_logprob",
-)

@@ -56,6 +56,12 @@ class Decomposition(NamedTuple):
     weighted_reference_fraction: torch.Tensor | None = None
 
 
+FAMILY = 6
+"""Fields of a family of `Decomposition`: raw, centred, weighted."""
+GRAM_FIELDS = Decomposition._fields[FAMILY : 2 * FAMILY]
+"""What ``method="gram"`` knows without being told a normaliser."""
+
+
 class Purification(NamedTuple):
     """What the purified target does to each token, each [N] float32; on request (``telemetry=True``).
 

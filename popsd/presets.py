@@ -1,4 +1,4 @@
-"""The method family by name: configurations, targets as one mixed hidden state, and token weights.
+"""The method family by name: configurations, targets as one hidden state, and token weights.
 
 | method | how |
 |---|---|
@@ -54,7 +54,7 @@ def contrastive_hints(strength: float = 1.0, **changes: Any) -> PurifiedConfig:
 def geometric_mix(streams: Sequence[torch.Tensor], powers: Sequence[float | torch.Tensor], head: Head) -> torch.Tensor:
     """Hidden states [..., D] of target ∝ Π_k π_k^{a_k}: logits are linear in them, so any such mix is one stream.
 
-    With ``popsd.linear_jsd`` it costs two products forward, where streams projected apart cost one each. DemoPSD (arXiv
+    With ``popsd.linear_jsd`` it costs two matmuls forward, where separate streams cost one each. DemoPSD (arXiv
     2607.02502) is the mix of teacher and detached student with powers 1 − α and α, α from their divergence per token.
 
     Args:

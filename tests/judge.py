@@ -17,7 +17,7 @@ from matrix import HEADS, Case, Size
 
 import popsd
 from popsd import Head, HiddenStates, LossOutput, PurifiedConfig, oracle
-from popsd.engine.problem import comes_apart, operand_dtype
+from popsd.engine.problem import operand_dtype, problem_of
 from popsd.testing import make_head, make_hidden, relative_l2
 
 # What arithmetic may cost. Loss: per token, relative, and LOSS_FLOOR absolute where it is small; the rest: relative L2.
@@ -349,7 +349,7 @@ def operands(problem: Problem) -> torch.dtype:
 def _rounds_the_difference(problem: Problem) -> bool:
     if problem.heads is None or len(problem.streams) < 4 or problem.config.exact_difference:
         return False
-    return not comes_apart(problem.config, problem.heads[1], normalisers=False)
+    return not problem_of(HiddenStates(*problem.streams), problem.heads, problem.config).needs_separate_logits
 
 
 def _with_rounded_difference(streams: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:

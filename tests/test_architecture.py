@@ -288,14 +288,16 @@ def test_folders_hold_few_files():
 
 
 def statement_lines(source):
-    """(number, text) of a module's lines of code: no imports, docstrings, comments, signatures or lone punctuation."""
+    """(number, text) of a module's lines of code: no imports, docstrings, comments, declarations or lone punctuation."""
     tree, skipped = ast.parse(source), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             skipped |= set(range(node.lineno, node.end_lineno + 1))
         elif isinstance(node, ast.FunctionDef):
             skipped |= set(range(node.lineno, node.body[0].lineno))
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        elif isinstance(node, ast.AnnAssign | ast.Expr) and (
+            node.value is None or isinstance(node.value, ast.Constant)
+        ):
             skipped |= set(range(node.lineno, node.end_lineno + 1))
     lines = enumerate(source.splitlines(), start=1)
     return [(n, x.strip()) for n, x in lines if n not in skipped and re.search(r"\w\w", x) and x.strip()[0] != "#"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from popsd.config import DivergenceConfig, Impl, Method, PurifiedConfig, Strategy
 from popsd.head import Head
+from popsd.outputs import HiddenStates
 from popsd_kernels.rows import LogitTransform, RowOptions
 
 NO_CLIP = 1e7
@@ -16,92 +18,271 @@ NO_CLIP = 1e7
 and near 1e38 the factors of the tanh overflow."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Validated inputs of one loss over N tokens; the streams are hidden states [N, D] or, without heads, logits [N, V].
+class Tensors(NamedTuple):
+    """Tensor arguments of the operator, flat over N tokens. The streams are hidden states [N, D] or, without
+    ``student_weight``, logits [N, V].
 
-    target: the base stream, or the target itself where ``teacher`` is None. weights: [N] float32 or None.
-    token_ids: [N] int64 or None. heads: student's and frozen one, the same object where it is shared, or None for logits.
-    autocast_dtype: that of the caller's autocast region, if it is in one.
+    base, reference: None with two distributions, where the teacher is the target.
+    frozen_weight, frozen_bias: None where the student's head serves all streams.
+    weights: [N] float32. token_ids: [N] int64. gram: [D, D] float32, see `popsd.gram_matrix`.
     """
 
     student: torch.Tensor
-    target: torch.Tensor
-    teacher: torch.Tensor | None
+    base: torch.Tensor | None
+    teacher: torch.Tensor
     reference: torch.Tensor | None
-    heads: tuple[Head, Head] | None
-    config: DivergenceConfig
-    weights: torch.Tensor | None = None
-    token_ids: torch.Tensor | None = None
-    decompose: Method | None = None
-    telemetry: bool = False
-    autocast_dtype: torch.dtype | None = None
-    impl: Impl = Impl.AUTO
-    strategy: Strategy = Strategy.CHUNKED
-    workspace_mib: float | None = None
+    student_weight: torch.Tensor | None
+    student_bias: torch.Tensor | None
+    frozen_weight: torch.Tensor | None
+    frozen_bias: torch.Tensor | None
+    weights: torch.Tensor | None
+    token_ids: torch.Tensor | None
+    gram: torch.Tensor | None
+
+
+class Options(NamedTuple):
+    """The operator's other arguments: the fields of `PurifiedConfig`, those of the two heads, and which results are wanted.
+
+    With two distributions the fields that describe a purified target are not read.
+    """
+
+    beta: float
+    temperature: float
+    token_clip: float | None
+    entry_clip: float | None
+    vocab_size: int | None
+    pmi_beta: float
+    pmi_clip: float | None
+    center: bool
+    exact_difference: bool
+    plausibility: float | None
+    tail_floor: float | None
+    tail_cap: float | None
+    student_scale: float
+    student_softcap: float | None
+    frozen_scale: float
+    frozen_softcap: float | None
+    decompose: str | None
+    purification: bool
+    total: bool
+    """One scalar loss instead of [N]."""
+    with_dhidden: bool
+    """Form d loss/d hidden (or d loss/d logits) now."""
+    with_dhead: bool
+    """Form dW and the bias gradient now."""
+    impl: str
+    strategy: str
+    workspace_mib: float | None
+    autocast: str | None
+    """The dtype's name inside a caller's autocast region."""
+
+
+OF_DIVERGENCE = tuple(field.name for field in fields(DivergenceConfig) if field.name in Options._fields)
+OF_TARGET = tuple(
+    field.name for field in fields(PurifiedConfig) if field.name not in DivergenceConfig.__dataclass_fields__
+)
+"""Options that come from a configuration. ``check_finite`` is read by validation alone."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Validated arguments of one loss, and the questions that decide how it is computed."""
+
+    tensors: Tensors
+    options: Options
 
     @property
-    def purified(self) -> PurifiedConfig | None:
-        """The configuration of the composed target, None where the target is a distribution of its own."""
-        return self.config if self.teacher is not None and isinstance(self.config, PurifiedConfig) else None
+    def tokens(self) -> int:
+        return self.tensors.student.shape[0]
 
     @property
     def vocab_size(self) -> int:
-        rows = self.student.shape[-1] if self.heads is None else self.heads[0].weight.shape[0]
-        return self.config.vocab_size or rows
+        tensors = self.tensors
+        rows = tensors.student.shape[-1] if tensors.student_weight is None else tensors.student_weight.shape[0]
+        return self.options.vocab_size or rows
 
     @property
-    def apart(self) -> bool:
-        """Whether teacher and reference need their own logits, because the identities of METHOD.md do not hold."""
-        return self.purified is not None and comes_apart(self.purified, self.heads and self.heads[1], self.telemetry)
+    def is_purified(self) -> bool:
+        """Whether the target is composed of base, teacher and reference; otherwise it is the teacher."""
+        return self.tensors.base is not None
 
     @property
-    def relative(self) -> bool:
-        """Whether the base (or target) is projected as its difference to the student, which one head makes possible.
+    def masks_entries(self) -> bool:
+        """Whether some vocabulary entries of the target keep less than their Δ̃."""
+        return self.is_purified and (self.options.plausibility is not None or self.options.tail_floor is not None)
 
-        A product rounds at the size of its result: of logits, 1e-6, or of what student and target differ by, where a KL of
-        1e-3 means 0.04. Float32 products only: rounded to 16 bits the difference would be off by 2⁻⁹ of itself, the logits
-        are not. Masks on entries and telemetry want the base itself.
+    @property
+    def needs_separate_logits(self) -> bool:
+        """Whether Δ_it takes the logits of teacher and reference and not just the projection of their difference: with given
+        logits, with a soft cap, and where something reads their log-normalisers.
         """
-        if self.heads is None or self.heads[0] is not self.heads[1] or self.heads[0].softcap is not None:
+        options = self.options
+        if not self.is_purified:
             return False
-        if self.apart or (self.purified is not None and self.purified.masks_entries):
+        if self.tensors.student_weight is None or options.frozen_softcap is not None:
+            return True
+        if options.purification or options.tail_floor is not None:
+            return True
+        # The softmax absorbs the normalisers of an uncentred Δ_it, but only as a constant of the whole row. A tanh bends it,
+        # and an entry that a mask holds at Δ̃ = 0 has no part in it.
+        return not options.center and (options.pmi_clip is not None or self.masks_entries)
+
+    @property
+    def needs_reference_logits(self) -> bool:
+        """Whether the reference is projected beside teacher − reference, whose sum is the teacher: for a decomposition."""
+        return self.options.decompose == Method.LOGITS.value and not self.needs_separate_logits
+
+    @property
+    def is_target_linear(self) -> bool:
+        """Whether the purified target's hidden state base + (teacher − reference)/pmi_beta is projected in place of its parts.
+
+        That takes a target without tanh. Only where operands are float32: a mix rounded to 16 bits is off by 2⁻⁹ of the base's
+        own logits, a difference by 2⁻⁹ of the difference.
+        """
+        return (
+            self.is_purified
+            and self.options.pmi_clip is None
+            and not self.masks_entries
+            and not self.needs_separate_logits
+            and not self.needs_reference_logits
+            and self.options.strategy == Strategy.CHUNKED.value
+            and self.frozen_dtype == torch.float32
+        )
+
+    @property
+    def is_base_minus_student(self) -> bool:
+        """Whether base (or target, and the reference of a decomposition) are projected as their differences to the student,
+        which one head makes possible.
+
+        A matmul rounds at the size of its result: of logits, 1e-6, or of what student and target differ by, where a KL of
+        1e-3 means 0.04. Float32 operands only: rounded to 16 bits the difference would be off by 2⁻⁹ of itself, the logits
+        are not. Masks on entries and `Purification` want the base itself.
+        """
+        tensors, options = self.tensors, self.options
+        if tensors.student_weight is None or tensors.frozen_weight is not None or options.student_softcap is not None:
             return False
-        dtype = operand_dtype(self.heads[0].weight, self.student, self.autocast_dtype)
-        return self.strategy is Strategy.CHUNKED and dtype == torch.float32
+        if self.needs_separate_logits or self.masks_entries:
+            return False
+        return options.strategy == Strategy.CHUNKED.value and self.student_dtype == torch.float32
+
+    @property
+    def frozen_weight(self) -> torch.Tensor | None:
+        """The head's weight of base, teacher and reference."""
+        return self.tensors.student_weight if self.tensors.frozen_weight is None else self.tensors.frozen_weight
+
+    @property
+    def frozen_bias(self) -> torch.Tensor | None:
+        return self.tensors.student_bias if self.tensors.frozen_weight is None else self.tensors.frozen_bias
+
+    @property
+    def student_dtype(self) -> torch.dtype:
+        """Of the operands of the student's projection."""
+        assert self.tensors.student_weight is not None
+        return operand_dtype(self.tensors.student_weight, self.tensors.student, self.autocast_dtype)
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of the operands of the frozen streams' projection."""
+        tensors, weight = self.tensors, self.frozen_weight
+        assert weight is not None
+        if weight is tensors.student_weight:
+            return self.student_dtype
+        return operand_dtype(weight, tensors.teacher if tensors.base is None else tensors.base, self.autocast_dtype)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return None if self.options.autocast is None else getattr(torch, self.options.autocast)
 
     @cached_property
     def row_options(self) -> RowOptions:
-        config, (student, frozen) = self.config, self.heads or (None, None)
-        options = RowOptions(
-            beta=config.beta,
-            inv_temperature=1.0 / config.temperature,
-            entry_clip=config.entry_clip,
-            token_clip=config.token_clip,
-            student=LogitTransform() if student is None else LogitTransform(student.logit_scale, student.softcap),
-            target=LogitTransform() if frozen is None else LogitTransform(frozen.logit_scale, frozen.softcap),
-            delta_scale=1.0 if self.apart or frozen is None else frozen.logit_scale,
-            relative=self.relative,
+        """The same for the sweeps."""
+        options = self.options
+        result = RowOptions(
+            beta=options.beta,
+            inv_temperature=1.0 / options.temperature,
+            entry_clip=options.entry_clip,
+            token_clip=options.token_clip,
+            student=LogitTransform(options.student_scale, options.student_softcap),
+            target=LogitTransform(options.frozen_scale, options.frozen_softcap),
+            delta_scale=1.0 if self.needs_separate_logits else options.frozen_scale,
+            relative=self.is_base_minus_student,
         )
-        if self.purified is None:
-            return options
-        clip = self.purified.pmi_clip
-        return replace(
-            options, pmi_beta=self.purified.pmi_beta, pmi_clip=None if clip is None or clip > NO_CLIP else clip
-        )
+        if not self.is_purified:
+            return result
+        clip = options.pmi_clip
+        return replace(result, pmi_beta=options.pmi_beta, pmi_clip=None if clip is None or clip > NO_CLIP else clip)
 
 
-def comes_apart(config: PurifiedConfig, frozen_head: Head | None, normalisers: bool) -> bool:
-    """Whether Δ_it needs the logits of teacher and reference apart: given logits, a soft cap, or their normalisers."""
-    if frozen_head is None or frozen_head.softcap is not None or normalisers or config.tail_floor is not None:
-        return True
-    # the softmax absorbs the normalisers of an uncentred Δ_it, but only as a constant of the whole row: a tanh bends it, and
-    # an entry that a mask holds at Δ̃ = 0 does not take part in it
-    return not config.center and (config.pmi_clip is not None or config.masks_entries)
+def problem_of(
+    streams: HiddenStates,
+    heads: tuple[Head, Head] | None,
+    config: DivergenceConfig,
+    *,
+    weights: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
+    gram: torch.Tensor | None = None,
+    decompose: Method | None = None,
+    purification: bool = False,
+    total: bool = False,
+    impl: Impl = Impl.AUTO,
+    strategy: Strategy = Strategy.CHUNKED,
+    workspace_mib: float | None = None,
+) -> Problem:
+    """Validated arguments as the operator takes them.
+
+    streams: [..., D], base and reference None with two distributions.
+    heads: student's and frozen one, the same object where it is shared; None for logits.
+    """
+    own, frozen = heads or (None, None)
+    separate = None if frozen is own else frozen
+    tensors = Tensors(
+        *flat_streams(streams),
+        student_weight=None if own is None else own.weight,
+        student_bias=None if own is None else own.bias,
+        frozen_weight=None if separate is None else separate.weight,
+        frozen_bias=None if separate is None else separate.bias,
+        weights=weights,
+        token_ids=token_ids,
+        gram=gram,
+    )
+    trained = (tensors.student, tensors.student_weight, tensors.student_bias)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in trained]
+    train_head = needs[1] or needs[2]
+    early = own is not None and (total or not train_head)
+    device = tensors.student.device.type
+    purified = config if isinstance(config, PurifiedConfig) else PurifiedConfig()
+    options = Options(
+        **{name: getattr(config, name) for name in OF_DIVERGENCE},
+        **{name: getattr(purified, name) for name in OF_TARGET},
+        student_scale=1.0 if own is None else own.logit_scale,
+        student_softcap=None if own is None else own.softcap,
+        frozen_scale=1.0 if frozen is None else frozen.logit_scale,
+        frozen_softcap=None if frozen is None else frozen.softcap,
+        decompose=None if decompose is None else decompose.value,
+        purification=purification,
+        total=total,
+        with_dhidden=early and needs[0],
+        with_dhead=early and train_head,
+        impl=impl.value,
+        strategy=strategy.value,
+        workspace_mib=workspace_mib,
+        autocast=str(torch.get_autocast_dtype(device)).split(".")[1] if torch.is_autocast_enabled(device) else None,
+    )
+    return Problem(tensors, options)
+
+
+def flat_streams(streams: HiddenStates) -> HiddenStates:
+    """[..., D] → [N, D] with unit inner stride."""
+    return HiddenStates(*(None if x is None else _flat(x) for x in streams))  # type: ignore[arg-type]
+
+
+def _flat(stream: torch.Tensor) -> torch.Tensor:
+    flat = stream.flatten(0, -2)
+    return flat if flat.stride(-1) == 1 or 0 in flat.shape else flat.contiguous()
 
 
 def operand_dtype(weight: torch.Tensor, hidden: torch.Tensor, autocast: torch.dtype | None) -> torch.dtype:
-    """That of the matrix products: float32 on CPU, which has no 16-bit product with float32 output."""
+    """Of a matmul's operands: float32 on CPU, which has no 16-bit matmul with float32 output."""
     if weight.device.type != "cuda":
         return torch.float32
     return autocast or torch.promote_types(weight.dtype, hidden.dtype)

@@ -10,8 +10,8 @@ from typing import Literal, TypeVar
 
 import torch
 
-from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy
-from popsd.engine.problem import comes_apart
+from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, Strategy
+from popsd.engine.problem import Problem
 from popsd.head import Head
 from popsd.outputs import HiddenStates
 
@@ -48,18 +48,26 @@ def checked_impl(impl: Impl | str, device: torch.device) -> Impl:
     return impl
 
 
-def hidden_streams(hidden: HiddenStates) -> Streams:
-    """The four streams by name, all present."""
+HIDDEN = tuple(f"hidden.{name}" for name in HiddenStates._fields)
+LOGITS = tuple(f"{name}_logits" for name in HiddenStates._fields)
+"""What errors call four streams."""
+
+
+def check_hidden(hidden: HiddenStates) -> None:
+    """The four streams, all present."""
     if not isinstance(hidden, HiddenStates):
         raise TypeError(f"hidden: expected a popsd.HiddenStates; got {type(hidden).__name__}.")
-    streams = {f"hidden.{name}": x for name, x in zip(HiddenStates._fields, hidden, strict=True) if x is not None}
-    missing = [name for name in HiddenStates._fields if f"hidden.{name}" not in streams]
+    missing = [name for name, x in zip(HIDDEN, hidden, strict=True) if x is None]
     if missing:
         raise ValueError(
-            f"hidden.{missing[0]}: expected a tensor; got None. The purified target needs all four streams; "
+            f"{missing[0]}: expected a tensor; got None. The purified target needs all four streams; "
             "for the teacher alone as target use popsd.linear_jsd."
         )
-    return streams
+
+
+def named_streams(streams: HiddenStates, names: Sequence[str]) -> Streams:
+    """Those that are there, by what errors call them."""
+    return {name: x for name, x in zip(names, streams, strict=True) if x is not None}
 
 
 def check_streams(streams: Streams) -> torch.Size:
@@ -170,41 +178,33 @@ def checked_reduction(reduction: str) -> Literal["none", "sum"]:
     raise ValueError(f"reduction: expected 'none' or 'sum'; got {reduction!r}. popsd.PurifiedOPSDLoss offers means.")
 
 
-def checked_strategy(
-    strategy: Strategy | str,
-    impl: Impl,
-    heads: tuple[Head, Head] | None,
-    purified: PurifiedConfig | None,
-    normalisers: bool,
-) -> Strategy:
-    """A known strategy that can do this case; ``impl`` is resolved, ``purified`` None with two distributions.
+def checked_strategy(strategy: Strategy | str) -> Strategy:
+    return _member("strategy", strategy, _STRATEGIES)
 
-    normalisers: a diagnostic is asked for that needs those of teacher and reference.
-    """
-    strategy = _member("strategy", strategy, _STRATEGIES)
-    if strategy is Strategy.CHUNKED:
-        return strategy
-    obstacle = None
+
+def check_strategy(problem: Problem, impl: Impl) -> None:
+    """A strategy that can do this case. ``impl`` is resolved."""
+    options, tensors = problem.options, problem.tensors
+    if options.strategy == Strategy.CHUNKED.value:
+        return
+    streaming, obstacle = options.strategy == Strategy.STREAMING.value, None
     if impl is not Impl.TRITON:
         obstacle = "Triton kernels: pass impl='triton' on a GPU"
-    elif heads is None:
+    elif tensors.student_weight is None:
         obstacle = "hidden states and a head, not logits"
-    elif purified is not None and comes_apart(purified, heads[1], normalisers):
+    elif problem.needs_separate_logits or problem.needs_reference_logits:
         obstacle = (
             "teacher and reference as one difference: no soft cap, centred or without pmi_clip and plausibility, "
             "no tail_floor, telemetry=False, decompose=False or 'gram'"
         )
-    elif strategy is Strategy.STREAMING and purified is not None and purified.masks_entries:
+    elif streaming and problem.masks_entries:
         obstacle = "a configuration without plausibility: it never holds a row's logits to look for the largest"
-    elif strategy is Strategy.STREAMING and purified is not None and purified.exact_difference:
+    elif streaming and problem.is_purified and options.exact_difference:
         obstacle = "exact_difference=False"
-    elif strategy is Strategy.SINGLE_READ and (
-        purified is None or heads[0].bias is not None or heads[1].bias is not None
-    ):
+    elif not streaming and not (problem.is_purified and tensors.student_bias is None and problem.frozen_bias is None):
         obstacle = "the purified target and heads without bias"
     if obstacle is not None:
-        raise ValueError(f"strategy: '{strategy.value}' needs {obstacle}. Otherwise use strategy='chunked'.")
-    return strategy
+        raise ValueError(f"strategy: '{options.strategy}' needs {obstacle}. Otherwise use strategy='chunked'.")
 
 
 def checked_method(
@@ -231,6 +231,27 @@ def gram_obstacle(heads: tuple[Head, Head] | None) -> str | None:
     if own.softcap is not None or frozen.softcap is not None:
         return "a head without soft cap, which is not linear"
     return None
+
+
+def checked_gram(
+    gram: torch.Tensor | None, method: Method | None, head: Head | None, argument: str = "decompose"
+) -> torch.Tensor | None:
+    """A caller's own Gram matrix, which only the decomposition by it reads."""
+    if gram is None:
+        return None
+    if method is not Method.GRAM or head is None:
+        raise ValueError(
+            f"gram: expected None unless {argument} is 'gram' or a mask needs it; got a tensor. Leave it out."
+        )
+    if not isinstance(gram, torch.Tensor):
+        raise TypeError(f"gram: expected a torch.Tensor from popsd.gram_matrix; got {type(gram).__name__}.")
+    width = head.weight.shape[1]
+    if gram.shape != (width, width) or gram.dtype != torch.float32 or gram.device != head.weight.device:
+        raise ValueError(
+            f"gram: expected float32 of shape [{width}, {width}] on {head.weight.device}, the head's; got {gram.dtype} of "
+            f"shape {list(gram.shape)} on {gram.device}. Form it with popsd.gram_matrix from the same head."
+        )
+    return gram.detach()
 
 
 def method_for_masks(method: Method | None, masks: MaskConfig | None, heads: tuple[Head, Head] | None) -> Method | None:

@@ -6,7 +6,7 @@ take in waves. A wave lasts as long whether it is full or not, so
     fill = tiles / (waves · multiprocessors)
 
 is the share of the GPU that works. A projection [streams·rows, V] has hundreds of tiles and fills every wave but the last. The
-gradient's product with the head [rows, D] has few, each over the whole vocabulary: 1,664 rows fill 79 % of 132
+gradient's matmul with the head [rows, D] has few, each over the whole vocabulary: 1,664 rows fill 79 % of 132
 multiprocessors at D = 2048 and 98.5 % at 2560, 2,048 rows 97 % and 61 %. So rows are chosen by D and the device.
 """
 
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 CPU_WORKSPACE_MIB = 72.0
-"""512 tokens at V = 32768 make three chunks instead of two with 96 MiB: 5 % more time in the matrix products, 3 % less in page
+"""512 tokens at V = 32768 make three chunks instead of two with 96 MiB: 5 % more time in matmuls, 3 % less in page
 faults (two cores). A decomposition's stream comes on top, for it would cost one more reading of the head."""
 GPU_WORKSPACE_MIB = 2048.0
 TILE = (128, 256)
@@ -54,7 +54,7 @@ class Columns(NamedTuple):
     projected: int
     """Onto so many: whole tiles, or aligned ones, where the head has that many rows."""
     inner: int
-    """The gradient's product with the head sums over so many at first, and over the few that are left after that."""
+    """The gradient's matmul with the head sums over so many at first, and over the few that are left after that."""
 
 
 ALIGNED_DEVICES = ("cuda",)
@@ -74,6 +74,12 @@ def vocabulary_columns(vocab: int, rows: int, device: torch.device) -> Columns:
     aligned = rows if rows % ALIGNMENT == 0 else vocab
     inner = vocab // ALIGNMENT * ALIGNMENT
     return Columns(whole if whole <= rows else aligned, inner if inner else vocab)
+
+
+def slices(tokens: slice, step: int) -> Iterator[slice]:
+    """Consecutive pieces of ``step`` tokens, the last one of what is left."""
+    for start in range(tokens.start, tokens.stop, step):
+        yield slice(start, min(start + step, tokens.stop))
 
 
 def fill(rows: int, columns: int, processors: int) -> float:
@@ -103,7 +109,7 @@ def multiprocessors(device: torch.device) -> int | None:
 
 
 def gradient_fill(plan: tuple[int, int], tokens: int, work: Work, processors: int) -> float:
-    """`fill` of the gradient's products with the head, over all buffers of a call."""
+    """`fill` of the gradient's matmuls with the head, over all buffers of a call."""
     buffers = [(_tiles(size, work.width), count) for size, count in _sizes(tokens, plan[1])]
     waves = sum(count * math.ceil(tiles / processors) for tiles, count in buffers)
     return sum(count * tiles for tiles, count in buffers) / (waves * processors)
@@ -122,7 +128,7 @@ def simple_rows(tokens: int, work: Work, budget: int) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def filling_rows(tokens: int, work: Work, budget: int, processors: int) -> tuple[int, int]:
     """Tokens per chunk of logits and per gradient buffer, a multiple of it, within ``budget`` bytes: the plan whose matmuls are
-    predicted to take least time. Of plans within 3 %, less than the prediction is worth, one whose gradient's products fill the
+    predicted to take least time. Of plans within 3 %, less than the prediction is worth, one whose gradient's matmuls fill the
     GPU to 90 % if there is one, then the one with the largest chunks.
     """
     plans = {plan for plan in _plans(tokens, work, budget) if _workspace(plan, tokens, work) <= budget}

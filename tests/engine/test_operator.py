@@ -5,7 +5,6 @@ import torch
 
 import popsd
 from popsd import Head, HiddenStates, PurifiedConfig
-from popsd.head import mean_row
 from popsd.testing import make_head, make_hidden, relative_l2
 
 V, D, N = 53, 12, 10
@@ -73,9 +72,9 @@ def test_registration_is_sound(trainable, monkeypatch):
     calls = []
     original = popsd.functional.divergence
 
-    def spy(tensors, spec):
-        calls.append((*tensors, *spec))
-        return original(tensors, spec)
+    def spy(problem):
+        calls.append((*problem.tensors, *problem.options))
+        return original(problem)
 
     monkeypatch.setattr(popsd.functional, "divergence", spy)
     step(*arguments(trainable, "sum"))
@@ -83,15 +82,3 @@ def test_registration_is_sound(trainable, monkeypatch):
     assert len(calls) == 2
     for call in calls:
         torch.library.opcheck(torch.ops.popsd.divergence.default, call)
-
-
-def test_the_mean_row_outlives_a_call():
-    """The operator sees the caller's own weight, so that the mean row is computed once per head, not once per call."""
-    hidden, weight, bias, _ = arguments(False, "sum")
-    step(hidden, weight, bias, "sum")
-    first = mean_row(Head(weight, bias), V)
-    step(hidden, weight, bias, "sum")
-    assert mean_row(Head(weight, bias), V) is first
-    other = bias.clone()
-    other[3] = -torch.inf
-    assert not torch.equal(mean_row(Head(weight, other), V), first)

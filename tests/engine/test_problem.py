@@ -7,7 +7,8 @@ import torch
 from kernel_helpers import small_blocks  # noqa: F401  (decorates the kernels for the interpreter)
 
 import popsd
-from popsd import Head, PurifiedConfig, oracle
+from popsd import Head, HiddenStates, Method, PurifiedConfig, Strategy, oracle
+from popsd.engine.problem import problem_of
 from popsd.testing import make_head, make_hidden, relative_l2, true_purified
 
 N, V, D = 6, 67, 12
@@ -71,3 +72,40 @@ def test_a_coefficient_within_float32_of_an_end_is_that_end(impl, end):
     for distance in (1e-9, 2.0**-24):
         loss, dhidden = errors(hidden, (head, head), PurifiedConfig(beta=abs(end - distance)), impl=impl)
         assert loss < 1e-5 and dhidden < 2e-5
+
+
+QUESTIONS = (
+    "needs_separate_logits",
+    "needs_reference_logits",
+    "is_target_linear",
+    "is_base_minus_student",
+    "masks_entries",
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "head", "wanted", "yes"),
+    [
+        ({}, {}, {}, {"is_base_minus_student"}),
+        ({"pmi_clip": None}, {}, {}, {"is_target_linear", "is_base_minus_student"}),
+        ({"pmi_clip": None}, {}, {"decompose": Method.LOGITS}, {"needs_reference_logits", "is_base_minus_student"}),
+        ({"pmi_clip": None}, {}, {"decompose": Method.GRAM}, {"is_target_linear", "is_base_minus_student"}),
+        ({}, {}, {"purification": True}, {"needs_separate_logits"}),
+        ({}, {"softcap": 8.0}, {"decompose": Method.LOGITS}, {"needs_separate_logits"}),
+        ({"center": False}, {}, {}, {"needs_separate_logits"}),
+        ({"center": False, "pmi_clip": None}, {}, {}, {"is_target_linear", "is_base_minus_student"}),
+        ({"center": False, "pmi_clip": None, "plausibility": 0.1}, {}, {}, {"needs_separate_logits", "masks_entries"}),
+        ({"plausibility": 0.1}, {}, {}, {"masks_entries"}),
+        (TAIL, {}, {}, {"needs_separate_logits", "masks_entries"}),
+        ({"pmi_clip": None}, {}, {"strategy": Strategy.STREAMING}, set()),
+    ],
+)
+def test_each_question_has_one_answer(config, head, wanted, yes):
+    hidden, head = make_hidden(N, D, 0.5), Head(make_head(V, D).weight, **head)
+    problem = problem_of(hidden, (head, head), PurifiedConfig(**config), **wanted)
+    assert {name for name in QUESTIONS if getattr(problem, name)} == yes and problem.is_purified
+    two = problem_of(HiddenStates(hidden.student, None, hidden.teacher, None), (head, head), PurifiedConfig(**config))
+    assert {name for name in QUESTIONS if getattr(two, name)} == (
+        {"is_base_minus_student"} if head.softcap is None else set()
+    )
+    assert not two.is_purified

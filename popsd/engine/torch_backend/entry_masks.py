@@ -9,7 +9,6 @@ import math
 
 import torch
 
-from popsd.config import PurifiedConfig
 from popsd.engine.torch_backend.scratch import scratch
 from popsd.engine.torch_backend.sweeps import normaliser
 from popsd.engine.torch_backend.targets import tempered_logits
@@ -66,8 +65,6 @@ def mask_entries(
         torch.where(below, still, delta, out=delta)
 
 
-def tail_reach(config: PurifiedConfig) -> float | None:
+def tail_reach(tail_cap: float | None, pmi_clip: float | None) -> float | None:
     """How far Δ̄ may go so that |Δ̃| ≤ tail_cap: c·artanh(cap/c)."""
-    if config.tail_cap is None or config.pmi_clip is None:
-        return config.tail_cap
-    return config.pmi_clip * math.atanh(config.tail_cap / config.pmi_clip)
+    return tail_cap if tail_cap is None or pmi_clip is None else pmi_clip * math.atanh(tail_cap / pmi_clip)

@@ -25,7 +25,8 @@ def scratch(like: torch.Tensor, count: int, *, held: int = HELD) -> list[torch.T
         return [torch.empty_like(like, dtype=torch.float32) for _ in range(count)]
     buffers = getattr(_pool, "buffers", None)
     if buffers is None:  # one block, which huge pages can back; those never asked for never become resident
-        buffers = _pool.buffers = torch.empty(_BUFFERS, _POOLED_ELEMENTS)
+        with torch.inference_mode(False):  # whoever calls first: an inference tensor could never be written in training
+            buffers = _pool.buffers = torch.empty(_BUFFERS, _POOLED_ELEMENTS, dtype=torch.float32)
     return [x[: like.numel()].view(like.shape) for x in buffers[held : held + count]]
 
 

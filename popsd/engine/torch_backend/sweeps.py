@@ -176,7 +176,7 @@ def _divergence(
             below, above, weight = torch.clamp_max(t, 0.0, out=more), t.clamp_min_(0.0), 0.5
         else:
             of_target = t > math.log1p(-beta) - math.log(beta)
-            weight = torch.where(of_target, 1.0 - beta, beta)
+            weight = torch.full_like(t, beta).masked_fill_(of_target, 1.0 - beta)
             below = more.copy_(t).masked_fill_(of_target, 0.0)
             above = t.sub_(below)
         tail = torch.sub(below, above, out=free).expm1_().mul_(weight).log1p_()
@@ -222,7 +222,7 @@ def _divergence(
     capped = entries > options.entry_clip
     divergence = entries.clamp_max_(options.entry_clip).sum(dim=1) + excess
     slopes.masked_fill_(capped, 0.0)
-    clip_fraction = capped.sum(dim=1) / capped.shape[1]
+    clip_fraction = capped.sum(dim=1, dtype=torch.float32) / capped.shape[1]
     total = slopes.sum(dim=1)[:, None]
     return divergence, student_kl, target_kl, clip_fraction, lambda: slopes.addcmul_(p, total, value=-1.0), 1.0
 

@@ -73,7 +73,8 @@ def test_the_masked_target_is_the_oracles():
     thresholds = entry_thresholds(*raw, **ASKED, options=PLAIN)
     delta = torch.empty(3, 300)
     offset = logit_difference(*raw[1:], delta, options=PLAIN, center=True)
-    mask_entries(delta, offset, thresholds, raw[0], raw[2], options=PLAIN, tail_reach=entry_masks.tail_reach(config))
+    reach = entry_masks.tail_reach(config.tail_cap, config.pmi_clip)
+    mask_entries(delta, offset, thresholds, raw[0], raw[2], options=PLAIN, tail_reach=reach)
     target = raw[0] + 10.0 * torch.tanh((delta - offset[:, None]) / 10.0)
     exact = oracle.purified_target_logits(*raw, config)
     assert (target.log_softmax(1) - exact.log_softmax(1)).abs().max() < 1e-5

@@ -8,7 +8,7 @@ from kernel_helpers import BLOCK, Guarded, small_blocks  # noqa: F401  (first: s
 
 import popsd
 from popsd import Decomposition, Head, HiddenStates, PurifiedConfig, oracle
-from popsd.engine.decomposition import fields_of
+from popsd.engine.chunks.decomposition import fields_of
 from popsd.engine.torch_backend.moments import row_moments as torch_moments
 from popsd.testing import make_head, make_hidden, relative_l2
 from popsd_kernels import LogitTransform, RowOptions, row_moments

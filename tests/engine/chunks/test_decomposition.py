@@ -82,19 +82,60 @@ def test_bfloat16_states(method):
             assert relative_l2(value, getattr(expected, name)) < 1e-4, name
 
 
-def test_the_gram_matrix_is_kept_until_the_weight_changes(monkeypatch):
-    from popsd import head
+@pytest.mark.parametrize("call", ["alone", "loss", "module", "opsd"])
+def test_a_caller_may_keep_the_gram_matrix(call, monkeypatch):
+    hidden, head = gram_case(logit_scale=0.5)
+    config = PurifiedConfig(vocab_size=190)
 
-    made, original = [], head._centred_gram
-    monkeypatch.setattr(head, "_centred_gram", lambda *a: made.append(1) or original(*a))
+    def centred(**options):
+        if call == "alone":
+            return popsd.decompose(hidden, head, config=config, method="gram", **options).centred_total_norm.mean()
+        if call == "loss":
+            output = popsd.linear_purified_jsd(hidden, head, config=config, decompose="gram", **options)
+            return output.decomposition.centred_total_norm.mean()
+        module = popsd.PurifiedOPSDLoss(config, loss_target="opsd" if call == "opsd" else "purified")
+        return module(hidden, head, decompose="gram", **options)[1]["decomposition/centred_total_norm"]
+
+    expected, gram = centred(), popsd.gram_matrix(head, 190)
+    assert gram.shape == (24, 24) and gram.dtype == torch.float32 and not gram.requires_grad
+    monkeypatch.setattr("popsd.engine.chunks.decomposition.centred_gram", lambda *_: pytest.fail("formed again"))
+    torch.testing.assert_close(centred(gram=gram), expected)
+    torch.testing.assert_close(centred(gram=4.0 * gram), 2.0 * expected)
+
+
+@pytest.mark.parametrize(
+    ("gram", "error", "message"),
+    [
+        (torch.zeros(23, 23), ValueError, r"gram: expected float32 of shape \[24, 24\] on cpu.*popsd.gram_matrix"),
+        (torch.zeros(24, 24).double(), ValueError, r"gram: expected float32 .*got torch.float64"),
+        ([[0.0]], TypeError, r"gram: expected a torch.Tensor from popsd.gram_matrix; got list"),
+    ],
+)
+def test_a_gram_matrix_that_does_not_fit_is_refused(gram, error, message):
     hidden, head = gram_case()
-    first = popsd.decompose(hidden, head, method="gram")
-    popsd.decompose(hidden, head, method="gram")
-    assert len(made) == 1
-    with torch.no_grad():
-        head.weight.mul_(2.0)
-    again = popsd.decompose(hidden, head, method="gram")
-    assert len(made) == 2 and relative_l2(again.centred_total_norm, 2.0 * first.centred_total_norm) < 1e-5
+    with pytest.raises(error, match=message):
+        popsd.linear_purified_jsd(hidden, head, decompose="gram", gram=gram)
+    with pytest.raises(error, match=message):
+        popsd.decompose(hidden, head, method="gram", gram=gram)
+
+
+def test_a_gram_matrix_that_nobody_reads_is_refused():
+    hidden, head = gram_case()
+    gram = popsd.gram_matrix(head)
+    for decompose in (False, True, "logits"):
+        with pytest.raises(ValueError, match=r"gram: expected None unless decompose is 'gram' or a mask needs it"):
+            popsd.linear_purified_jsd(hidden, head, decompose=decompose, gram=gram)
+    with pytest.raises(ValueError, match=r"gram: expected None unless method is 'gram'"):
+        popsd.decompose(hidden, head, gram=gram)
+    with pytest.raises(ValueError, match=r"gram: expected None unless decompose is 'gram'"):
+        popsd.PurifiedOPSDLoss(loss_target="opsd")(hidden, head, gram=gram)
+    masks = popsd.MaskConfig(signal="centred", max_reference_fraction=0.9)
+    kept = popsd.linear_purified_jsd(hidden, head, masks=masks, gram=gram)
+    assert torch.equal(kept.weights, popsd.linear_purified_jsd(hidden, head, masks=masks).weights)
+    with pytest.raises(ValueError, match=r"vocab_size: expected None or 1 to 211"):
+        popsd.gram_matrix(head, 212)
+    with pytest.raises(TypeError, match=r"head: expected a popsd.Head"):
+        popsd.gram_matrix(head.weight)
 
 
 @pytest.mark.parametrize("loss_target", ["purified", "opsd"])
