@@ -21,10 +21,10 @@ import torch
 import popsd
 from popsd import oracle
 from popsd.testing import relative_l2
-from popsd_benchmarks.cells import Case, Shape
 from popsd_benchmarks.measure import in_turns, seconds_of
 from popsd_benchmarks.problems import Problem, make_problem
 from popsd_benchmarks.provenance import describe
+from popsd_benchmarks.results import Case, Shape
 
 TARGETS = {"decompose=True": 1.3, "decompose='gram'": 1.05}
 WAYS: dict[str, dict[str, Any]] = {

@@ -12,8 +12,8 @@ import torch
 import popsd
 from popsd.config import Impl
 from popsd.engine.backends import SWEEP_ELEMENTS, bodies_for
-from popsd_benchmarks.cells import Case, Shape
 from popsd_benchmarks.problems import make_problem
+from popsd_benchmarks.results import Case, Shape
 from popsd_kernels.rows import RowOptions
 
 SIZES = {

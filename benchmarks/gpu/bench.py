@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from popsd_benchmarks import suite
-from popsd_benchmarks.cells import FINISHED, Case, Cell, Results, load
 from popsd_benchmarks.measure import FIRST_STEP, Effort, UnusableError, failure
 from popsd_benchmarks.plan import Item
 from popsd_benchmarks.providers import Provider
+from popsd_benchmarks.results import FINISHED, Case, Cell, Results, load
 
 UNUSABLE = 3
 """Exit status of a part whose process a CUDA failure has made unusable."""

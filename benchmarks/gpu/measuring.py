@@ -14,13 +14,13 @@ from bench import Bench
 
 from popsd.engine import loop
 from popsd_benchmarks.accuracy import Judge
-from popsd_benchmarks.cells import Case, Loss, Shape
 from popsd_benchmarks.measure import WHOLE_TILES, Effort, seconds_of
+from popsd_benchmarks.plan import SHAPES
 from popsd_benchmarks.problems import Problem, make_problem
 from popsd_benchmarks.providers import FLOOR, OURS, PROVIDERS, Provider, Step
 from popsd_benchmarks.providers.matmuls import project
 from popsd_benchmarks.providers.ours import Popsd
-from popsd_benchmarks.shapes import SHAPES
+from popsd_benchmarks.results import Case, Loss, Shape
 
 JUDGED_ROWS = 256
 EFFORT = Effort(rounds=9, seconds=6.0, compilers=False, judged_rows=JUDGED_ROWS)

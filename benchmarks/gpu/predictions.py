@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from popsd_benchmarks.cells import Cell, Results
 from popsd_benchmarks.problems import matmuls, operations
+from popsd_benchmarks.results import Cell, Results
 
 
 class Rates(NamedTuple):

@@ -28,8 +28,8 @@ from environment import ROOT
 from predictions import comparison
 
 from popsd_benchmarks import provenance
-from popsd_benchmarks.cells import FINISHED, Results, load
 from popsd_benchmarks.measure import FIRST_STEP
+from popsd_benchmarks.results import FINISHED, Results, load
 
 PEERS = {"trl": "trl", "liger_kernel": "liger-kernel", "orda_kernel": "orda-kernel"}
 ATTEMPTS = 3

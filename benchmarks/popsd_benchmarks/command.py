@@ -8,10 +8,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from popsd_benchmarks import plots, tables
-from popsd_benchmarks.cells import Cell, Results, load
+from popsd_benchmarks.plan import SHAPES
 from popsd_benchmarks.providers import PROVIDERS
-from popsd_benchmarks.shapes import SHAPES
+from popsd_benchmarks.report import plots, tables
+from popsd_benchmarks.results import Cell, Results, load
 from popsd_benchmarks.suite import PARTS, run
 
 QUICK_PARTS = ("table", "accuracy")

@@ -15,9 +15,9 @@ import torch
 
 from popsd_benchmarks import memory
 from popsd_benchmarks.accuracy import Judge
-from popsd_benchmarks.cells import Case, Cell, Rounds, Status
 from popsd_benchmarks.problems import Problem, make_problem, operations
 from popsd_benchmarks.providers import FLOOR, OURS, Provider, Step
+from popsd_benchmarks.results import Case, Cell, Rounds, Status
 
 T = TypeVar("T")
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from popsd_benchmarks.cells import Case, Shape
 from popsd_benchmarks.problems import make_problem
 from popsd_benchmarks.providers import PROVIDERS, Provider
 from popsd_benchmarks.providers.ours import Popsd
+from popsd_benchmarks.results import Case, Shape
 
 MIB = 2**20
 

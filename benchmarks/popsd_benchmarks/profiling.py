@@ -10,10 +10,10 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from popsd_benchmarks.cells import Case, Cell
 from popsd_benchmarks.measure import Effort, measure
 from popsd_benchmarks.problems import make_problem
 from popsd_benchmarks.providers import Provider
+from popsd_benchmarks.results import Case, Cell
 
 LARGEST = 12
 """Rows kept; the rest is summed up in one."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import popsd
-from popsd_benchmarks.cells import Results
+from popsd_benchmarks.results import Results
 
 PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "orda-kernel", "numpy")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from popsd_benchmarks import report
-from popsd_benchmarks.cells import Case, Cell, Results, load
-from popsd_benchmarks.shapes import SHAPES
+from popsd_benchmarks.plan import SHAPES
+from popsd_benchmarks.report import page
+from popsd_benchmarks.results import Case, Cell, Results, load
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "gpu"
@@ -100,7 +100,7 @@ def test_every_part_runs_dry(script, parts, tmp_path):
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(files) <= 8 and {p.parent for p in files} == {tmp_path / "out"}
     (results,) = (tmp_path / "out").glob("*.json")
-    assert "# Measured" in report.page([(results, load(results))], tmp_path / "RESULTS.md")
+    assert "# Measured" in page.page([(results, load(results))], tmp_path / "RESULTS.md")
     kept = {(r["part"], r["status"]) for r in load(results).records}
     if script == "second.py":
         assert ("dram", "ok") in kept and ("step", "ok") in kept

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from popsd_benchmarks import plan, provenance, shapes, suite
-from popsd_benchmarks.cells import FINISHED, Case, Cell, Results, Rounds, load
+from popsd_benchmarks import plan, provenance, suite
 from popsd_benchmarks.measure import FIRST_STEP, Effort, UnusableError, failure, in_turns, measure
 from popsd_benchmarks.profiling import profile
 from popsd_benchmarks.providers import PROVIDERS
 from popsd_benchmarks.providers.base import Provider
+from popsd_benchmarks.results import FINISHED, Case, Cell, Results, Rounds, load
 
-TINY = shapes.SHAPES["tiny"]
+TINY = plan.SHAPES["tiny"]
 CASE = Case(loss="two", shape=TINY)
 FAST = Effort(rounds=2, peak=False)
 OURS, FLOOR = PROVIDERS["popsd-torch"], PROVIDERS["matmuls"]

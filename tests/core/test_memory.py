@@ -2,9 +2,9 @@
 
 import pytest
 
-from popsd_benchmarks.cells import Case, Shape
 from popsd_benchmarks.memory import peak_on_cpu
 from popsd_benchmarks.providers import PROVIDERS
+from popsd_benchmarks.results import Case, Shape
 
 SHAPE = Shape(name="memory", tokens=2048, vocab=32768, width=64)
 WORKSPACE_MIB = 16

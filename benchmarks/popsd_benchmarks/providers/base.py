@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from popsd_benchmarks.cells import Case
 from popsd_benchmarks.problems import Problem
+from popsd_benchmarks.results import Case
 
 Step = Callable[[], torch.Tensor | None]
 """Forward and backward once. Gradients end up in the problem's leaves; returns the loss, [N] or a scalar, detached."""

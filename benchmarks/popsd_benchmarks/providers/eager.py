@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 import popsd
-from popsd_benchmarks.cells import Case
 from popsd_benchmarks.problems import Problem
 from popsd_benchmarks.providers.base import Provider, Step
+from popsd_benchmarks.results import Case
 
 
 def full_logit_loss(

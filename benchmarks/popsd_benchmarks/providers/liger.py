@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from popsd_benchmarks.cells import Case
 from popsd_benchmarks.problems import Problem
 from popsd_benchmarks.providers.base import FROZEN_IS_TRAINED, TWO_ONLY, Provider, Step, missing
+from popsd_benchmarks.results import Case
 
 
 def _refuses(case: Case) -> str | None:

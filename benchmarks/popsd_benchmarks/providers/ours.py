@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 import popsd
-from popsd_benchmarks.cells import Case
 from popsd_benchmarks.problems import Problem
 from popsd_benchmarks.providers.base import Provider, Step
+from popsd_benchmarks.results import Case
 
 
 @dataclass(frozen=True)

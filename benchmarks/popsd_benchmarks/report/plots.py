@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from popsd_benchmarks.cells import Case, Cell, Results, select
 from popsd_benchmarks.providers import FLOOR, OURS
-from popsd_benchmarks.tables import LOSS_NAMES, cases_of, fixed_sizes, milliseconds, setting, significant
+from popsd_benchmarks.report.tables import LOSS_NAMES, cases_of, fixed_sizes, milliseconds, setting, significant
+from popsd_benchmarks.results import Case, Cell, Results, select
 
 Draw = Callable[[Path], None]
 TITLE_INCHES = 0.4

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from popsd_benchmarks import goals, plots, tables
-from popsd_benchmarks.cells import Results, load
+from popsd_benchmarks.report import goals, plots, tables
+from popsd_benchmarks.results import Results, load
 
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 PLOTS = "plots"

@@ -9,8 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from popsd_benchmarks.cells import Case, Cell, select
 from popsd_benchmarks.providers import FLOOR, OURS
+from popsd_benchmarks.results import Case, Cell, select
 
 Rows = list[list[str]]
 LOSS_NAMES = {"purified": "purified loss, four distributions", "two": "generalised JSD, two distributions"}
@@ -56,12 +56,7 @@ def case_table(case: Case, cells: Sequence[Cell]) -> Table:
                 *(_optional(cell.errors.get(name), "{:.1e}") for name in errors),
             ]
         )
-    return Table(
-        case_title(case),
-        rows,
-        _notes(measured),
-        _absent(cells),
-    )
+    return Table(case_title(case), rows, _notes(measured), _absent(cells))
 
 
 def case_title(case: Case) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from popsd_benchmarks.cells import Cell, Results, select
+from popsd_benchmarks.plan import SHAPES
 from popsd_benchmarks.providers import FLOOR, OURS
-from popsd_benchmarks.shapes import SHAPES
+from popsd_benchmarks.results import Cell, Results, select
 
 MIB = 2**20
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
