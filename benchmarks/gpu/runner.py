@@ -113,7 +113,7 @@ class Session:
 
     def run(self, part: Part, seconds: float) -> str:
         """How it ended, in a few words."""
-        if load(self.path).finished("parts", part.name):
+        if load(self.path).found("parts", part.name).get("status") in FINISHED:
             return "done"
         if (obstacle := self.obstacle(part, seconds)) is not None:
             ended = f"left out: {obstacle}"

@@ -33,7 +33,7 @@ def profile(
     providers: Sequence[Provider],
     effort: Effort,
     wanted: Collection[str] | None = None,
-    keep: Callable[[Cell], None] | None = None,
+    keep: Callable[[Cell], None] = lambda cell: None,
 ) -> Iterator[Cell]:
     """The cells of `measure`, with their kernels and those kernels' share of a copy's bandwidth."""
     by_name = {provider.name: provider for provider in providers}

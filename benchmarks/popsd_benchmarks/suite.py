@@ -56,9 +56,8 @@ def run(
     results = Results(provenance.describe(device))
     if out is not None and out.exists():
         results = provenance.continued(load(out), results.meta)
-    work = [
-        replace(item, effort=replace(item.effort, compilers=True)) if providers is not None else item for item in work
-    ]
+    if providers is not None:
+        work = [replace(item, effort=replace(item.effort, compilers=True)) for item in work]
     run_items(work, chosen, results, out=out, progress=progress, time_budget=time_budget)
     return results
 
@@ -79,7 +78,6 @@ def run_items(
     """
     start, done = time.perf_counter(), 0
     missing = [[p.name for p in providers if _is_missing(results, item, p, skip_failed)] for item in work]
-    planned = sum(map(len, missing))
 
     def keep(cell: Cell) -> None:
         results.put(cell)
@@ -98,7 +96,7 @@ def run_items(
             keep(cell)
             done += 1
             if progress is not None:
-                progress(done, planned, cell)
+                progress(done, sum(map(len, missing)), cell)
 
 
 def _is_missing(results: Results, item: plan.Item, provider: Provider, skip_failed: bool) -> bool:
