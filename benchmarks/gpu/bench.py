@@ -39,14 +39,14 @@ class Bench:
     def record(self, part: str, name: str, **figures: Any) -> None:
         self.results.record(part, name, **figures)
         self.results.save(self.path)
-        if figures.get("status") == "stopped":
-            return
-        print(part, name, {k: round(x, 4) if isinstance(x, float) else x for k, x in figures.items()}, flush=True)
+        if figures.get("status") != "stopped":
+            shown = {k: round(x, 4) if isinstance(x, float) else x for k, x in figures.items()}
+            print(part, name, shown, flush=True)
 
     @contextmanager
     def attempt(self, part: str, name: str) -> Iterator[bool]:
         """Whether to measure this record now; an exception becomes its status, unless it leaves nothing to go on with."""
-        status = next((r["status"] for r in self.results.records if (r["part"], r["name"]) == (part, name)), None)
+        status = self.results.found(part, name).get("status")
         wanted = status not in FINISHED and not (status == "failed" and self.skip_failed)
         if wanted:
             self.record(part, name, status="stopped", note=FIRST_STEP)
@@ -64,10 +64,8 @@ class Bench:
     def measure(self, part: str, case: Case, providers: Sequence[Provider], effort: Effort) -> None:
         """The case's cells, as `popsd bench` makes them."""
         work = [Item(part, case, replace(effort, peak=effort.peak and not self.dry))]
-        suite.run_items(
-            work, providers, self.results, out=self.path, progress=lambda *x: print(line(x[2]), flush=True),
-            skip_failed=self.skip_failed,
-        )  # fmt: skip
+        options = {"out": self.path, "skip_failed": self.skip_failed}
+        suite.run_items(work, providers, self.results, progress=lambda *x: print(line(x[2]), flush=True), **options)
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Part:
     name: str
     seconds: float
     run: Callable[[Bench], None] | None = None
-    cases: tuple[tuple[str, ...], ...] = ()
+    cases: tuple[str, ...] = ()
     gib: float = 0.0
     modules: tuple[str, ...] = ()
     tool: tuple[str, ...] = ()
@@ -104,13 +102,11 @@ def child(part: Part, bench: Bench) -> int:
     assert part.run is not None
     try:
         part.run(bench)
-    except UnusableError as error:
-        print(f"unusable: {error}", file=sys.stderr, flush=True)
-        os._exit(UNUSABLE)  # a broken context may hang in its own clearing up
     except Exception as error:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(UNUSABLE if failure(error) is None else 1)
+        unusable = isinstance(error, UnusableError) or failure(error) is None
+        os._exit(UNUSABLE if unusable else 1)  # a broken context may hang in its own clearing up
     return 0
 
 

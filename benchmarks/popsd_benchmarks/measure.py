@@ -122,7 +122,7 @@ def measure(
             if effort.peak and case.device == "cpu" and runner.step is not None and runner.provider.computes_loss:
                 try:
                     runner.cell.peak_mib = memory.peak_on_cpu(runner.provider, case)
-                except RuntimeError as error:
+                except Exception as error:  # a peer may fail in any way
                     runner.note(f"peak memory not measured: {error}")
             yield runner.cell
 
@@ -162,7 +162,7 @@ def _first_step(runner: _Runner, problem: Problem, judge: Judge, effort: Effort)
         del loss
         if effort.peak and problem.case.device != "cpu":
             problem.clear()
-            cell.peak_mib = memory.peak_on_gpu(step) or None  # a graph replays within memory that it holds already
+            cell.peak_mib = memory.peak_of(step, "cuda") or None  # a graph replays within memory that it holds already
     runner.step = step
     runner.save(cell.note)
 

@@ -146,11 +146,20 @@ def load(path: Path) -> Results:
     """Raises ValueError for a file that is not a results file."""
     try:
         content = json.loads(path.read_text())
-        return Results(content["meta"], list(map(_cell, content["cells"])), content.get("records", []))
+        return Results(
+            content["meta"],
+            [Cell(**row | {"case": case_of(row["case"])}) for row in content["cells"]],
+            content.get("records", []),
+        )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: expected results with meta and cells; got {type(error).__name__}: {error}."
         ) from error
+
+
+def case_of(row: dict[str, Any]) -> Case:
+    """A case from its fields."""
+    return Case(**row | {"shape": Shape(**row["shape"])})
 
 
 def select(cells: Iterable[Cell], **wanted: Any) -> list[Cell]:
@@ -176,7 +185,3 @@ def _sparse(one: Any) -> Any:
 
 def _default(entry: Any) -> Any:
     return entry.default_factory() if entry.default_factory is not MISSING else entry.default
-
-
-def _cell(row: dict[str, Any]) -> Cell:
-    return Cell(**row | {"case": Case(**row["case"] | {"shape": Shape(**row["case"]["shape"])})})

@@ -209,15 +209,6 @@ def test_plots_are_drawn(results, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
-def test_names_at_line_ends_stay_apart():
-    assert plots.spread([0.1, 0.5], 0.06) == [0.1, 0.5]
-    apart = plots.spread([0.5, 0.5, 0.51, 0.9], 0.06)
-    assert all(b - a >= 0.06 - 1e-9 for a, b in zip(apart, apart[1:], strict=False)) and apart[-1] == 0.9
-    assert sum(apart[:3]) == pytest.approx(1.51)
-    assert plots.spread([0.99, 1.0, 1.0], 0.1) == pytest.approx([0.8, 0.9, 1.0]), "within the plot"
-    assert plots.spread([0.0, 0.0], 0.1) == pytest.approx([0.0, 0.1])
-
-
 def test_the_page_says_what_was_not_measured(results, tmp_path):
     output = tmp_path / "RESULTS.md"
     text = page.page([(tmp_path / "results" / "cpu.json", results)], output)

@@ -1,10 +1,10 @@
-"""Results as figures: a provider has one look throughout, popsd is the thick blue line, lines carry their names."""
+"""Results as figures: a provider has one look throughout, and popsd is the thick blue line."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,7 @@ from popsd_benchmarks.providers import FLOOR, OURS
 from popsd_benchmarks.report.tables import LOSS_NAMES, cases_of, fixed_sizes, milliseconds, setting, significant
 from popsd_benchmarks.results import Case, Cell, Results, select
 
-Draw = Callable[[Path], None]
-TITLE_INCHES = 0.4
 INK, FAINT = "#333333", "#999999"
-CONNECTOR = {"arrowstyle": "-", "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
 LETTERS = {"tokens": "N, tokens", "vocab": "V, vocabulary", "width": "D, hidden width"}
 
 
@@ -49,20 +46,22 @@ def look(provider: str) -> Look:
     return LOOKS.get(provider, Look(FAINT, "-", provider))
 
 
-def figures(results: Results) -> dict[str, Draw]:
+def figures(results: Results) -> dict[str, Callable[[Path], None]]:
     """What these results can show: {name: function that draws it to a PNG}. Needs matplotlib only when called."""
-    found: dict[str, Draw] = {}
+    found: dict[str, Callable[[Path], None]] = {}
     accuracy = [cell for cell in select(results.cells, part="accuracy") if "dhidden" in cell.errors]
     if len({cell.case.spread for cell in accuracy}) > 1:
         found["accuracy"] = partial(_accuracy, accuracy)
+    timed = [cell for cell in results.cells if cell.seconds]
     for loss in LOSS_NAMES:
-        curves = {part: _measured(select(results.cells, part=part, loss=loss)) for part in LETTERS}
+        curves = {part: select(timed, part=part, loss=loss) for part in LETTERS}
         curves = {part: cells for part, cells in curves.items() if len({cell.case.shape for cell in cells}) > 1}
         if curves:
             found[f"scaling-{loss}"] = partial(_scaling, curves, results.cells, loss)
         groups: dict[str, list[tuple[Case, list[Cell]]]] = {}
-        for case, cells in cases_of(_measured(select(results.cells, part="table", loss=loss))):
-            groups.setdefault(_slug(case), []).append((case, cells))
+        for case, cells in cases_of(select(timed, part="table", loss=loss)):
+            slug = f"{'trainable' if case.trainable_head else 'frozen'}-{case.dtype}"
+            groups.setdefault(slug + ("" if case.beta == 0.5 else f"-beta{case.beta:g}"), []).append((case, cells))
         found |= {f"table-{loss}-{slug}": partial(_bars, cases) for slug, cases in groups.items()}
     return found
 
@@ -73,165 +72,107 @@ def draw(results: Results, folder: Path, prefix: str = "") -> list[Path]:
 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, drawing in figures(results).items():
-        path = folder / f"{prefix}{name}.png"
+    paths = {folder / f"{prefix}{name}.png": drawing for name, drawing in figures(results).items()}
+    for path, drawing in paths.items():
         drawing(path)
-        paths.append(path)
-    return paths
-
-
-def _measured(cells: Sequence[Cell]) -> list[Cell]:
-    return [cell for cell in cells if cell.seconds]
-
-
-def _slug(case: Case) -> str:
-    head = "trainable" if case.trainable_head else "frozen"
-    return f"{head}-{case.dtype}" + ("" if case.beta == 0.5 else f"-beta{case.beta:g}")
+    return list(paths)
 
 
 def _accuracy(cells: Sequence[Cell], path: Path) -> None:
     """A panel per loss and dtype: relative error of dH against the true divergence."""
-    panels = [
-        (loss, dtype, found)
-        for dtype in ("bfloat16", "float32")
-        for loss in LOSS_NAMES
-        if (found := select(cells, loss=loss, dtype=dtype))
-    ]
-    figure, axes = _panels(len(panels), min(len(panels), 2), (6.2, 4.0))
-    for axis, (loss, dtype, found) in zip(axes, panels, strict=True):
-        lines = {
-            provider: [
-                (c.kl, 100 * c.errors["dhidden"])
-                for c in select(found, provider=provider)
-                if c.kl and c.errors["dhidden"]
-            ]
-            for provider in _order(found)
-        }
-        _curves(axis, lines)
+    panels = [(loss, dtype) for dtype in ("bfloat16", "float32") for loss in LOSS_NAMES]
+    panels = [(loss, dtype) for loss, dtype in panels if select(cells, loss=loss, dtype=dtype)]
+    figure, axes = _panels(-(-len(panels) // 2), min(len(panels), 2), (5.2, 3.9))
+    for axis, (loss, dtype) in zip(axes, panels, strict=False):
+        found = [c for c in select(cells, loss=loss, dtype=dtype) if c.kl and c.errors["dhidden"]]
+        _curves(axis, found, lambda cell: cell.kl, lambda cell: 100 * cell.errors["dhidden"])
         _plain_ticks(axis.xaxis)
         _plain_ticks(axis.yaxis, " %")
-        axis.set_title(f"{LOSS_NAMES[loss]}; {dtype}", fontsize=10, loc="left", color=INK)
-        axis.set_xlabel("true KL(target ‖ student), nats per token", fontsize=9)
-        axis.set_ylabel("relative error of dH (L2)", fontsize=9)
-    _finish(figure, "How wrong is the gradient? Against float64, lower is better", path)
+        _label(axis, f"{LOSS_NAMES[loss]}; {dtype}", "true KL(target ‖ student), nats per token", "error of dH (L2)")
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    _finish(figure, axes, "How wrong is the gradient? Against float64, lower is better", path)
 
 
 def _scaling(curves: dict[str, list[Cell]], cells: Sequence[Cell], loss: str, path: Path) -> None:
-    """Columns: what is swept. Rows: time, memory. Names stand in the last column, elsewhere of whom it does not have."""
-    figure, axes = _panels(2 * len(curves), len(curves), (4.6, 3.6))
+    """Columns: what is swept. Rows: time, memory."""
+    figure, axes = _panels(2, len(curves), (3.9, 3.4))
     rows: tuple[tuple[str, Callable[[Cell], float | None]], ...] = (
         ("time, ms", milliseconds),
         ("peak memory above inputs, MiB", lambda cell: cell.peak_mib),
     )
-    last = {cell.provider for cell in list(curves.values())[-1]}
-    failures = False
+    failed = select(cells, loss=loss, status="out of memory")
     for column, (part, measured) in enumerate(curves.items()):
-        failed = {c.provider for c in select(cells, part=part, loss=loss) if c.status == "out of memory"}
-        failures = failures or bool(failed)
-        named = None if column == len(curves) - 1 else {cell.provider for cell in measured} - last
+        points = sorted({getattr(cell.case.shape, part) for cell in measured})
+        ended = {cell.provider for cell in failed if cell.part == part}
         for row, (label, figure_of) in enumerate(rows):
             axis = axes[row * len(curves) + column]
-            lines = {
-                provider: [
-                    (getattr(c.case.shape, part), value)
-                    for c in select(measured, provider=provider)
-                    if (value := figure_of(c))
-                ]
-                for provider in _order(measured)
-            }
-            _curves(axis, lines, failed, named)
-            axis.set_ylabel(label, fontsize=9)
-            axis.set_xlabel(LETTERS[part], fontsize=9)
-            points = sorted({getattr(cell.case.shape, part) for cell in measured})
+            shown = [cell for cell in measured if figure_of(cell)]
+            _curves(axis, shown, attrgetter(f"case.shape.{part}"), figure_of, ended)
+            _label(axis, "" if row else fixed_sizes(measured[0].case, part), LETTERS[part], label)
             axis.set_xticks(points, [f"{point // 1024}k" if point % 1024 == 0 else str(point) for point in points])
             axis.minorticks_off()
-            if row == 0:
-                axis.set_title(fixed_sizes(measured[0].case, part), fontsize=10, loc="left", color=INK)
+            _plain_ticks(axis.yaxis)
+    crosses = "; ✕: out of memory beyond" if any(cell.part in curves for cell in failed) else ""
     case = next(iter(curves.values()))[0].case
-    crosses = "; ✕: out of memory beyond" if failures else ""
-    _finish(figure, f"{LOSS_NAMES[loss]}, {setting(case)}: forward and backward{crosses}", path)
+    _finish(figure, axes, f"{LOSS_NAMES[loss]}, {setting(case)}: forward and backward{crosses}", path)
 
 
 def _bars(cases: Sequence[tuple[Case, list[Cell]]], path: Path) -> None:
-    """Rows: shapes. Columns: time and memory, the fastest on top, with a line at the bare matmuls."""
-    figure, axes = _panels(2 * len(cases), 2, (5.6, 0.0), [0.25 * len(cells) + 0.95 for _, cells in cases])
+    """Rows: shapes. Columns: time and memory, the fastest on top; hatched: what computes a wrong answer."""
+    figure, axes = _panels(len(cases), 2, (5.6, 0.0), [0.25 * len(cells) + 0.95 for _, cells in cases])
     for row, (case, cells) in enumerate(cases):
-        time_axis, memory_axis = axes[2 * row : 2 * row + 2]
-        ranked = sorted(cells, key=milliseconds, reverse=True)
-        _bar_panel(time_axis, ranked, [milliseconds(c) for c in ranked], "median time, ms", _times_ours(ranked))
-        for cell in select(cells, provider=FLOOR):
-            time_axis.axvline(milliseconds(cell), color=INK, linestyle=":", linewidth=1.2)
-        shape = case.shape
+        ranked, shape = sorted(cells, key=milliseconds, reverse=True), case.shape
         size = f"{shape.name}: N = {shape.tokens:,}, V = {shape.vocab:,}, D = {shape.width:,}"
-        time_axis.set_title(size, fontsize=10, loc="left", color=INK)
-        peaks = [cell.peak_mib or 0.0 for cell in ranked]
-        _bar_panel(memory_axis, ranked, peaks, "peak memory above inputs, MiB", [""] * len(ranked))
-        memory_axis.set_yticklabels([])
+        ratios = [f"  {c.ratios.median:.2f}×" if c.ratios and c.provider not in OURS.values() else "" for c in ranked]
+        marks = ["" if cell.status == "ok" else f"  {cell.status}" for cell in ranked]
+        times = [f"{significant(milliseconds(c))}{a}{b}" for c, a, b in zip(ranked, ratios, marks, strict=True)]
+        peaks = [f"{significant(cell.peak_mib)}" if cell.peak_mib else "" for cell in ranked]
+        _bar_panel(axes[2 * row], ranked, list(map(milliseconds, ranked)), times)
+        _bar_panel(axes[2 * row + 1], ranked, [cell.peak_mib or 0.0 for cell in ranked], peaks)
+        for cell in select(ranked, provider=FLOOR):
+            axes[2 * row].axvline(milliseconds(cell), color=INK, linestyle=":", linewidth=1.2)
+        _label(axes[2 * row], size, "median time, ms")
+        _label(axes[2 * row + 1], "", "peak memory above inputs, MiB")
+        axes[2 * row + 1].set_yticklabels([])
     case = cases[0][0]
-    _finish(figure, f"{LOSS_NAMES[case.loss]}, {setting(case)}: forward and backward", path)
+    _finish(figure, [], f"{LOSS_NAMES[case.loss]}, {setting(case)}: forward and backward", path)
 
 
-def _times_ours(cells: Sequence[Cell]) -> list[str]:
-    """What stands beside a time: its ratio to popsd's, and that the answer is wrong where it is."""
-    texts = []
-    for cell in cells:
-        ratio = f"  {cell.ratios.median:.2f}×" if cell.ratios and cell.provider not in OURS.values() else ""
-        texts.append(ratio + ("" if cell.status == "ok" else f"  {cell.status}"))
-    return texts
-
-
-def _bar_panel(axis: Any, cells: Sequence[Cell], values: Sequence[float], label: str, beside: Sequence[str]) -> None:
+def _bar_panel(axis: Any, cells: Sequence[Cell], values: Sequence[float], texts: Sequence[str]) -> None:
     bars = axis.barh([look(c.provider).label for c in cells], values, height=0.7)
-    for bar, cell in zip(bars, cells, strict=True):
-        ours = cell.provider in OURS.values()
-        bar.set(facecolor=look(cell.provider).colour, alpha=1.0 if ours else 0.3 if cell.provider == FLOOR else 0.55)
-        if cell.status != "ok":  # hollow: a figure of something that computes the wrong answer
-            bar.set(facecolor="white", edgecolor=look(cell.provider).colour, hatch="////", alpha=0.8)
-    texts = [f"{significant(v)}{more}" if v else "" for v, more in zip(values, beside, strict=True)]
-    for text, cell in zip(axis.bar_label(bars, texts, padding=3, fontsize=8, color=INK), cells, strict=True):
-        text.set_fontweight("bold" if cell.provider in OURS.values() else "normal")
-    for tick, cell in zip(axis.get_yticklabels(), cells, strict=True):
-        tick.set_fontweight("bold" if cell.provider in OURS.values() else "normal")
+    labels = axis.bar_label(bars, texts, padding=3, fontsize=8, color=INK)
+    for bar, cell, label, tick in zip(bars, cells, labels, axis.get_yticklabels(), strict=True):
+        ours, colour = cell.provider in OURS.values(), look(cell.provider).colour
+        bar.set(facecolor=colour, alpha=1.0 if ours else 0.3 if cell.provider == FLOOR else 0.55)
+        if cell.status != "ok":
+            bar.set(facecolor="white", edgecolor=colour, hatch="////", alpha=0.8)
+        for text in (label, tick):
+            text.set_fontweight("bold" if ours else "normal")
     axis.set_xlim(0, 1.35 * max([*values, 1e-9]))
-    axis.set_xlabel(label, fontsize=9)
     axis.tick_params(axis="y", length=0)
     axis.xaxis.set_major_formatter("{x:,.10g}")
 
 
-def _order(cells: Sequence[Cell]) -> list[str]:
-    """Providers, ours last: drawn on top."""
-    names = list(dict.fromkeys(cell.provider for cell in cells))
-    return sorted(names, key=lambda name: name in OURS.values())
-
-
 def _curves(
     axis: Any,
-    lines: dict[str, list[tuple[float, float]]],
-    failed: Iterable[str] = (),
-    named: Iterable[str] | None = None,
+    cells: Sequence[Cell],
+    x: Callable[[Cell], Any],
+    y: Callable[[Cell], Any],
+    failed: Collection[str] = (),
 ) -> None:
-    """Log-log lines. failed: those that end in a cross. named: those with their name at the end; None: all."""
+    """A log-log line per provider, ours last and so on top; a cross where one failed beyond its last point."""
     axis.set_xscale("log")
     axis.set_yscale("log")
-    ends = []
-    for provider, points in lines.items():
-        if not points:
-            continue
-        points = sorted(points)
-        colour, line, label = look(provider)
-        ours = provider in OURS.values()
-        axis.plot(
-            *zip(*points, strict=True), color=colour, linestyle=line, linewidth=3.0 if ours else 1.6,
-            marker="o", markersize=5 if ours else 3.5,
-        )  # fmt: skip
-        if provider in failed:
+    names = dict.fromkeys(cell.provider for cell in cells)
+    for name in sorted(names, key=lambda name: name in OURS.values()):
+        points = sorted((x(cell), y(cell)) for cell in select(cells, provider=name))
+        (colour, line, label), ours = look(name), name in OURS.values()
+        width, size = (3.0, 5.0) if ours else (1.6, 3.5)
+        style = {"color": colour, "linestyle": line, "linewidth": width, "marker": "o", "markersize": size}
+        axis.plot(*zip(*points, strict=True), label=label, **style)
+        if name in failed:
             axis.plot(*points[-1], color=colour, marker="X", markersize=9)
-        if named is None or provider in named:
-            ends.append((points[-1], label, colour, ours))
-    axis.set_ylim(axis.get_ylim()[0] / 1.3, axis.get_ylim()[1])
-    _plain_ticks(axis.yaxis)
-    _name_ends(axis, ends)
 
 
 def _plain_ticks(axis: Any, unit: str = "") -> None:
@@ -244,68 +185,43 @@ def _plain_ticks(axis: Any, unit: str = "") -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.8f}".rstrip("0").rstrip(".") + unit))
 
 
-def _name_ends(axis: Any, ends: list[tuple[tuple[float, float], str, str, bool]]) -> None:
-    """Names right of the axis, at the height of their line's end or as near as leaves them apart."""
-    transform, inverse = axis.transData, axis.transAxes.inverted()
-    heights = [float(inverse.transform(transform.transform(point))[1]) for point, *_ in ends]
-    order = sorted(range(len(ends)), key=heights.__getitem__)
-    for index, height in zip(order, spread([heights[i] for i in order], 0.062), strict=True):
-        point, text, colour, ours = ends[index]
-        axis.annotate(
-            text, point, xytext=(1.03, height), textcoords="axes fraction", color=colour, fontsize=8.5, va="center",
-            fontweight="bold" if ours else "normal", annotation_clip=False,
-            arrowprops={**CONNECTOR, "color": colour},
-        )  # fmt: skip
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights moved as little as keeps neighbours ``gap`` apart and all between 0 and 1: overlapping ones share
-    their mean.
-    """
-    merged: list[tuple[float, int]] = []  # centre, members
-    for height in heights:
-        merged.append((height, 1))
-        while len(merged) > 1 and merged[-1][0] - merged[-2][0] < gap * (merged[-1][1] + merged[-2][1]) / 2:
-            (one, n), (two, m) = merged[-2:]
-            merged[-2:] = [((one * n + two * m) / (n + m), n + m)]
-    places = [centre + gap * (i - (n - 1) / 2) for centre, n in merged for i in range(n)]
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], 1.0 - gap * (len(places) - 1 - i))
-    for i in range(len(places)):
-        places[i] = max(places[i], gap * i)
-    return places
-
-
 def _panels(
-    number: int, columns: int, size: tuple[float, float], heights: Sequence[float] | None = None
+    rows: int, columns: int, size: tuple[float, float], heights: Sequence[float] | None = None
 ) -> tuple[Any, list[Any]]:
     """size: of a panel, in inches; heights: of each row instead."""
     import matplotlib.pyplot as plt
 
-    heights = heights or [size[1]] * -(-number // columns)
+    heights = heights or [size[1]] * rows
     figure, grid = plt.subplots(
-        len(heights),
-        columns,
-        figsize=(size[0] * columns, sum(heights) + TITLE_INCHES),
-        squeeze=False,
+        rows, columns, figsize=(size[0] * columns, sum(heights) + 0.4), squeeze=False, layout="constrained",
         gridspec_kw={"height_ratios": heights},
-    )
-    axes = list(grid.flat)
-    for axis in axes[number:]:
-        axis.set_axis_off()
-    for axis in axes:
-        axis.tick_params(labelsize=8, colors=INK)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes[:number]
+    )  # fmt: skip
+    return figure, list(grid.flat)
 
 
-def _finish(figure: Any, title: str, path: Path) -> None:
+def _label(axis: Any, title: str, x: str, y: str = "") -> None:
+    axis.set_title(title, fontsize=10, loc="left", color=INK)
+    axis.set_xlabel(x, fontsize=9)
+    axis.set_ylabel(y, fontsize=9)
+    axis.tick_params(labelsize=8, colors=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _finish(figure: Any, axes: Sequence[Any], title: str, path: Path) -> None:
+    """With one legend beside all of the axes."""
     import matplotlib.pyplot as plt
 
-    width, height = figure.get_size_inches()
-    title = textwrap.fill(title, int(10 * width))
-    style = {"fontsize": 12, "color": INK, "fontweight": "bold", "ha": "left", "va": "top"}
-    figure.suptitle(title, x=0.1 / width, y=1 - 0.1 / height, **style)
-    figure.tight_layout()
+    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if handles:
+        names = sorted(handles, key=lambda name: name != "popsd")
+        figure.legend(
+            [handles[name] for name in names],
+            names,
+            loc="outside right upper",
+            fontsize=8,
+            frameon=False,
+            handlelength=3,
+        )
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK, fontweight="bold")
     figure.savefig(path, dpi=110)
     plt.close(figure)
