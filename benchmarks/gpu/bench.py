@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from popsd_benchmarks import suite
+from popsd_benchmarks.command import Progress
 from popsd_benchmarks.measure import FIRST_STEP, Effort, UnusableError, failure
 from popsd_benchmarks.plan import Item
 from popsd_benchmarks.providers import Provider
-from popsd_benchmarks.results import FINISHED, Case, Cell, Results, load
+from popsd_benchmarks.results import FINISHED, Case, Results, load
 
 UNUSABLE = 3
 """Exit status of a part whose process a CUDA failure has made unusable."""
@@ -65,7 +66,7 @@ class Bench:
         """The case's cells, as `popsd bench` makes them."""
         work = [Item(part, case, replace(effort, peak=effort.peak and not self.dry))]
         options = {"out": self.path, "skip_failed": self.skip_failed}
-        suite.run_items(work, providers, self.results, progress=lambda *x: print(line(x[2]), flush=True), **options)
+        suite.run_items(work, providers, self.results, progress=Progress(), **options)
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,6 @@ class Part:
     tool: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     collect: Callable[[Bench, Path], None] | None = None
-
-
-def line(cell: Cell) -> str:
-    case, shape = cell.case, cell.case.shape
-    figures = [f"{1e3 * cell.seconds.median:.2f} ms"] if cell.seconds else []
-    figures += [] if cell.ratios is None else [f"{cell.ratios.median:.2f} x popsd"]
-    figures += [] if cell.floor_share is None else [f"{cell.floor_share:.0%} of floor, {cell.tflops:.3g} TFLOP/s"]
-    figures += [] if cell.peak_mib is None else [f"{cell.peak_mib:.0f} MiB"]
-    figures += [f"{name} {error:.1e}" for name, error in cell.errors.items()]
-    figures += [] if cell.status == "ok" else [f"{cell.status} ({cell.note})"]
-    where = f"{case.loss} N {shape.tokens} V {shape.vocab} D {shape.width} beta {case.beta} {case.dtype}"
-    return f"{cell.part} {where}: {cell.provider} {' '.join(figures)}"
 
 
 def child(part: Part, bench: Bench) -> int:
