@@ -164,7 +164,15 @@ def step(bench: Bench) -> None:
         arguments = ["--rounds", "5", "--device", bench.device]
         if bench.dry:
             arguments = ["--rounds", "1", "--prompt", "4", "--completion", "4", "--micro-batch", "1", "--rank", "2"]
-        result = train_step.measure(train_step.parse_options(arguments), lambda result: None)
+
+        def keep(result: dict[str, Any]) -> None:
+            """What is known so far, as the record of a part that has not ended."""
+            for name, found in result["variants"].items():
+                if totals := [sum(parts.values()) for parts in found["rounds"]]:
+                    figures = {"step_s": statistics.median(totals), "peak_gib": found["peak_gib"]}
+                    bench.record("step", name, status="stopped", **figures)
+
+        result = train_step.measure(train_step.parse_options(arguments), keep)
         for name, found in reversed(result["variants"].items()):  # the purified one last: it says that all is there
             figures = {f"{part}_s": seconds for part, seconds in found["median"].items()}
             figures |= {"step_s": found["step"], "loss_share": found["median"]["loss"] / found["step"]}
@@ -189,12 +197,12 @@ def accuracy(bench: Bench) -> None:
     effort = replace(EFFORT, rounds=0, peak=False, gate=False)
     for deviation in (3.0, 10.0, 30.0):
         for kl in (1e-3, 1e-1, 1.0):
-            found = case(bench, "purified", of, deviation=deviation, spread=float(f"{(2 * kl) ** 0.5 / deviation:.2g}"))
-            for _ in range(2):
-                true = Judge(make_problem(found), 64).exact(False).kl
-                found = replace(
-                    found, spread=float(f"{found.spread * min(max(kl / max(true, 1e-9), 0.01), 100) ** 0.5:.2g}")
-                )
+            spread = (2 * kl) ** 0.5 / deviation
+            found = case(bench, "purified", of, deviation=deviation, spread=float(f"{spread:.2g}"))
+            for _ in range(2):  # the divergence grows with the square of the spread
+                true = max(Judge(make_problem(found), 64).exact(False).kl, 1e-9)
+                spread = found.spread * min(max(kl / true, 0.01), 100.0) ** 0.5
+                found = replace(found, spread=float(f"{spread:.2g}"))
             bench.measure("accuracy", found, [PROVIDERS[name] for name in names], effort)
 
 
@@ -219,10 +227,10 @@ def read_ncu(bench: Bench, work: Path) -> None:
             found = totals.setdefault(row["Kernel Name"].split("(")[0], {})
             value = float(row["Metric Value"].replace(",", ""))
             found[row["Metric Name"]] = found.get(row["Metric Name"], 0.0) + value
-    copies = [row["gb_per_s"] for row in bench.results.records if (row["part"], row["name"]) == ("probe", "copy")]
+    copied = bench.results.found("probe", "copy").get("gb_per_s")
     for name, found in totals.items():
         rate = (found["dram__bytes_read.sum"] + found["dram__bytes_write.sum"]) / found["gpu__time_duration.sum"]
-        share = {"share_of_copy": rate / copies[0]} if copies else {}
+        share = {"share_of_copy": rate / copied} if copied else {}
         bench.record("dram", name, gb=sum(v for k, v in found.items() if "bytes" in k) / 1e9, gb_per_s=rate, **share)
     if not totals:
         bench.record("dram", "kernels", status="failed", note="ncu named no kernel: see log.txt")
