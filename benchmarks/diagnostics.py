@@ -10,8 +10,6 @@ are relative L2 per field against the float64 oracle, over several distances of 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,15 @@ import torch
 import popsd
 from popsd import oracle
 from popsd.testing import relative_l2
-from popsd_benchmarks.cells import Case, Shape
-from popsd_benchmarks.measure import in_turns, seconds_of
+from popsd_benchmarks.measure import Effort, measure
 from popsd_benchmarks.problems import Problem, make_problem
 from popsd_benchmarks.provenance import describe
+from popsd_benchmarks.providers import OURS, PROVIDERS
+from popsd_benchmarks.providers.ours import Popsd
+from popsd_benchmarks.results import Case, Results, Shape
 
 TARGETS = {"decompose=True": 1.3, "decompose='gram'": 1.05}
 WAYS: dict[str, dict[str, Any]] = {
-    "plain": {},
     "decompose=True": {"decompose": True},
     "decompose='gram'": {"decompose": "gram"},
     "telemetry=True": {"telemetry": True},
@@ -37,29 +36,22 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(problem: Problem, **options: Any) -> None:
-    problem.clear()
-    options = {"config": problem.config} | options
-    popsd.linear_purified_jsd(problem.hidden, problem.head, reduction="sum", **options).loss.backward()
-
-
-def errors(problem: Problem, rows: int = 32) -> dict[str, dict[str, float]]:
-    """Largest relative error over the fields of a family, by method and by the share that separates the streams."""
+def errors(problem: Problem, spread: float, method: Any, rows: int = 32) -> dict[str, float]:
+    """Largest relative error over the fields of a family, for streams that differ by such a share of their deviation."""
     assert problem.hidden.base is not None
-    base, found = problem.hidden.base[:rows], {}
-    for spread in (0.001, 0.1, 1.0):
-        apart = [base + spread * base.std() * torch.randn_like(base) for _ in range(3)]
-        hidden = popsd.HiddenStates(apart[0], None, apart[1], apart[2])
-        truth = oracle.decompose(*(oracle.head_logits(x, problem.head) for x in apart), problem.config)
-        for method in ("logits", "gram"):
-            parts = popsd.decompose(hidden, problem.head, config=problem.config, method=method)
-            worst: dict[str, float] = {}
-            for name, value in parts._asdict().items():
-                if value is not None:
-                    family = name.split("_")[0] if name.startswith(("centred", "weighted")) else "raw"
-                    worst[family] = max(worst.get(family, 0.0), relative_l2(value, getattr(truth, name)))
-            found[f"{method}, {spread:g}"] = worst
-    return found
+    generator = torch.Generator(problem.head.weight.device).manual_seed(1)
+    base = problem.hidden.base[:rows]
+    noise = (torch.empty_like(base).normal_(generator=generator) for _ in range(3))
+    student, teacher, reference = (base + spread * base.std() * x for x in noise)
+    logits = (oracle.head_logits(x, problem.head) for x in (student, teacher, reference))
+    truth, worst = oracle.decompose(*logits, problem.config), {}
+    hidden = popsd.HiddenStates(student, None, teacher, reference)
+    found = popsd.decompose(hidden, problem.head, config=problem.config, method=method)
+    for name, value in found._asdict().items():
+        if value is not None:
+            family = name.split("_")[0] if name.startswith(("centred", "weighted")) else "raw"
+            worst[family] = max(worst.get(family, 0.0), relative_l2(value, getattr(truth, name)))
+    return worst
 
 
 def main() -> int:
@@ -74,31 +66,31 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write everything measured here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
     shape = Shape(name="decompose", tokens=options.n, vocab=options.vocab, width=options.width)
     case = Case(loss="purified", shape=shape, dtype=options.dtype, device=options.device)
-    problem, meta = make_problem(case), describe(options.device)
-    print(f"N={options.n} V={options.vocab} D={options.width} {options.dtype}, {meta}\n\nrelative error, worst field:")
-    found = errors(problem)
-    for apart, families in found.items():
-        print(f"  {apart:14}" + "".join(f"  {family} {error:.1e}" for family, error in families.items()))
-    runs = {name: lambda way=way: run(problem, **way) for name, way in WAYS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i, name in in_turns(list(runs), options.repeats):
-        took = seconds_of(runs[name], options.device)
-        if i:
-            seconds[name].append(took)
-    rows = {}
-    print("\nof the plain loss, median of rounds (range):")
-    for name in list(WAYS)[1:]:
-        ratios = [a / b for a, b in zip(seconds[name], seconds["plain"], strict=True)]
-        ratio, most = statistics.median(ratios), TARGETS.get(name)
-        rows[name] = {"ratio": ratio, "low": min(ratios), "high": max(ratios)}
-        verdict = "" if most is None else f"  <= {most} {'met' if ratio <= most else 'MISSED'}"
-        print(f"  {name:18} {ratio:.3f} ({min(ratios):.3f}-{max(ratios):.3f}){verdict}")
+    results = Results(describe(options.device))
+    print(f"N={options.n} V={options.vocab} D={options.width} {options.dtype}, {results.meta}\n")
+    problem = make_problem(case)
+    for method in ("logits", "gram"):
+        for spread in (0.001, 0.1, 1.0):
+            found = errors(problem, spread, method)
+            results.record("decompose", f"{method}, {spread:g}", **found)
+            print(f"{method}, {spread:g}: worst field", *(f"{family} {x:.1e}" for family, x in found.items()), sep="  ")
+    plain = PROVIDERS[OURS[options.device]]
+    assert isinstance(plain, Popsd)
+    ways = [Popsd(name, plain.impl, options=way) for name, way in WAYS.items()]
+    effort = Effort(rounds=options.repeats, seconds=3600.0, peak=False, gate=False, judged_rows=8)
+    print("\nof the plain loss, median of rounds (quartiles):")
+    for cell in measure("diagnostics", case, [plain, *ways], effort):
+        results.put(cell)
+        ratio, most = cell.ratios, TARGETS.get(cell.provider)
+        if ratio is None:
+            print(f"  {cell.provider:18} {cell.status}: {cell.note}")
+        elif cell.provider != plain.name:
+            verdict = "" if most is None else f"  <= {most} {'met' if ratio.median <= most else 'MISSED'}"
+            print(f"  {cell.provider:18} {ratio.median:.3f} ({ratio.low:.3f}-{ratio.high:.3f}){verdict}")
     if options.json:
-        content = {"meta": meta, "shape": [options.n, options.vocab, options.width], "dtype": options.dtype}
-        options.json.write_text(json.dumps(content | {"errors": found, "ratios": rows}, indent=1) + "\n")
+        results.save(options.json)
     return 0
 
 

@@ -12,10 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -29,8 +28,6 @@ from popsd_integrations.miniature.experiment import ExperimentConfig, distil
 from popsd_integrations.miniature.sampler import sample
 from popsd_integrations.miniature.tokenizer import TOKEN_ID, build_tokenizer
 from popsd_integrations.miniature.warmup import warm_up
-
-MARKERS = EpistemicMarkers(("maybe", "check", "wait"))
 
 
 class Style(NamedTuple):
@@ -57,65 +54,52 @@ MASKS: dict[str, dict[str, Any]] = {
 CASES = [(style, "none") for style in STYLES]
 CASES += [("no style token", masks) for masks in MASKS if masks != "none"]
 CASES += [("probe terser", "plausibility 0.3"), ("teacher terser", "plausibility 0.3")]
-
-
-@contextmanager
-def data_of(style: Style) -> Iterator[None]:
-    """The miniature's data written in this style."""
-    styles, write = dict(task.STYLES), task.write_completion
-    task.STYLES["teacher"] = styles["teacher"]._replace(terse=style.teacher)
-    task.STYLES["reference"] = styles["reference"]._replace(terse=style.reference)
-    if not style.token:
-        task.write_completion = lambda *a: [token for token in write(*a) if token != TOKEN_ID["SO"]]
-    try:
-        yield
-    finally:
-        task.STYLES.update(styles)
-        task.write_completion = write
+HEADER = """\
+| data | masks on entries | target / base | pre-flight | markers per completion | accuracy, T = 1 | agrees |
+|---|---|---|---|---|---|---|
+"""
 
 
 def run(style: str, masks: str, seeds: list[int], folder: Path) -> dict[str, Any]:
-    config = ExperimentConfig(loss=PurifiedConfig(**MASKS[masks]))
-    cache = folder / ("warm-up" if STYLES[style].token else "warm-up-no-token")
+    """One case. The miniature's data are written in this style meanwhile."""
+    config, of, write = ExperimentConfig(loss=PurifiedConfig(**MASKS[masks])), STYLES[style], task.write_completion
+    terse = {name: task.STYLES[name]._replace(terse=getattr(of, name)) for name in ("teacher", "reference")}
+    written = write if of.token else lambda *a: [token for token in write(*a) if token != TOKEN_ID["SO"]]
+    cache = folder / ("warm-up" if of.token else "warm-up-no-token")
     name = f"{style}-{masks}".replace(" ", "_")
-    with data_of(STYLES[style]):
+    with patch.dict(task.STYLES, terse), patch.object(task, "write_completion", written):
         model, tokenizer = warm_up(config.warmup, cache), build_tokenizer()
         test = task.draw_puzzles(config.test_puzzles, "test", seed=0)
         problems = [puzzle.problem for puzzle in task.draw_puzzles(256, "train", seed=1000)]
         prompts = ContextBuilder(tokenizer, task.MINIATURE_CONTEXTS).build_all(problems)
+        markers = EpistemicMarkers(("maybe", "check", "wait"))
         options = DiagnoseConfig(
-            completions=256, batch_size=64, max_new_tokens=task.MAX_NEW_TOKENS, loss=config.loss, markers=MARKERS
+            completions=256, batch_size=64, max_new_tokens=task.MAX_NEW_TOKENS, loss=config.loss, markers=markers
         )
         found = diagnose(model, tokenizer, prompts, options, generate=sample, progress=False)
         before = evaluate(model, test)
         ends = [distil(config, "purified", seed, folder / f"{name}-{seed}", cache)[-1] for seed in seeds]
-    markers = [end["eval/markers"] for end in ends]
-    after = sum(markers) / len(markers)
+    after = [end["eval/markers"] for end in ends]
+    growth = sum(after) / len(after) / before.markers
     return {
         "style": style,
         "masks": masks,
         "change": found.change,
         "direction": found.direction,
-        "markers": [before.markers, *markers],
+        "markers": [before.markers, *after],
         "accuracy": [before.accuracy, *(end["eval/accuracy"] for end in ends)],
-        "agrees": found.direction
-        == ("raise" if after > 1.1 * before.markers else "lower" if after < 0.9 * before.markers else "keep"),
+        "agrees": found.direction == ("raise" if growth > 1.1 else "lower" if growth < 0.9 else "keep"),
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| data | masks on entries | target / base | pre-flight | markers per completion | accuracy, T = 1 | agrees |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        (before, *after), (accuracy, *reached) = row["markers"], row["accuracy"]
-        lines.append(
-            f"| {row['style']} | {row['masks']} | {row['change']:.2f} | {row['direction']} "
-            f"| {before:.1f} → {', '.join(f'{x:.1f}' for x in after)} "
-            f"| {accuracy:.3f} → {', '.join(f'{x:.3f}' for x in reached)} | {'yes' if row['agrees'] else 'no'} |"
-        )
-    return "\n".join(lines)
+def as_row(found: dict[str, Any]) -> str:
+    def change(values: list[float], digits: int) -> str:
+        before, *after = (f"{x:.{digits}f}" for x in values)
+        return f"{before} → {', '.join(after)}"
+
+    texts = [found["style"], found["masks"], f"{found['change']:.2f}", found["direction"]]
+    texts += [change(found["markers"], 1), change(found["accuracy"], 3), "yes" if found["agrees"] else "no"]
+    return f"| {' | '.join(texts)} |\n"
 
 
 def main() -> int:
@@ -126,12 +110,11 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)  # two threads on busy cores are many times slower at this size
     rows = []
-    for style, masks in CASES:
-        if masks == "none" or options.cases == "all":
-            rows.append(run(style, masks, options.seeds, options.output_dir))
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
-            (options.output_dir / "rows.json").write_text(json.dumps(rows, indent=1))
-            (options.output_dir / "table.md").write_text(table(rows) + "\n")
+    for style, masks in CASES if options.cases == "all" else CASES[: len(STYLES)]:
+        rows.append(run(style, masks, options.seeds, options.output_dir))
+        print(as_row(rows[-1]), end="", flush=True)
+        (options.output_dir / "rows.json").write_text(json.dumps(rows, indent=1))
+        (options.output_dir / "table.md").write_text(HEADER + "".join(map(as_row, rows)))
     return 0
 
 

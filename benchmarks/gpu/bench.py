@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from popsd_benchmarks import suite
-from popsd_benchmarks.cells import FINISHED, Case, Cell, Results, load
+from popsd_benchmarks.command import Progress
 from popsd_benchmarks.measure import FIRST_STEP, Effort, UnusableError, failure
 from popsd_benchmarks.plan import Item
 from popsd_benchmarks.providers import Provider
+from popsd_benchmarks.results import FINISHED, Case, Results, load
 
 UNUSABLE = 3
 """Exit status of a part whose process a CUDA failure has made unusable."""
@@ -39,14 +40,14 @@ class Bench:
     def record(self, part: str, name: str, **figures: Any) -> None:
         self.results.record(part, name, **figures)
         self.results.save(self.path)
-        if figures.get("status") == "stopped":
-            return
-        print(part, name, {k: round(x, 4) if isinstance(x, float) else x for k, x in figures.items()}, flush=True)
+        if figures.get("status") != "stopped":
+            shown = {k: round(x, 4) if isinstance(x, float) else x for k, x in figures.items()}
+            print(part, name, shown, flush=True)
 
     @contextmanager
     def attempt(self, part: str, name: str) -> Iterator[bool]:
         """Whether to measure this record now; an exception becomes its status, unless it leaves nothing to go on with."""
-        status = next((r["status"] for r in self.results.records if (r["part"], r["name"]) == (part, name)), None)
+        status = self.results.found(part, name).get("status")
         wanted = status not in FINISHED and not (status == "failed" and self.skip_failed)
         if wanted:
             self.record(part, name, status="stopped", note=FIRST_STEP)
@@ -64,10 +65,8 @@ class Bench:
     def measure(self, part: str, case: Case, providers: Sequence[Provider], effort: Effort) -> None:
         """The case's cells, as `popsd bench` makes them."""
         work = [Item(part, case, replace(effort, peak=effort.peak and not self.dry))]
-        suite.run_items(
-            work, providers, self.results, out=self.path, progress=lambda *x: print(line(x[2]), flush=True),
-            skip_failed=self.skip_failed,
-        )  # fmt: skip
+        options = {"out": self.path, "skip_failed": self.skip_failed}
+        suite.run_items(work, providers, self.results, progress=Progress(), **options)
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Part:
     name: str
     seconds: float
     run: Callable[[Bench], None] | None = None
-    cases: tuple[tuple[str, ...], ...] = ()
+    cases: tuple[str, ...] = ()
     gib: float = 0.0
     modules: tuple[str, ...] = ()
     tool: tuple[str, ...] = ()
@@ -87,30 +86,16 @@ class Part:
     collect: Callable[[Bench, Path], None] | None = None
 
 
-def line(cell: Cell) -> str:
-    case, shape = cell.case, cell.case.shape
-    figures = [f"{1e3 * cell.seconds.median:.2f} ms"] if cell.seconds else []
-    figures += [] if cell.ratios is None else [f"{cell.ratios.median:.2f} x popsd"]
-    figures += [] if cell.floor_share is None else [f"{cell.floor_share:.0%} of floor, {cell.tflops:.3g} TFLOP/s"]
-    figures += [] if cell.peak_mib is None else [f"{cell.peak_mib:.0f} MiB"]
-    figures += [f"{name} {error:.1e}" for name, error in cell.errors.items()]
-    figures += [] if cell.status == "ok" else [f"{cell.status} ({cell.note})"]
-    where = f"{case.loss} N {shape.tokens} V {shape.vocab} D {shape.width} beta {case.beta} {case.dtype}"
-    return f"{cell.part} {where}: {cell.provider} {' '.join(figures)}"
-
-
 def child(part: Part, bench: Bench) -> int:
     """The part itself, in its own process."""
     assert part.run is not None
     try:
         part.run(bench)
-    except UnusableError as error:
-        print(f"unusable: {error}", file=sys.stderr, flush=True)
-        os._exit(UNUSABLE)  # a broken context may hang in its own clearing up
     except Exception as error:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(UNUSABLE if failure(error) is None else 1)
+        unusable = isinstance(error, UnusableError) or failure(error) is None
+        os._exit(UNUSABLE if unusable else 1)  # a broken context may hang in its own clearing up
     return 0
 
 

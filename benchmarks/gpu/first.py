@@ -12,10 +12,10 @@ import measuring
 from bench import Part
 from runner import main
 
-CASES = ("-n", "8", "--max-worker-restart", "200", "--resume-results", "-m", "not alone")
+CASES = ("WORKERS --resume-results -m not~alone", "--resume-results -m alone")
 PARTS = [
     Part("probe", 25, measuring.probe, gib=16),
-    Part("correctness", 75, cases=(CASES, ("--resume-results", "-m", "alone"))),
+    Part("correctness", 75, cases=CASES, environment=(("OMP_NUM_THREADS", "2"),)),  # workers draw inputs on the CPU
     Part("headline", 105, measuring.headline, gib=30),
     Part("profile", 30, measuring.profile, gib=16),
 ]

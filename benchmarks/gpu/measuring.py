@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 import unittest.mock
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,15 @@ from typing import Any
 import torch
 from bench import Bench
 
-from popsd.engine import loop
+from popsd.engine import workspace
 from popsd_benchmarks.accuracy import Judge
-from popsd_benchmarks.cells import Case, Loss, Shape
 from popsd_benchmarks.measure import WHOLE_TILES, Effort, seconds_of
+from popsd_benchmarks.plan import SHAPES
 from popsd_benchmarks.problems import Problem, make_problem
 from popsd_benchmarks.providers import FLOOR, OURS, PROVIDERS, Provider, Step
 from popsd_benchmarks.providers.matmuls import project
 from popsd_benchmarks.providers.ours import Popsd
-from popsd_benchmarks.shapes import SHAPES
+from popsd_benchmarks.results import Case, Loss, Shape
 
 JUDGED_ROWS = 256
 EFFORT = Effort(rounds=9, seconds=6.0, compilers=False, judged_rows=JUDGED_ROWS)
@@ -51,50 +52,50 @@ def cells(bench: Bench, part: str, of: Case, *names: str, **effort: bool) -> Non
 
 def probe(bench: Bench) -> None:
     """The card's ceilings, and matmuls in the shapes and alignments that the loss needs."""
-    size = TINY.get if bench.dry else lambda number: number
 
-    def measured(name: str, function: Step, figure: str, amount: float, **sizes: int) -> None:
-        for _ in range(2):
-            function()
-        seconds = statistics.median(seconds_of(function, bench.device) for _ in range(7))
-        bench.record("probe", name, ms=1e3 * seconds, **{figure: amount / seconds}, **sizes)
+    def size(number: int) -> int:
+        return TINY[number] if bench.dry else number
 
     def normal(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, device=bench.device).bfloat16()
 
-    with bench.attempt("probe", "copy") as wanted:
-        if wanted:
-            source = torch.empty(1 << (14 if bench.dry else 30), device=bench.device)
-            target = torch.empty_like(source)
-            measured("copy", lambda: target.copy_(source), "gb_per_s", 2e-9 * source.nbytes)
-            del source, target
-    with bench.attempt("probe", "square") as wanted:
-        if wanted:
-            side = size(8192)
-            a, b = normal(side, side), normal(side, side)
-            measured("square", lambda: a @ b, "tflops", 2e-12 * side**3)
+    def measured(name: str, prepare: Callable[[], Step], figure: str, amount: float, **sizes: int) -> None:
+        with bench.attempt("probe", name) as wanted:
+            if wanted:
+                function = prepare()
+                seconds = statistics.median([seconds_of(function, bench.device) for _ in range(9)][2:])
+                bench.record("probe", name, ms=1e3 * seconds, **{figure: amount / seconds}, **sizes)
+
+    def copy() -> Step:
+        source = torch.empty(1 << (14 if bench.dry else 30), device=bench.device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    def square() -> Step:
+        a, b = normal(size(8192), size(8192)), normal(size(8192), size(8192))
+        return lambda: a @ b
+
+    measured("copy", copy, "gb_per_s", 2e-9 * 4 * (1 << (14 if bench.dry else 30)))
+    measured("square", square, "tflops", 2e-12 * size(8192) ** 3)
+    pitches = {"V 151936": (VOCAB, VOCAB), "V 151669": (USED, PITCH), "V 151680": (PITCH, PITCH)}
     for width in (2048, 2560, 4096):
-        pitched = {name: (size(vocab), size(pitch)) for name, vocab, pitch in
-                   (("V 151936", VOCAB, VOCAB), ("V 151669", USED, PITCH), ("V 151680", PITCH, PITCH))}  # fmt: skip
-        cases = [(name, 2048) for name in pitched] if width != 2560 else []
+        cases = [(name, 2048) for name in pitches] if width != 2560 else []
         cases += [("V 151936", rows) for rows in (1536, 1664, 2048, 2496)]
         weight = normal(size(VOCAB), size(width))
         for name, rows in dict.fromkeys(cases):
-            vocab, pitch = pitched[name]
-            sizes = {"rows": size(rows), "inner": vocab, "columns": size(width)}
-            work = 2e-12 * sizes["rows"] * vocab * sizes["columns"]
-            at = f"D {width} {name} rows {rows}"
-            with bench.attempt("probe", f"project {at}") as wanted:
-                if wanted:
-                    hidden = normal(sizes["rows"], sizes["columns"])
-                    out = torch.empty(sizes["rows"], pitch, device=bench.device)[:, :vocab]
-                    measured(f"project {at}", lambda h=hidden, w=weight[:vocab], o=out: project(h, w, o), "tflops", work,
-                             **(sizes | {"inner": sizes["columns"], "columns": vocab}))  # fmt: skip
-                    del out
-            with bench.attempt("probe", f"gradient {at}") as wanted:
-                if wanted:
-                    gradient = normal(sizes["rows"], pitch)[:, :vocab]
-                    measured(f"gradient {at}", lambda g=gradient, w=weight[:vocab]: g @ w, "tflops", work, **sizes)
+            (vocab, pitch), n, d = map(size, pitches[name]), size(rows), size(width)
+            head, at, work = weight[:vocab], f"D {width} {name} rows {rows}", 2e-12 * n * vocab * d
+
+            def projection(n: int = n, d: int = d, head: Any = head, pitch: int = pitch) -> Step:
+                hidden, out = normal(n, d), torch.empty(n, pitch, device=bench.device)[:, : len(head)]
+                return lambda: project(hidden, head, out)
+
+            def gradient(n: int = n, head: Any = head, pitch: int = pitch) -> Step:
+                out = normal(n, pitch)[:, : len(head)]
+                return lambda: out @ head
+
+            measured(f"project {at}", projection, "tflops", work, rows=n, inner=d, columns=vocab)
+            measured(f"gradient {at}", gradient, "tflops", work, rows=n, inner=vocab, columns=d)
 
 
 def headline(bench: Bench) -> None:
@@ -109,17 +110,13 @@ def headline(bench: Bench) -> None:
 
 
 def profile(bench: Bench) -> None:
-    from popsd_benchmarks import suite
-    from popsd_benchmarks.plan import Item
-
     effort = replace(DRY_EFFORT if bench.dry else EFFORT, rounds=1 if bench.dry else 3, peak=False)
-    work = [Item("profile", case(bench, "purified", shape(bench, "qwen3-1.7b")), effort)]
-    suite.run_items(work, providers(bench), bench.results, out=bench.path, skip_failed=bench.skip_failed)
+    bench.measure("profile", case(bench, "purified", shape(bench, "qwen3-1.7b")), providers(bench), effort)
 
 
 @dataclass(frozen=True)
 class Planned(Popsd):
-    """popsd with rows of its own: per chunk of logits, per gradient buffer."""
+    """popsd with rows of its own: per chunk of logits, per gradient buffer. Refuses to run where its plan is not asked."""
 
     rows: tuple[int, int] = (0, 0)
 
@@ -127,18 +124,27 @@ class Planned(Popsd):
         step = super().prepare(problem)
 
         def planned() -> torch.Tensor | None:
-            with unittest.mock.patch.object(loop, "plan_rows", return_value=self.rows):
-                return step()
+            with (
+                unittest.mock.patch.object(workspace, "filling_rows", return_value=self.rows) as filling,
+                unittest.mock.patch.object(workspace, "simple_rows", return_value=self.rows) as simple,
+            ):
+                result = step()
+            if not (filling.called or simple.called):
+                raise AssertionError("popsd.engine.workspace was not asked for its plan: the rows are not those named.")
+            return result
 
         return planned
 
 
 def planning(bench: Bench) -> None:
-    """The same loss by workspace and by rows, at the widths that fill the multiprocessors differently."""
+    """The same loss by workspace and by rows, at the widths that fill the multiprocessors differently.
+
+    The default within 2 GiB and 132 multiprocessors is 512/2,048 at D = 2048, 832/1,664 at 2560, 512/1,024 at 4096.
+    """
     ours = PROVIDERS[OURS[bench.device]]
     assert isinstance(ours, Popsd)
     variants: list[Provider] = [replace(ours, name=f"popsd {mib} MiB", workspace_mib=mib) for mib in (400, 1024, 2048)]
-    for rows in ((512, 2048), (832, 1664), (832, 2496), (1024, 2048), (512, 1536)):
+    for rows in ((512, 1024), (512, 2048), (832, 1664), (832, 2496), (1024, 2048)):
         scaled = (rows[0] // 128, rows[0] // 128) if bench.dry else rows  # a CPU's gradient takes the logits' place
         variants.append(Planned(f"popsd rows {rows[0]}/{rows[1]}", ours.impl, rows=scaled))
     effort = replace(DRY_EFFORT if bench.dry else EFFORT, rounds=1 if bench.dry else 5)
@@ -149,7 +155,7 @@ def planning(bench: Bench) -> None:
 
 
 def step(bench: Bench) -> None:
-    """A training step of a Qwen3-1.7B with LoRA, by part."""
+    """A training step of a Qwen3-1.7B with LoRA in the TRL trainer, by part."""
     import train_step
 
     with bench.attempt("step", "purified") as wanted:
@@ -158,25 +164,20 @@ def step(bench: Bench) -> None:
         arguments = ["--rounds", "5", "--device", bench.device]
         if bench.dry:
             arguments = ["--rounds", "1", "--prompt", "4", "--completion", "4", "--micro-batch", "1", "--rank", "2"]
-        options = train_step.parse_options(arguments)
 
         def keep(result: dict[str, Any]) -> None:
+            """What is known so far, as the record of a part that has not ended."""
             for name, found in result["variants"].items():
-                totals = [sum(parts.values()) for parts in found.get("rounds", ())]
-                if totals:
-                    bench.record(
-                        "step", name, status="stopped", step_s=statistics.median(totals), peak_gib=found["peak_gib"]
-                    )
+                if totals := [sum(parts.values()) for parts in found["rounds"]]:
+                    figures = {"step_s": statistics.median(totals), "peak_gib": found["peak_gib"]}
+                    bench.record("step", name, status="stopped", **figures)
 
-        result = train_step.measure(options, keep)
+        result = train_step.measure(train_step.parse_options(arguments), keep)
         for name, found in reversed(result["variants"].items()):  # the purified one last: it says that all is there
-            medians = found.get("median", {})
-            figures = {f"{part}_s": seconds for part, seconds in medians.items()}
-            if medians:
-                figures |= {"loss_share": medians["loss"] / medians["step"], "peak_gib": found["peak_gib"]}
-            if (ratio := result["ratios"].get(f"{name} / opsd")) is not None:
-                figures["over_opsd"] = ratio["step"]
-            bench.record("step", name, status="ok" if medians else "out of memory", **figures)
+            figures = {f"{part}_s": seconds for part, seconds in found["median"].items()}
+            figures |= {"step_s": found["step"], "loss_share": found["median"]["loss"] / found["step"]}
+            figures |= {"over_opsd": result["ratios"]["step"]} if name == "purified" else {}
+            bench.record("step", name, peak_gib=found["peak_gib"], **figures)
 
 
 def forward_kl(bench: Bench) -> None:
@@ -196,17 +197,17 @@ def accuracy(bench: Bench) -> None:
     effort = replace(EFFORT, rounds=0, peak=False, gate=False)
     for deviation in (3.0, 10.0, 30.0):
         for kl in (1e-3, 1e-1, 1.0):
-            found = case(bench, "purified", of, deviation=deviation, spread=float(f"{(2 * kl) ** 0.5 / deviation:.2g}"))
-            for _ in range(2):
-                true = Judge(make_problem(found), 64).exact(False).kl
-                found = replace(
-                    found, spread=float(f"{found.spread * min(max(kl / max(true, 1e-9), 0.01), 100) ** 0.5:.2g}")
-                )
+            spread = (2 * kl) ** 0.5 / deviation
+            found = case(bench, "purified", of, deviation=deviation, spread=float(f"{spread:.2g}"))
+            for _ in range(2):  # the divergence grows with the square of the spread
+                true = max(Judge(make_problem(found), 64).exact(False).kl, 1e-9)
+                spread = found.spread * min(max(kl / true, 0.01), 100.0) ** 0.5
+                found = replace(found, spread=float(f"{spread:.2g}"))
             bench.measure("accuracy", found, [PROVIDERS[name] for name in names], effort)
 
 
 def one_step(bench: Bench) -> None:
-    """What runs under ncu: a step of two chunks or more, so that every kernel of the main path is launched."""
+    """What runs under ncu: a step of several chunks, so that every kernel of the main path is launched."""
     of = case(bench, "purified", shape(bench, "qwen3-1.7b", tokens=2048))
     PROVIDERS[OURS[bench.device]].prepare(make_problem(of))()
 
@@ -226,10 +227,10 @@ def read_ncu(bench: Bench, work: Path) -> None:
             found = totals.setdefault(row["Kernel Name"].split("(")[0], {})
             value = float(row["Metric Value"].replace(",", ""))
             found[row["Metric Name"]] = found.get(row["Metric Name"], 0.0) + value
-    copies = [row["gb_per_s"] for row in bench.results.records if (row["part"], row["name"]) == ("probe", "copy")]
+    copied = bench.results.found("probe", "copy").get("gb_per_s")
     for name, found in totals.items():
         rate = (found["dram__bytes_read.sum"] + found["dram__bytes_write.sum"]) / found["gpu__time_duration.sum"]
-        share = {"share_of_copy": rate / copies[0]} if copies else {}
+        share = {"share_of_copy": rate / copied} if copied else {}
         bench.record("dram", name, gb=sum(v for k, v in found.items() if "bytes" in k) / 1e9, gb_per_s=rate, **share)
     if not totals:
         bench.record("dram", "kernels", status="failed", note="ncu named no kernel: see log.txt")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ from environment import ROOT
 from predictions import comparison
 
 from popsd_benchmarks import provenance
-from popsd_benchmarks.cells import FINISHED, Results, load
 from popsd_benchmarks.measure import FIRST_STEP
+from popsd_benchmarks.results import FINISHED, Results, load
 
 PEERS = {"trl": "trl", "liger_kernel": "liger-kernel", "orda_kernel": "orda-kernel"}
 ATTEMPTS = 3
@@ -37,8 +39,8 @@ LEAST_SECONDS = 5.0
 LOG_BYTES = 4 << 20
 DRY_SECONDS = 200.0
 """Limit of a part in a dry run: a busy CPU is no GPU."""
-
-
+CASE_GIB = 8
+"""Of device memory for a process of the correctness suite."""
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["measuring"])
 
@@ -46,23 +48,21 @@ FORKS.set_forkserver_preload(["measuring"])
 def main(description: str, parts: Sequence[Part], arguments: Sequence[str] | None = None) -> int:
     """Exit status: how many parts are not done, or 2 for bad input."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [part.name for part in parts]
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results; six files at most")
-    parser.add_argument(
-        "--work", type=Path, help="folder that survives, where a rerun finds what is done (default: --out)"
-    )
-    parser.add_argument("--parts", default=",".join(names), help="comma-separated, run in this order (%(default)s)")
-    parser.add_argument("--seconds", type=float, help=f"for everything ({sum(part.seconds for part in parts):.0f})")
-    parser.add_argument("--dry", action="store_true", help="every part on the CPU at a tiny size, tools by a stub")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--skip-failed", action="store_true", help=argparse.SUPPRESS)
+    by_name = {part.name: part for part in parts}
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for the results; six files at most")
+    add("--work", type=Path, help="folder that survives, where a rerun finds what is done (default: --out)")
+    add("--parts", default=",".join(by_name), help="comma-separated, run in this order (%(default)s)")
+    add("--seconds", type=float, help=f"for everything ({sum(part.seconds for part in parts):.0f})")
+    add("--dry", action="store_true", help="every part on the CPU at a tiny size, tools by a stub")
+    add("--child", help=argparse.SUPPRESS)
+    add("--skip-failed", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
-        part = next(part for part in parts if part.name == options.child)
-        return child(part, Bench(load(options.out), options.out, options.dry, options.skip_failed))
+        return child(by_name[options.child], Bench(load(options.out), options.out, options.dry, options.skip_failed))
     wanted = options.parts.split(",")
-    if unknown := [name for name in wanted if name not in names]:
-        parser.error(f"--parts: expected some of {', '.join(names)}; got {', '.join(unknown)}.")
+    if unknown := [name for name in wanted if name not in by_name]:
+        parser.error(f"--parts: expected some of {', '.join(by_name)}; got {', '.join(unknown)}.")
     if not options.dry and not torch.cuda.is_available():
         parser.error("expected a GPU that torch sees; got none. --dry runs every part on a CPU at a tiny size.")
     work = options.work or options.out
@@ -73,17 +73,16 @@ def main(description: str, parts: Sequence[Part], arguments: Sequence[str] | Non
             (folder / ".probe").unlink()
         except OSError as error:
             parser.error(f"{flag}: expected a folder that can be written to; got {folder} ({error.strerror}).")
-    total = options.seconds or sum(DRY_SECONDS if options.dry else part.seconds for part in parts)
+    limits = {part.name: DRY_SECONDS if options.dry else part.seconds for part in parts}
     session = Session(work, options.out, options.dry)
     for sentence in session.warnings():
         print(sentence, flush=True)
-    start, left_over = time.monotonic(), 0
-    for part in sorted((part for part in parts if part.name in wanted), key=lambda part: wanted.index(part.name)):
+    end, left_over = time.monotonic() + (options.seconds or sum(limits.values())), 0
+    for name in wanted:
         began = time.monotonic()
-        limit = DRY_SECONDS if options.dry else part.seconds
-        ended = session.run(part, min(limit, total - (began - start)))
+        ended = session.run(by_name[name], min(limits[name], end - began))
         left_over += ended != "done"
-        print(f"== {part.name}: {ended}, {time.monotonic() - began:.0f} s", flush=True)
+        print(f"== {name}: {ended}, {time.monotonic() - began:.0f} s", flush=True)
     print("\n".join(comparison(load(session.path))[:40]), flush=True)
     return left_over
 
@@ -96,24 +95,24 @@ class Session:
         if dry:  # at tiny sizes, threads wait for one another
             os.environ["OMP_NUM_THREADS"] = "1"
             torch.set_num_threads(1)
-        meta = provenance.describe("cpu" if dry else "cuda") | {"card": {} if dry else card(), "dry": dry}
-        self.card = meta["card"]
+        self.card = {} if dry else card()
+        meta = provenance.describe("cpu" if dry else "cuda") | {"card": self.card, "dry": dry}
         self.path, results = begin(work, "dry" if dry else slug(meta["device"]), meta)
         results.save(self.path)
         self.log = work / "log.txt"
 
     def warnings(self) -> list[str]:
         """A sentence for everything that is not as it should be, and yet leaves something to run."""
-        found = [f"{dist} is missing: its cells will say so. README.md here says how to carry it." for name, dist in
-                 PEERS.items() if importlib.util.find_spec(name) is None]  # fmt: skip
-        capability = self.card.get("capability")
-        if capability not in (None, [9, 0]):
+        absent = [peer for name, peer in PEERS.items() if importlib.util.find_spec(name) is None]
+        found = [f"{peer} is missing: its cells will say so. README.md here says how to carry it." for peer in absent]
+        capability = self.card.get("capability", [9, 0])
+        if capability != [9, 0]:
             found.append(f"The predictions are for compute capability 9.0; this card has {capability}: it has none.")
         return found
 
     def run(self, part: Part, seconds: float) -> str:
         """How it ended, in a few words."""
-        if load(self.path).finished("parts", part.name):
+        if load(self.path).found("parts", part.name).get("status") in FINISHED:
             return "done"
         if (obstacle := self.obstacle(part, seconds)) is not None:
             ended = f"left out: {obstacle}"
@@ -139,11 +138,8 @@ class Session:
             return f"needs {part.gib:.0f} GiB of device memory; the card has {gib:.0f}"
         if part.tool and not self.dry and shutil.which(part.tool[0]) is None:
             return f"no {part.tool[0]}"
-        if absent := [name for name in part.modules if importlib.util.find_spec(name) is None]:
-            return f"no {', '.join(absent)}"
-        if part.cases and not (ROOT / "tests" / "test_correctness.py").exists():
-            return "no tests/test_correctness.py"
-        return None
+        absent = [name for name in part.modules if importlib.util.find_spec(name) is None]
+        return f"no {', '.join(absent)}" if absent else None
 
     def _run(self, part: Part, deadline: float) -> str:
         ended = "done"
@@ -162,13 +158,12 @@ class Session:
 
     def measure(self, part: Part, deadline: float) -> str:
         """The part's own process, and where something broke it another one that leaves this out."""
-        flags = ["--out", str(self.path.resolve()), *["--dry"] * self.dry]
+        command = [sys.executable, str(Path(sys.argv[0]).resolve()), "--child", part.name]
+        command += ["--out", str(self.path.resolve()), *["--dry"] * self.dry]
         for attempt in range(ATTEMPTS):
             if part.tool:
-                command = [sys.executable, str(Path(sys.argv[0]).resolve()), "--child", part.name, *flags]
-                status = self.program(
-                    part, self.under_tool(part, command + ["--skip-failed"] * (attempt > 0)), deadline
-                )
+                again = [*command, *["--skip-failed"] * (attempt > 0)]
+                status = self.program(part, self.under_tool(part, again), deadline)
             else:
                 status = self.fork(part, attempt > 0, deadline)
             broken = self.blame(status) or status == UNUSABLE
@@ -178,27 +173,18 @@ class Session:
                 break
         return f"exit status {status}"
 
-    def suite_command(self, part: Part, selection: Sequence[str]) -> list[str]:
-        """The correctness suite; memory bounds how many of its processes run side by side."""
+    def suite_command(self, part: Part, selection: str) -> list[str]:
+        """The correctness suite. WORKERS in a selection: as many processes as the memory holds, each replaced if it dies."""
         command = [sys.executable, "-m", "pytest", "tests/test_correctness.py", "-q", "-p", "no:cacheprovider"]
-        command += [
-            "--device",
-            "cpu" if self.dry else "cuda",
-            "--results",
-            str(self.cases_of(part).resolve()),
-            *selection,
-        ]
-        if "-n" in selection and (self.dry or importlib.util.find_spec("xdist") is None):
-            at = command.index("-n")
-            del command[at : at + 2]
-            command = [
-                word for i, word in enumerate(command) if "--max-worker-restart" not in command[max(i - 1, 0) : i + 1]
-            ]
-        elif "-n" in selection:
-            command[command.index("-n") + 1] = str(max(1, min(8, os.cpu_count() or 1, int(self.card["gib"] - 4) // 8)))
-        if self.dry:
-            command += ["-k", "test_torch and bf16 and kl"] if "not alone" in selection else ["--collect-only"]
-        return self.under_tool(part, command)
+        command += ["--device", "cpu" if self.dry else "cuda", "--results", str(self.cases_of(part).resolve())]
+        if self.dry or importlib.util.find_spec("xdist") is None:
+            words = selection.replace("WORKERS", "").replace("-n 1", "")
+        else:
+            number = max(1, min(8, os.cpu_count() or 1, int(self.card["gib"] - 4) // CASE_GIB))
+            words = selection.replace("WORKERS", f"-n {number} --max-worker-restart 200")
+        if self.dry:  # a few cases of the first selection; of the others only that there are such
+            words += " -k test_torch~and~bf16~and~kl" if "WORKERS" in selection else " --collect-only"
+        return self.under_tool(part, command + [word.replace("~", " ") for word in words.split()])
 
     def cases_of(self, part: Part) -> Path:
         return self.work / f"cases-{part.name}.jsonl"
@@ -211,58 +197,42 @@ class Session:
 
     def program(self, part: Part, command: list[str], deadline: float) -> int | str:
         """A program: its exit status, or how long it ran where it was stopped, its own processes with it."""
+        environment = os.environ | dict(part.environment)
         with self.log.open("a") as stream:
             print("$", *command, file=stream, flush=True)
             process = subprocess.Popen(
-                command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | dict(part.environment),
-                start_new_session=True,
-            )  # fmt: skip
-            return self.wait(process.pid, process.wait, deadline)
+                command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+            return wait(process.pid, process.wait, deadline)
 
     def fork(self, part: Part, skip_failed: bool, deadline: float) -> int | str:
         """The part in a fork of a server that has imported everything and never touched the GPU: five seconds saved."""
-        process = FORKS.Process(
-            target=forked, args=(part, self.path.resolve(), self.dry, skip_failed, self.log.resolve())
-        )
+        given = (part, self.path.resolve(), self.dry, skip_failed, self.log.resolve())
+        process = FORKS.Process(target=forked, args=given)
         process.start()
         assert process.pid is not None
 
-        def wait(timeout: float) -> int:
+        def joined(timeout: float) -> int:
             process.join(timeout)
             if process.exitcode is None:
                 raise subprocess.TimeoutExpired(part.name, timeout)
             return process.exitcode
 
-        return self.wait(process.pid, wait, deadline)
-
-    @staticmethod
-    def wait(pid: int, wait: Callable[..., int], deadline: float) -> int | str:
-        began = time.monotonic()
-        try:
-            return wait(timeout=max(deadline - began, 0.1))
-        except BaseException as error:
-            with suppress(OSError):
-                os.killpg(pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):  # a process that the GPU holds may outlast its end
-                wait(timeout=10.0)
-            if isinstance(error, subprocess.TimeoutExpired):
-                return f"stopped after {time.monotonic() - began:.0f} s"
-            raise
+        return wait(process.pid, joined, deadline)
 
     def blame(self, status: int | str) -> bool:
         """What was in its first step when the process died has failed, or was stopped; whether there is such a thing."""
-        results, found = load(self.path), False
-        ended, note = "failed", f"its process died (status {status})"
-        if isinstance(status, str):
-            ended, note = "stopped", f"{status} in its first step"
-        for cell in results.cells:
-            if cell.status == "stopped" and cell.note == FIRST_STEP:
-                cell.status, cell.note, found = ended, note, True  # type: ignore[assignment]
-        for row in results.records:
-            if row["status"] == "stopped" and row.get("note") == FIRST_STEP:
-                row["status"], row["note"], found = ended, note, True
+        results = load(self.path)
+        stopped = isinstance(status, str)
+        note = f"{status} in its first step" if stopped else f"its process died (status {status})"
+        cells = [cell for cell in results.cells if (cell.status, cell.note) == ("stopped", FIRST_STEP)]
+        rows = [row for row in results.records if (row["status"], row.get("note")) == ("stopped", FIRST_STEP)]
+        for cell in cells:
+            cell.status, cell.note = "stopped" if stopped else "failed", note
+        for row in rows:
+            row |= {"status": "stopped" if stopped else "failed", "note": note}
         results.save(self.path)
-        return found
+        return bool(cells or rows)
 
     def collect_cases(self, part: Part) -> None:
         """The suite's lines as records: how many passed, the worst, and what failed."""
@@ -273,12 +243,11 @@ class Session:
             with suppress(ValueError):  # cut off by a kill
                 row = json.loads(text)
                 rows[row["case"], row["impl"]] = row  # the last line counts
-        bench = Bench(load(self.path), self.path, self.dry)
         failed = [row for row in rows.values() if not row["passed"]]
-        worst = max(rows.values(), key=lambda row: max(row["errors"].values(), default=0.0))
-        bench.record(
+        worst = max(rows.values(), key=worst_share)
+        Bench(load(self.path), self.path, self.dry).record(
             part.name, "cases", status="failed" if failed else "ok", passed=len(rows) - len(failed), failed=len(failed),
-            worst=worst["case"], share_of_bound=max(worst["errors"].values(), default=0.0),
+            worst=worst["case"], share_of_bound=worst_share(worst),
             failures={row["case"]: row.get("exception") or row["errors"] for row in failed[:50]},
         )  # fmt: skip
 
@@ -292,6 +261,26 @@ class Session:
                     shutil.copyfile(path, self.out / path.name)
 
 
+def worst_share(row: dict[str, Any]) -> float:
+    """Of its bound, the largest error of a case; NaN counts as infinite."""
+    return max((math.inf if math.isnan(x) else x for x in row["errors"].values()), default=0.0)
+
+
+def wait(pid: int, joined: Callable[..., int], deadline: float) -> int | str:
+    """The exit status of a process, or how long it ran until it was killed with its children."""
+    began = time.monotonic()
+    try:
+        return joined(timeout=max(deadline - began, 0.1))
+    except BaseException as error:
+        with suppress(OSError):
+            os.killpg(pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # a process that the GPU holds may outlast its end
+            joined(timeout=10.0)
+        if isinstance(error, subprocess.TimeoutExpired):
+            return f"stopped after {time.monotonic() - began:.0f} s"
+        raise
+
+
 def begin(work: Path, name: str, meta: dict[str, Any]) -> tuple[Path, Results]:
     """The newest file of this card that can be continued, or a new one, called by the card and the day."""
     for path in sorted(work.glob(f"{name}-*.json"), reverse=True):
@@ -299,10 +288,8 @@ def begin(work: Path, name: str, meta: dict[str, Any]) -> tuple[Path, Results]:
             return path, provenance.continued(load(path), meta)
         except ValueError as error:
             print(f"Not continued: {error}", flush=True)
-    day, count = meta["date"][:10], 1
-    while (path := work / f"{name}-{day}{f'-{count}' if count > 1 else ''}.json").exists():
-        count += 1
-    return path, Results(meta)
+    names = (work / f"{name}-{meta['date'][:10]}{f'-{i}' if i > 1 else ''}.json" for i in count(1))
+    return next(path for path in names if not path.exists()), Results(meta)
 
 
 def slug(device: str) -> str:
@@ -319,12 +306,8 @@ def card() -> dict[str, Any]:
         "gib": round(properties.total_memory / 2**30, 1),
     }
     fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-    try:
-        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0"]
-        values = (
-            subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip().split(", ")
-        )
-        found |= dict(zip(fields.split(","), values, strict=False))
-    except (OSError, subprocess.SubprocessError):
-        pass
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0"]
+    with suppress(OSError, subprocess.SubprocessError):
+        values = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        found |= dict(zip(fields.split(","), values.strip().split(", "), strict=False))
     return found | {tool: shutil.which(tool) is not None for tool in ("ncu", "compute-sanitizer")}

@@ -48,10 +48,9 @@ class Judge:
 
     @property
     def index(self) -> torch.Tensor:
-        shape, device = self.problem.case.shape, self.problem.head.weight.device
-        if self.complete or self.rows is None:
-            return torch.arange(shape.tokens, device=device)
-        return torch.linspace(0, shape.tokens - 1, self.rows, device=device).long()
+        tokens = self.problem.case.shape.tokens
+        count = tokens if self.complete or self.rows is None else self.rows
+        return torch.arange(count, device=self.problem.case.device) * (tokens - 1) // max(count - 1, 1)
 
     def exact(self, drops_padding: bool) -> Exact:
         """The oracle's answer, with or without the head's padding rows in the softmax."""
@@ -83,19 +82,17 @@ class Judge:
     def errors(self, provider: Provider, loss: torch.Tensor) -> dict[str, float]:
         """Relative L2 of what the provider left in the leaves, and of its loss where it can be compared."""
         problem, exact = self.problem, self.exact(provider.drops_padding)
-        tokens = problem.case.shape.tokens
-        scale, found = tokens if provider.mean else 1, {}
+        scale, found = problem.case.shape.tokens if provider.mean else 1, {}
         if loss.ndim:
             found["loss"] = _error(loss[self.index], exact.loss)
         elif self.complete:
             found["loss"] = _error(loss.reshape(1).double() * scale, exact.loss.sum().reshape(1))
         gradient = problem.hidden.student.grad
-        found["dhidden"] = (
-            math.inf if gradient is None else _error(gradient[self.index].double() * scale, exact.dhidden)
-        )
+        gradients = {"dhidden": (None if gradient is None else gradient[self.index], exact.dhidden)}
         if problem.case.trainable_head:
-            gradient = problem.head.weight.grad
-            found["dweight"] = math.inf if gradient is None else _error(gradient.double() * scale, exact.dweight)
+            gradients["dweight"] = (problem.head.weight.grad, exact.dweight)
+        for name, (value, expected) in gradients.items():
+            found[name] = math.inf if value is None else _error(value.double() * scale, expected)
         return found
 
     def complaint(self, provider: Provider, errors: dict[str, float]) -> str | None:

@@ -7,11 +7,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from popsd_benchmarks import plots, tables
-from popsd_benchmarks.cells import Cell, Results, load
+from popsd_benchmarks.plan import SHAPES
 from popsd_benchmarks.providers import PROVIDERS
-from popsd_benchmarks.shapes import SHAPES
+from popsd_benchmarks.report import plots, tables
+from popsd_benchmarks.results import Cell, Results, load
 from popsd_benchmarks.suite import PARTS, run
 
 QUICK_PARTS = ("table", "accuracy")
@@ -28,17 +29,11 @@ def main(arguments: Sequence[str]) -> int:
     out = folder / "results.json"
     kept = len(load(out).cells) if out.exists() else 0
     progress = Progress()
+    parts = options.parts or (PARTS if options.full else QUICK_PARTS)
+    effort: dict[str, Any] = {"quick": not options.full, "time_budget": None if options.full else QUICK_SECONDS}
+    device = "cuda" if options.gpu else "cpu"
     try:
-        results = run(
-            options.parts or (PARTS if options.full else QUICK_PARTS),
-            options.shapes,
-            options.providers,
-            quick=not options.full,
-            device="cuda" if options.gpu else "cpu",
-            out=out,
-            progress=progress,
-            time_budget=None if options.full else QUICK_SECONDS,
-        )
+        results = run(parts, options.shapes, options.providers, device=device, out=out, progress=progress, **effort)
     except KeyboardInterrupt:
         print(f"{progress.done + kept} cells are kept in {out}.", file=sys.stderr)
         raise
@@ -56,9 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         f"orda-kernel, each round by round in one process. The peers: {PEERS}.",
     )
     parser.add_argument("--gpu", action="store_true", help="measure on the GPU (default: the CPU)")
-    parser.add_argument(
-        "--full", action="store_true", help="every part, more rounds, the scaling curves: half an hour or more"
-    )
+    everything = "every part, more rounds, the scaling curves: half an hour or more"
+    parser.add_argument("--full", action="store_true", help=everything)
     for name, valid in (("providers", PROVIDERS), ("shapes", SHAPES), ("parts", PARTS)):
         shown = f"some of {', '.join(valid)}"
         parser.add_argument(f"--{name}", nargs="+", choices=list(valid), metavar=name[:-1].upper(), help=shown)
@@ -98,20 +92,18 @@ def report(results: Results) -> str:
 
 def write(results: Results, folder: Path) -> list[Path]:
     """results.csv and, where matplotlib is there, the plots, beside results.json."""
-    table = folder / "results.csv"
-    tables.write_csv(results.cells, table)
+    tables.write_csv(results.cells, folder / "results.csv")
+    drawn = []
     try:
         drawn = plots.draw(results, folder)
     except ImportError:
         print("No plots: matplotlib is missing (pip install 'popsd[bench]').")
-        drawn = []
-    return [folder / "results.json", table, *drawn]
+    return [folder / "results.json", folder / "results.csv", *drawn]
 
 
 def closing(progress: Progress, kept: int, out: Path) -> str:
     """What this run did, and what is left."""
-    if progress.done < progress.planned:
-        left = progress.planned - progress.done
+    if (left := progress.planned - progress.done) > 0:
         return f"Stopped after {QUICK_SECONDS:.0f} s with {left} cells to go: the same command resumes."
     if not progress.done:
         return f"Nothing to do: {out} has all {kept} cells. Delete it, or name another --output-dir, to measure again."

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,9 +16,9 @@ import torch
 
 from popsd_benchmarks import memory
 from popsd_benchmarks.accuracy import Judge
-from popsd_benchmarks.cells import Case, Cell, Rounds, Status
 from popsd_benchmarks.problems import Problem, make_problem, operations
 from popsd_benchmarks.providers import FLOOR, OURS, Provider, Step
+from popsd_benchmarks.results import Case, Cell, Rounds, Status
 
 T = TypeVar("T")
 
@@ -32,15 +33,7 @@ CPU_MEMORY_SHARE = 0.7
 FIRST_STEP = "ended in its first step"
 """Note of a cell that is being tried: whose process dies then was killed by it."""
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-CUDA_BROKE = (
-    "CUDA error",
-    "CUDA driver error",
-    "Triton Error [CUDA]",
-    "device-side assert",
-    "CUBLAS_",
-    "CUDNN_",
-    "cuDNN",
-)
+BROKEN = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]", "device-side assert", "CUBLAS_", "CUDNN_", "cuDNN")
 
 
 class UnusableError(RuntimeError):
@@ -52,7 +45,7 @@ def failure(error: BaseException) -> Status | None:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or any(mark in text for mark in OUT_OF_MEMORY):
         return "out of memory"
-    return None if "AcceleratorError" in text or any(mark in text for mark in CUDA_BROKE) else "failed"
+    return None if "AcceleratorError" in text or any(mark in text for mark in BROKEN) else "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +69,16 @@ class Effort:
 class _Runner:
     provider: Provider
     cell: Cell
-    wanted: bool
-    keep: Callable[[Cell], None] | None
+    keep: Callable[[Cell], None]
     step: Step | None = None
     seconds: list[float] = field(default_factory=list)
 
     def save(self, note: str) -> None:
         """As a cell whose measurement has not ended."""
-        if self.keep is not None and self.wanted:
-            self.keep(replace(self.cell, status="stopped", seconds=Rounds.of(self.seconds), note=note))
+        self.keep(replace(self.cell, status="stopped", seconds=Rounds.of(self.seconds), note=note))
+
+    def note(self, text: str) -> None:
+        self.cell.note = "; ".join(filter(None, [self.cell.note, text]))
 
 
 def measure(
@@ -93,7 +87,7 @@ def measure(
     providers: Sequence[Provider],
     effort: Effort,
     wanted: Collection[str] | None = None,
-    keep: Callable[[Cell], None] | None = None,
+    keep: Callable[[Cell], None] = lambda cell: None,
 ) -> Iterator[Cell]:
     """A finished cell per provider whose name is ``wanted`` (None: every one), in order; the others only run beside them.
 
@@ -105,83 +99,92 @@ def measure(
         torch.compiler.reset()  # earlier cases' code would count against this one's limit of recompilations
     problem = make_problem(case)
     judge = Judge(problem, effort.judged_rows)
-    runners = []
-    for provider in providers:
-        cell = Cell(part=part, provider=provider.name, case=case)
-        runners.append(_Runner(provider, cell, wanted is None or provider.name in wanted, keep))
-        _first_step(runners[-1], problem, judge, effort)
+    names = {provider.name for provider in providers} if wanted is None else wanted
+    runners = [
+        _Runner(p, Cell(part=part, provider=p.name, case=case), keep if p.name in names else lambda cell: None)
+        for p in providers
+    ]
+    for runner in runners:
+        if not _refused(runner, effort):
+            runner.save(FIRST_STEP)
+            _attempt(runner, problem, partial(_first_step, runner, problem, judge, effort))
     if effort.rounds:
-        others = _Others()
+        start = processor_times()
         _time_rounds(runners, problem, effort)
         _compare(runners, case)
+        wall, busy, own = (now - then for now, then in zip(processor_times(), start, strict=True))
+        others = max(busy - own, 0.0) / (wall * (os.cpu_count() or 1))
         for runner in runners:
-            if runner.seconds and others.share > QUIET:
-                _note(runner.cell, f"other processes took {others.share:.0%} of the machine meanwhile")
+            if runner.seconds and others > QUIET:
+                runner.note(f"other processes took {others:.0%} of the machine meanwhile")
     for runner in runners:
-        if not runner.wanted:
-            continue
-        if effort.peak and case.device == "cpu" and runner.step is not None and runner.provider.computes_loss:
-            try:
-                runner.cell.peak_mib = memory.peak_on_cpu(runner.provider, case)
-            except RuntimeError as error:
-                _note(runner.cell, f"peak memory not measured: {error}")
-        yield runner.cell
+        if runner.provider.name in names:
+            if effort.peak and case.device == "cpu" and runner.step is not None and runner.provider.computes_loss:
+                try:
+                    runner.cell.peak_mib = memory.peak_on_cpu(runner.provider, case)
+                except Exception as error:  # a peer may fail in any way
+                    runner.note(f"peak memory not measured: {error}")
+            yield runner.cell
+
+
+def _refused(runner: _Runner, effort: Effort) -> bool:
+    """Whether it cannot be measured here; the cell says why."""
+    provider, cell, case = runner.provider, runner.cell, runner.cell.case
+    cell.note = provider.remark(case)
+    needed = provider.full_buffers(case) * 4 * case.shape.tokens * case.shape.vocab
+    found: tuple[Status, str] | None = None
+    if (refusal := provider.supports(case)) is not None:
+        found = "unsupported", refusal
+    elif (absence := provider.available()) is not None:
+        found = "not installed", absence
+    elif provider.compiles and not effort.compilers:
+        found = "left out", "takes half a minute to compile; measured where it is named"
+    elif case.device == "cpu" and needed > CPU_MEMORY_SHARE * _memory_of_machine():
+        found = "out of memory", f"not tried: full logits would take about {needed / 2**30:.0f} GiB"
+    if found is not None:
+        cell.status, cell.note = found
+    return found is not None
 
 
 def _first_step(runner: _Runner, problem: Problem, judge: Judge, effort: Effort) -> None:
-    """Everything but time: whether it can, compilation, accuracy, and peak memory on a GPU."""
-    provider, cell, case = runner.provider, runner.cell, problem.case
-    cell.note = provider.remark(case)
-    refusal = provider.supports(case)
-    if refusal is None and (absence := provider.available()) is not None:
-        cell.status, cell.note = "not installed", absence
-        return
-    if refusal is not None:
-        cell.status, cell.note = "unsupported", refusal
-        return
-    if provider.compiles and not effort.compilers:
-        cell.status, cell.note = "left out", "takes half a minute to compile; measured where it is named"
-        return
-    needed = provider.full_buffers(case) * 4 * case.shape.tokens * case.shape.vocab
-    if case.device == "cpu" and needed > CPU_MEMORY_SHARE * _memory_of_machine():
-        cell.status, cell.note = "out of memory", f"not tried: full logits would take about {needed / 2**30:.0f} GiB"
-        return
-    runner.save(FIRST_STEP)
-    with _Catch(runner, problem):
-        step = provider.prepare(problem)
-        loss = step()
-        if provider.computes_loss:
-            assert loss is not None
-            cell.kl = judge.exact(provider.drops_padding).kl
-            cell.errors = judge.errors(provider, loss)
-            complaint = judge.complaint(provider, cell.errors)
-            if complaint is not None and effort.gate:
-                cell.status = "inaccurate"
-                _note(cell, complaint)
-            del loss
-            if effort.peak and case.device != "cpu":
-                problem.clear()
-                cell.peak_mib = memory.peak_on_gpu(step) or None  # a graph replays within memory that it holds already
-        runner.step = step
-        runner.save(cell.note)
+    """Everything but time: compilation, accuracy, and peak memory on a GPU."""
+    provider, cell = runner.provider, runner.cell
+    step = provider.prepare(problem)
+    loss = step()
+    if provider.computes_loss:
+        assert loss is not None
+        cell.kl = judge.exact(provider.drops_padding).kl
+        cell.errors = judge.errors(provider, loss)
+        complaint = judge.complaint(provider, cell.errors)
+        if complaint is not None and effort.gate:
+            cell.status = "inaccurate"
+            runner.note(complaint)
+        del loss
+        if effort.peak and problem.case.device != "cpu":
+            problem.clear()
+            cell.peak_mib = memory.peak_of(step, "cuda") or None  # a graph replays within memory that it holds already
+    runner.step = step
+    runner.save(cell.note)
 
 
 def _time_rounds(runners: list[_Runner], problem: Problem, effort: Effort) -> None:
     """Seconds of every provider, paired by round."""
+
+    def timed(runner: _Runner, counts: bool) -> None:
+        assert runner.step is not None
+        seconds = seconds_of(runner.step, problem.case.device)
+        if counts:
+            runner.seconds.append(seconds)
+            runner.save(runner.cell.note)
+
     start, late = time.perf_counter(), None
     for i, runner in in_turns(runners, effort.rounds):
         if i == late:
             break
         if late is None and i >= 3 and time.perf_counter() - start > effort.seconds:
             late = i + 1  # the round that has begun is finished: ratios need all of it
-        if runner.step is None:
-            continue
-        problem.clear()
-        with _Catch(runner, problem):
-            seconds = seconds_of(runner.step, problem.case.device)
-            if i:
-                runner.seconds.append(seconds)
-                runner.save(runner.cell.note)
+        if runner.step is not None:
+            _attempt(runner, problem, partial(timed, runner, i > 0))
 
 
 def in_turns(contestants: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
@@ -191,7 +194,7 @@ def in_turns(contestants: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
         yield from ((i, one) for one in [*contestants[shift:], *contestants[:shift]])
 
 
-def seconds_of(step: Step, device: str) -> float:
+def seconds_of(step: Callable[[], object], device: str) -> float:
     if device == "cpu":
         start = time.perf_counter()
         step()
@@ -210,68 +213,41 @@ def _compare(runners: list[_Runner], case: Case) -> None:
     ours, floor = seconds.get(OURS[case.device]), seconds.get(FLOOR)
     for runner in runners:
         cell, found = runner.cell, runner.seconds
-        if not found:
-            continue
-        cell.seconds = Rounds.of(found)
-        cell.tflops = operations(case) / statistics.median(found) / 1e12
-        if ours:
-            cell.ratios = Rounds.of([a / b for a, b in zip(found, ours, strict=True)])
-        if floor:
-            cell.floor_share = statistics.median(b / a for a, b in zip(found, floor, strict=True))
+        if found:
+            cell.seconds = Rounds.of(found)
+            cell.tflops = operations(case) / statistics.median(found) / 1e12
+            cell.ratios = Rounds.of([a / b for a, b in zip(found, ours, strict=True)]) if ours else None
+            cell.floor_share = statistics.median(b / a for a, b in zip(found, floor, strict=True)) if floor else None
 
 
-class _Catch:
-    """Turns an exception into the cell's status, takes the provider out, and frees what it held."""
-
-    def __init__(self, runner: _Runner, problem: Problem) -> None:
-        self.runner, self.problem = runner, problem
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        self.problem.clear()
-        if not isinstance(error, Exception):
-            return False
-        cell, status = self.runner.cell, failure(error)
-        cell.status = status or "failed"
-        text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        _note(cell, text)
-        self.runner.step, self.runner.seconds = None, []
+def _attempt(runner: _Runner, problem: Problem, what: Callable[[], None]) -> None:
+    """An exception becomes the cell's status; its provider is taken out, and what it held is freed."""
+    problem.clear()
+    try:
+        what()
+        return
+    except Exception as error:
+        status, text = failure(error), f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        runner.cell.status = status or "failed"
+        runner.note(text)
+        runner.step, runner.seconds = None, []
         if status is None:
-            if self.runner.keep is not None:
-                self.runner.keep(cell)
+            runner.keep(runner.cell)
             raise UnusableError(text) from error
-        error.__traceback__ = None  # its frames hold the tensors that did not fit
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return True
+    finally:
+        problem.clear()
+    gc.collect()  # here, where the exception is gone, whose frames held the tensors that did not fit
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-class _Others:
-    """Share of the machine's processor time that other processes took since this was made; 0 where /proc does not tell."""
-
-    def __init__(self) -> None:
-        self.start = self._now()
-
-    @property
-    def share(self) -> float:
-        wall, busy, own = (now - then for now, then in zip(self._now(), self.start, strict=True))
-        return max(busy - own, 0.0) / (wall * (os.cpu_count() or 1))
-
-    def _now(self) -> tuple[float, float, float]:
-        """Seconds: of the clock, of all processors at work, of this process."""
-        try:
-            user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
-            busy = (user + nice + system) / os.sysconf("SC_CLK_TCK")
-        except (OSError, ValueError):
-            busy = 0.0
-        return time.perf_counter(), busy, time.process_time()
-
-
-def _note(cell: Cell, text: str) -> None:
-    cell.note = f"{cell.note}; {text}" if cell.note else text
+def processor_times() -> tuple[float, float, float]:
+    """Seconds: of the clock, of all processors at work, of this process. The second is 0 where /proc does not tell."""
+    try:
+        ticks = sum(map(int, Path("/proc/stat").read_text().split()[1:4]))
+        return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+    except (OSError, ValueError):
+        return time.perf_counter(), 0.0, time.process_time()
 
 
 def _memory_of_machine() -> int:

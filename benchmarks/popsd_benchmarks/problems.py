@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 import popsd
-from popsd_benchmarks.cells import Case
+from popsd_benchmarks.results import Case
 
 FAVOURITES = 4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from popsd_benchmarks.cells import Case, Cell
-from popsd_benchmarks.measure import Effort, measure
+from popsd_benchmarks.measure import Effort, measure, seconds_of
 from popsd_benchmarks.problems import make_problem
 from popsd_benchmarks.providers import Provider
+from popsd_benchmarks.results import Case, Cell
 
 LARGEST = 12
 """Rows kept; the rest is summed up in one."""
@@ -33,7 +34,7 @@ def profile(
     providers: Sequence[Provider],
     effort: Effort,
     wanted: Collection[str] | None = None,
-    keep: Callable[[Cell], None] | None = None,
+    keep: Callable[[Cell], None] = lambda cell: None,
 ) -> Iterator[Cell]:
     """The cells of `measure`, with their kernels and those kernels' share of a copy's bandwidth."""
     by_name = {provider.name: provider for provider in providers}
@@ -60,23 +61,20 @@ def _kernels(provider: Provider, case: Case, peak: float | None) -> list[dict[st
             torch.cuda.synchronize()
     rows = []
     for event in recorded.key_averages():
-        if (event.device_type == DeviceType.CPU) == on_gpu:
-            continue
         seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-        if seconds:
+        if seconds and (event.device_type == DeviceType.CPU) != on_gpu:
             rows.append({"name": event.key[:120], "seconds": seconds, "calls": event.count})
     rows.sort(key=lambda row: -row["seconds"])
     total = sum(row["seconds"] for row in rows)
-    rest = rows[LARGEST:]
-    if rest:
-        seconds, calls = sum(row["seconds"] for row in rest), sum(row["calls"] for row in rest)
-        rows = [*rows[:LARGEST], {"name": f"{len(rest)} others", "seconds": seconds, "calls": calls}]
-    entries = case.shape.tokens * (case.shape.used or case.shape.vocab)
+    if rest := rows[LARGEST:]:
+        sums = {name: sum(row[name] for row in rest) for name in ("seconds", "calls")}
+        rows[LARGEST:] = [{"name": f"{len(rest)} others", **sums}]
+    counted = 0 < case.beta < 1 and case.dtype != "float32" and case.shape.softcap is None
     for row in rows:
         row["share"] = row["seconds"] / total
         per_entry = BYTES_PER_ENTRY.get(row["name"], {}).get(case.loss)
-        if per_entry is not None and 0 < case.beta < 1 and case.dtype != "float32" and case.shape.softcap is None:
-            row["bytes"] = per_entry * entries
+        if per_entry is not None and counted:
+            row["bytes"] = per_entry * case.shape.tokens * (case.shape.used or case.shape.vocab)
             row["gb_per_s"] = row["bytes"] / row["seconds"] / 1e9
             if peak is not None:
                 row["bandwidth_share"] = row["gb_per_s"] / peak
@@ -86,14 +84,8 @@ def _kernels(provider: Provider, case: Case, peak: float | None) -> list[dict[st
 
 
 def copy_bandwidth() -> float:
-    """GB/s, read and write together, of a 4 GiB copy on the device."""
+    """GB/s, read and write together, of a 4 GiB copy on the GPU."""
     source = torch.empty(1 << 30, device="cuda")
     target = torch.empty_like(source)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    target.copy_(source)
-    begin.record()
-    for _ in range(10):
-        target.copy_(source)
-    end.record()
-    torch.cuda.synchronize()
-    return 10 * 2 * source.nbytes / (begin.elapsed_time(end) / 1e3) / 1e9
+    seconds = [seconds_of(lambda: target.copy_(source), "cuda") for _ in range(10)]
+    return 2 * source.nbytes / statistics.median(seconds) / 1e9

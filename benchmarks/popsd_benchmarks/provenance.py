@@ -8,15 +8,17 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 import torch
 
 import popsd
-from popsd_benchmarks.cells import Results
+from popsd_benchmarks.results import Results
 
 PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "orda-kernel", "numpy")
 
@@ -51,47 +53,37 @@ def continued(results: Results, now: dict[str, Any]) -> Results:
 def _versions() -> dict[str, str]:
     found = {"popsd": popsd.__version__, "torch": torch.__version__, "python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
 def _device(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    try:
-        model = re.search(r"model name\s+: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        model = None
+    path = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s+: (.*)", path.read_text()) if path.exists() else None
     return f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores"
 
 
 def _commit() -> str | None:
     """Of the source that runs, "+" where it has changes; None outside a repository."""
-
-    def git(*arguments: str) -> str:
-        folder = Path(popsd.__file__).parent
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True
-        ).stdout.strip()
-
+    git = ["git", "-C", str(Path(popsd.__file__).parent)]
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+        changed = subprocess.check_output([*git, "status", "--porcelain", "--untracked-files=no"], stderr=DEVNULL)
+        head = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], stderr=DEVNULL, text=True)
+        return head.strip() + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def _arguments() -> list[str]:
     """As typed, less this machine's folders."""
-    here = Path.cwd()
 
     def shown(argument: str) -> str:
         path = Path(argument)
         if not path.is_absolute():
             return argument
-        return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
+        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
-    return [shown(argument) for argument in sys.orig_argv[1:]]
+    return list(map(shown, sys.orig_argv[1:]))

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 
 from popsd_benchmarks import plan, profiling, provenance
-from popsd_benchmarks.cells import FINISHED, Cell, Results, load
 from popsd_benchmarks.measure import measure
 from popsd_benchmarks.plan import PARTS
 from popsd_benchmarks.providers import FLOOR, OURS, Provider
 from popsd_benchmarks.providers import find as find_providers
-from popsd_benchmarks.shapes import find as find_shapes
+from popsd_benchmarks.results import FINISHED, Cell, Results, load
 
 __all__ = ["PARTS", "run", "run_items"]
 
@@ -35,7 +34,7 @@ def run(
 
     Args:
         parts: of `PARTS`, in this order.
-        shapes: names of `popsd_benchmarks.shapes.SHAPES`; None: those that suit the device and ``quick``.
+        shapes: names of `popsd_benchmarks.plan.SHAPES`; None: those that suit the device and ``quick``.
         providers: names of `popsd_benchmarks.providers.PROVIDERS`; None: all. The bare matmuls and popsd are always among
             them: shares and ratios are to theirs.
         quick: few rounds and small scaling curves; under two minutes on two cores.
@@ -47,7 +46,7 @@ def run(
     Raises ValueError for an unknown part, shape or provider, naming the valid ones, for ``out`` not a results file, and for
     one that was measured on another device or with other versions.
     """
-    chosen_shapes = None if shapes is None else find_shapes(shapes)
+    chosen_shapes = None if shapes is None else plan.find(shapes)
     chosen = find_providers(None if providers is None else [*providers, FLOOR, OURS.get(device, "")])
     if device not in OURS:
         raise ValueError(f"device: expected one of {', '.join(OURS)}; got {device!r}.")
@@ -57,9 +56,8 @@ def run(
     results = Results(provenance.describe(device))
     if out is not None and out.exists():
         results = provenance.continued(load(out), results.meta)
-    work = [
-        replace(item, effort=replace(item.effort, compilers=True)) if providers is not None else item for item in work
-    ]
+    if providers is not None:
+        work = [replace(item, effort=replace(item.effort, compilers=True)) for item in work]
     run_items(work, chosen, results, out=out, progress=progress, time_budget=time_budget)
     return results
 
@@ -80,7 +78,6 @@ def run_items(
     """
     start, done = time.perf_counter(), 0
     missing = [[p.name for p in providers if _is_missing(results, item, p, skip_failed)] for item in work]
-    planned = sum(map(len, missing))
 
     def keep(cell: Cell) -> None:
         results.put(cell)
@@ -99,7 +96,7 @@ def run_items(
             keep(cell)
             done += 1
             if progress is not None:
-                progress(done, planned, cell)
+                progress(done, sum(map(len, missing)), cell)
 
 
 def _is_missing(results: Results, item: plan.Item, provider: Provider, skip_failed: bool) -> bool:

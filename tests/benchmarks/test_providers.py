@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from popsd_benchmarks.accuracy import GRADIENT, LOSS, Judge
-from popsd_benchmarks.cells import Case, Shape
+from popsd_benchmarks.plan import SHAPES
 from popsd_benchmarks.problems import make_problem, matmuls, operations
 from popsd_benchmarks.providers import FLOOR, OURS, PROVIDERS, find
 from popsd_benchmarks.providers.base import Provider, missing
-from popsd_benchmarks.shapes import SHAPES
+from popsd_benchmarks.results import Case, Shape
 
 SHAPE = Shape(name="test", tokens=17, vocab=257, width=24)
 JUDGED = [p for p in PROVIDERS.values() if p.computes_loss and not p.compiles]

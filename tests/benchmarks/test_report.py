@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from popsd_benchmarks import goals, plots, report, tables
-from popsd_benchmarks.cells import Case, Cell, Results
+from popsd_benchmarks.plan import SHAPES
 from popsd_benchmarks.providers import FLOOR, PROVIDERS
-from popsd_benchmarks.shapes import SHAPES
+from popsd_benchmarks.report import goals, page, plots, tables
+from popsd_benchmarks.results import Case, Cell, Results
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "benchmarks" / "RESULTS.md"
@@ -209,18 +209,9 @@ def test_plots_are_drawn(results, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
-def test_names_at_line_ends_stay_apart():
-    assert plots.spread([0.1, 0.5], 0.06) == [0.1, 0.5]
-    apart = plots.spread([0.5, 0.5, 0.51, 0.9], 0.06)
-    assert all(b - a >= 0.06 - 1e-9 for a, b in zip(apart, apart[1:], strict=False)) and apart[-1] == 0.9
-    assert sum(apart[:3]) == pytest.approx(1.51)
-    assert plots.spread([0.99, 1.0, 1.0], 0.1) == pytest.approx([0.8, 0.9, 1.0]), "within the plot"
-    assert plots.spread([0.0, 0.0], 0.1) == pytest.approx([0.0, 0.1])
-
-
 def test_the_page_says_what_was_not_measured(results, tmp_path):
     output = tmp_path / "RESULTS.md"
-    text = report.page([(tmp_path / "results" / "cpu.json", results)], output)
+    text = page.page([(tmp_path / "results" / "cpu.json", results)], output)
     assert "Nothing on this page was measured on a GPU" in text
     assert "[results/cpu.json](results/cpu.json) | 2026-11-24 | Some CPU, 2 cores, 2 threads | abc123" in text
     assert "![accuracy](results/plots/cpu-accuracy.png)" in text
@@ -229,9 +220,9 @@ def test_the_page_says_what_was_not_measured(results, tmp_path):
     assert "- not installed (No module named 'orda_kernel'): orda" in text
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "cpu.md").write_text("Missed because of the tide.\n")
-    assert "\n\nMissed because of the tide.\n\n" in report.page([(tmp_path / "results" / "cpu.json", results)], output)
+    assert "\n\nMissed because of the tide.\n\n" in page.page([(tmp_path / "results" / "cpu.json", results)], output)
     on_gpu = Results({**META, "device": "Some GPU"}, [timed("popsd-triton", 1.0, GPU)])
-    assert "was measured on a GPU" not in report.page(
+    assert "was measured on a GPU" not in page.page(
         [(tmp_path / "a.json", results), (tmp_path / "b.json", on_gpu)], output
     )
 
@@ -239,7 +230,7 @@ def test_the_page_says_what_was_not_measured(results, tmp_path):
 def test_the_command_writes_page_and_plots(results, tmp_path):
     pytest.importorskip("matplotlib")
     results.save(tmp_path / "cpu.json")
-    assert report.main([str(tmp_path / "cpu.json"), "--output", str(tmp_path / "RESULTS.md")]) == 0
+    assert page.main([str(tmp_path / "cpu.json"), "--output", str(tmp_path / "RESULTS.md")]) == 0
     text = (tmp_path / "RESULTS.md").read_text()
     assert all(f"plots/{path.name})" in text for path in (tmp_path / "plots").iterdir())
     assert len(list((tmp_path / "plots").iterdir())) == text.count("![")
@@ -248,11 +239,11 @@ def test_the_command_writes_page_and_plots(results, tmp_path):
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "old.json").write_text('{"versions": {}}')
     with pytest.raises(ValueError, match=r"old.json: expected results with meta and cells"):
-        report.main([str(tmp_path / "old.json")])
+        page.main([str(tmp_path / "old.json")])
 
 
 def test_the_page_in_the_repository_is_that_of_its_files():
-    files = report.read(FILES)
-    assert files and PAGE.read_text() == report.page(files, PAGE), "stale: run `make report`"
+    files = page.read(FILES)
+    assert files and PAGE.read_text() == page.page(files, PAGE), "stale: run `make report`"
     drawn = {f"{path.stem}-{name}.png" for path, results in files for name in plots.figures(results)}
-    assert {path.name for path in (PAGE.parent / "results" / report.PLOTS).iterdir()} == drawn
+    assert {path.name for path in (PAGE.parent / "results" / page.PLOTS).iterdir()} == drawn

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from popsd_benchmarks import plan, provenance, shapes, suite
-from popsd_benchmarks.cells import FINISHED, Case, Cell, Results, Rounds, load
+from popsd_benchmarks import plan, provenance, suite
 from popsd_benchmarks.measure import FIRST_STEP, Effort, UnusableError, failure, in_turns, measure
 from popsd_benchmarks.profiling import profile
 from popsd_benchmarks.providers import PROVIDERS
 from popsd_benchmarks.providers.base import Provider
+from popsd_benchmarks.results import FINISHED, Case, Cell, Results, Rounds, load
 
-TINY = shapes.SHAPES["tiny"]
+TINY = plan.SHAPES["tiny"]
 CASE = Case(loss="two", shape=TINY)
 FAST = Effort(rounds=2, peak=False)
 OURS, FLOOR = PROVIDERS["popsd-torch"], PROVIDERS["matmuls"]
@@ -109,7 +109,7 @@ def test_a_wrong_answer_says_so_beside_its_speed():
 @pytest.mark.parametrize(("busy", "noted"), [(1e6, True), (0.0, False)])
 def test_a_loaded_machine_is_noted(busy, noted, monkeypatch):
     clock = iter([(0.0, 0.0, 0.0), (100.0, 50.0 + busy, 50.0)])
-    monkeypatch.setattr("popsd_benchmarks.measure._Others._now", lambda self: next(clock, (100.0, 50.0 + busy, 50.0)))
+    monkeypatch.setattr("popsd_benchmarks.measure.processor_times", lambda: next(clock))
     for cell in measure("table", CASE, [OURS, FLOOR], FAST):
         assert ("other processes took" in cell.note) is noted
 
@@ -201,7 +201,7 @@ def test_results_survive_a_round_trip(tmp_path):
     results.record("probe", "copy", status="failed")
     results.save(tmp_path / "results.json")
     assert load(tmp_path / "results.json") == results and len(results.records) == 1
-    assert not results.finished("probe", "copy")
+    assert results.found("probe", "copy")["status"] == "failed" and not results.found("probe", "square")
 
 
 def test_every_cell_is_on_disk_before_it_is_shown(tmp_path):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from popsd_benchmarks.cells import Case, Shape
 from popsd_benchmarks.memory import peak_on_cpu
-from popsd_benchmarks.providers import PROVIDERS
+from popsd_benchmarks.providers.ours import Popsd
+from popsd_benchmarks.results import Case, Shape
 
 SHAPE = Shape(name="memory", tokens=2048, vocab=32768, width=64)
 WORKSPACE_MIB = 16
@@ -14,7 +14,8 @@ DHIDDEN_MIB = 4 * SHAPE.tokens * SHAPE.width / 2**20
 
 @pytest.mark.parametrize("loss", ["purified", "two"])
 def test_peak_stays_within_the_workspace(loss):
-    peak = peak_on_cpu(PROVIDERS["popsd-torch"], Case(loss=loss, shape=SHAPE), workspace_mib=WORKSPACE_MIB)
+    popsd = Popsd("popsd", "torch", workspace_mib=WORKSPACE_MIB)
+    peak = peak_on_cpu(popsd, Case(loss=loss, shape=SHAPE))
     # one sweep's temporaries and the packing buffers of the matrix products come on top: 6 MiB here
     assert peak < WORKSPACE_MIB + DHIDDEN_MIB + 24
     assert peak < ONE_LOGIT_BUFFER_MIB / 4

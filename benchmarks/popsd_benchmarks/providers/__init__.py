@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 from popsd_benchmarks.providers.base import Provider, Step
 from popsd_benchmarks.providers.eager import Eager
-from popsd_benchmarks.providers.liger import LigerChunked, LigerTriton
 from popsd_benchmarks.providers.matmuls import Matmuls, RecomputingPort
-from popsd_benchmarks.providers.orda import Orda
 from popsd_benchmarks.providers.ours import Popsd
-from popsd_benchmarks.providers.trl_chunked import TrlChunked
+from popsd_benchmarks.providers.peers import LigerChunked, LigerTriton, Orda, TrlChunked
 
 FLOOR = "matmuls"
 OURS = {"cpu": "popsd-torch", "cuda": "popsd-triton"}

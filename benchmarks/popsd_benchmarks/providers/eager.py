@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 import popsd
-from popsd_benchmarks.cells import Case
 from popsd_benchmarks.problems import Problem
-from popsd_benchmarks.providers.base import Provider, Step
+from popsd_benchmarks.providers.base import Provider
+from popsd_benchmarks.results import Case
 
 
 def full_logit_loss(
@@ -37,19 +37,19 @@ def full_logit_loss(
             delta = delta - delta.mean(dim=-1, keepdim=True)
             delta = config.pmi_clip * torch.tanh(delta / config.pmi_clip)
             log_q = F.log_softmax(log_base + delta / config.pmi_beta, dim=-1)
-    if config.beta == 0.0:
-        return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-    if config.beta == 1.0:
-        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+    def kl(of: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        return F.kl_div(to, of, reduction="none", log_target=True).sum(-1)
+
+    if config.beta in (0.0, 1.0):
+        return kl(log_p, log_q) if config.beta else kl(log_q, log_p)
     log_m = torch.logaddexp(log_p + math.log(1 - config.beta), log_q + math.log(config.beta))
-    kl_student = F.kl_div(log_m, log_p, reduction="none", log_target=True).sum(-1)
-    kl_target = F.kl_div(log_m, log_q, reduction="none", log_target=True).sum(-1)
-    return config.beta * kl_target + (1 - config.beta) * kl_student
+    return config.beta * kl(log_q, log_m) + (1 - config.beta) * kl(log_p, log_m)
 
 
 @dataclass(frozen=True)
 class Eager(Provider):
-    """logits_in_float32: False leaves the product's result in the inputs' 16 bits, and only then goes to float32, as
+    """logits_in_float32: False leaves the logits in the inputs' 16 bits, and only then goes to float32, as
     ``model(...).logits.float()`` does; True multiplies in float32.
     """
 
@@ -63,17 +63,11 @@ class Eager(Provider):
     def supports(self, case: Case) -> str | None:
         return "the inputs are float32: see eager" if not self.logits_in_float32 and case.dtype == "float32" else None
 
-    def prepare(self, problem: Problem) -> Step:
+    def loss(self, problem: Problem) -> Callable[[], torch.Tensor]:
         weight = problem.head.weight
 
         def forward(*streams: torch.Tensor | None) -> torch.Tensor:
             return full_logit_loss(popsd.HiddenStates(*streams), weight, problem, self.logits_in_float32)  # type: ignore[arg-type]
 
         run: Callable[..., torch.Tensor] = torch.compile(forward, dynamic=False) if self.compiles else forward
-
-        def step() -> torch.Tensor:
-            loss = run(*problem.hidden)
-            loss.sum().backward()
-            return loss.detach()
-
-        return step
+        return lambda: run(*problem.hidden)

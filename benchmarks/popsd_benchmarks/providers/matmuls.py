@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from popsd_benchmarks.cells import Case
 from popsd_benchmarks.problems import Problem, matmuls
 from popsd_benchmarks.providers.base import Provider, Step
+from popsd_benchmarks.results import Case
 
 CHUNK = 2048
 """Rows at a time on a GPU, where [N, V] float32 may not fit: the matmuls fill it from 512 rows on."""

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 import popsd
-from popsd_benchmarks.cells import Case
 from popsd_benchmarks.problems import Problem
-from popsd_benchmarks.providers.base import Provider, Step
+from popsd_benchmarks.providers.base import Provider, Step, missing
+from popsd_benchmarks.results import Case
 
 
 @dataclass(frozen=True)
 class Popsd(Provider):
-    """workspace_mib: as in popsd's functions; None is their default. graph: replays the step from a CUDA graph."""
+    """workspace_mib: as in popsd's functions; None is their default. graph: replays the step from a CUDA graph.
+
+    options: further arguments of the functions.
+    """
 
     name: str
     impl: str
     strategy: str = "chunked"
     workspace_mib: float | None = None
     graph: bool = False
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
     drops_padding = True
 
     def available(self) -> str | None:
-        return "triton is not installed" if self.impl == "triton" and find_spec("triton") is None else None
+        return missing("triton") if self.impl == "triton" else None
 
     def supports(self, case: Case) -> str | None:
         if self.impl == "triton" and case.device == "cpu":
@@ -40,15 +43,14 @@ class Popsd(Provider):
 
     def prepare(self, problem: Problem) -> Step:
         hidden, head = problem.hidden, problem.head
+        options: dict[str, Any] = {"impl": self.impl, "strategy": self.strategy, "workspace_mib": self.workspace_mib}
+        options |= {"config": problem.config, "reduction": "sum"} | self.options
 
         def step() -> torch.Tensor:
-            common: dict[str, Any] = {"impl": self.impl, "strategy": self.strategy, "workspace_mib": self.workspace_mib}
             if problem.case.loss == "purified":
-                out = popsd.linear_purified_jsd(hidden, head, config=problem.config, reduction="sum", **common)
+                out = popsd.linear_purified_jsd(hidden, head, **options)
             else:
-                out = popsd.linear_jsd(
-                    hidden.student, head, hidden.teacher, config=problem.config, reduction="sum", **common
-                )
+                out = popsd.linear_jsd(hidden.student, head, hidden.teacher, **options)
             out.loss.backward()
             return out.divergence
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,11 +58,9 @@ class Rounds:
     @classmethod
     def of(cls, values: Sequence[float]) -> Rounds | None:
         """None of no values."""
-        if not values:
-            return None
-        low, middle, high = (
-            statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [values[0]]
-        )
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0], 1) if values else None
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(middle, low, high, len(values))
 
 
@@ -125,18 +123,21 @@ class Results:
         _replace(self.cells, cell, lambda one: one.key)
 
     def record(self, part: str, name: str, status: str = "ok", **figures: Any) -> None:
-        """The same for a record."""
-        _replace(self.records, {"part": part, "name": name, "status": status, **figures}, _record_key)
+        """In the place of an earlier one of its part and name."""
+        row = {"part": part, "name": name, "status": status, **figures}
+        _replace(self.records, row, lambda one: (one["part"], one["name"]))
 
-    def finished(self, part: str, name: str) -> bool:
-        """Whether there is such a record and a rerun need not measure it."""
-        return any(_record_key(row) == (part, name) and row["status"] in FINISHED for row in self.records)
+    def found(self, part: str, name: str) -> dict[str, Any]:
+        """The record of this part and name, or an empty one."""
+        return next((row for row in self.records if (row["part"], row["name"]) == (part, name)), {})
 
     def save(self, path: Path) -> None:
         """Atomically, a line per cell: a run that is killed keeps the cells it finished."""
+        blocks = [f' "meta": {json.dumps(self.meta)}']
+        for name, rows in (("cells", list(map(_sparse, self.cells))), ("records", self.records)):
+            if rows or name == "cells":
+                blocks.append(f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]")
         temporary = path.with_suffix(".tmp")
-        content = {"meta": self.meta, "cells": list(map(_sparse, self.cells)), "records": self.records}
-        blocks = [f' "{name}": {_lines(value)}' for name, value in content.items() if value or name != "records"]
         temporary.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
         os.replace(temporary, path)
 
@@ -145,11 +146,20 @@ def load(path: Path) -> Results:
     """Raises ValueError for a file that is not a results file."""
     try:
         content = json.loads(path.read_text())
-        return Results(content["meta"], [_cell(row) for row in content["cells"]], content.get("records", []))
+        return Results(
+            content["meta"],
+            [Cell(**row | {"case": case_of(row["case"])}) for row in content["cells"]],
+            content.get("records", []),
+        )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: expected results with meta and cells; got {type(error).__name__}: {error}."
         ) from error
+
+
+def case_of(row: dict[str, Any]) -> Case:
+    """A case from its fields."""
+    return Case(**row | {"shape": Shape(**row["shape"])})
 
 
 def select(cells: Iterable[Cell], **wanted: Any) -> list[Cell]:
@@ -158,39 +168,20 @@ def select(cells: Iterable[Cell], **wanted: Any) -> list[Cell]:
     return [c for c in cells if all(getattr(c if k in own else c.case, k) == v for k, v in wanted.items())]
 
 
-def _replace(entries: list[Any], new: Any, key: Any) -> None:
-    for i, one in enumerate(entries):
-        if key(one) == key(new):
-            entries[i] = new
-            return
-    entries.append(new)
+def _replace(entries: list[Any], new: Any, key: Callable[[Any], Any]) -> None:
+    at = next((i for i, one in enumerate(entries) if key(one) == key(new)), len(entries))
+    entries[at : at + 1] = [new]
 
 
-def _record_key(row: dict[str, Any]) -> tuple[str, str]:
-    return row["part"], row["name"]
-
-
-def _sparse(cell: Cell) -> dict[str, Any]:
+def _sparse(one: Any) -> Any:
     """As a dict, without what has its default value."""
-
-    def kept(one: Any) -> dict[str, Any]:
-        values = {entry.name: (entry, getattr(one, entry.name)) for entry in fields(one)}
-        return {k: v for k, (entry, v) in values.items() if v != _default(entry)}
-
-    row = kept(cell) | {"case": kept(cell.case) | {"shape": kept(cell.case.shape)}}
-    return {k: asdict(v) if isinstance(v, Rounds) else v for k, v in row.items()}
+    if not is_dataclass(one):
+        return one
+    if isinstance(one, Rounds):
+        return asdict(one)
+    values = {entry.name: (_default(entry), getattr(one, entry.name)) for entry in fields(one)}
+    return {name: _sparse(value) for name, (default, value) in values.items() if value != default}
 
 
 def _default(entry: Any) -> Any:
     return entry.default_factory() if entry.default_factory is not MISSING else entry.default
-
-
-def _lines(value: Any) -> str:
-    if isinstance(value, dict):
-        return json.dumps(value)
-    return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if value else "[]"
-
-
-def _cell(row: dict[str, Any]) -> Cell:
-    case = dict(row["case"])
-    return Cell(**{**row, "case": Case(**{**case, "shape": Shape(**case["shape"])})})

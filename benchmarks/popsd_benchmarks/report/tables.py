@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from popsd_benchmarks.cells import Case, Cell, select
 from popsd_benchmarks.providers import FLOOR, OURS
+from popsd_benchmarks.results import Case, Cell, select
 
 Rows = list[list[str]]
 LOSS_NAMES = {"purified": "purified loss, four distributions", "two": "generalised JSD, two distributions"}
@@ -43,12 +42,11 @@ def case_table(case: Case, cells: Sequence[Cell]) -> Table:
     header = ["provider", "ms", f"time / {ours} (quartiles)", "share of floor", "TFLOP/s", "peak MiB"]
     rows = [[*header, "loss error", "dH error", *["dW error"] * weight_error]]
     for cell in measured:
-        errors = ["loss", "dhidden", *(["dweight"] if weight_error else [])]
-        mark = "" if cell.status == "ok" else f" ({cell.status})"
+        errors = ["loss", "dhidden", *["dweight"] * weight_error]
         rows.append(
             [
                 f"{cell.provider} (floor)" if cell.provider == FLOOR else cell.provider,
-                f"{significant(milliseconds(cell))}{mark}",
+                _time(cell),
                 _ratio(cell),
                 _optional(cell.floor_share, "{:.0%}"),
                 _optional(cell.tflops, "{:.3g}"),
@@ -56,16 +54,15 @@ def case_table(case: Case, cells: Sequence[Cell]) -> Table:
                 *(_optional(cell.errors.get(name), "{:.1e}") for name in errors),
             ]
         )
-    return Table(
-        case_title(case),
-        rows,
-        _notes(measured),
-        _absent(cells),
-    )
+    return Table(case_title(case), rows, _notes(measured), _absent(cells))
 
 
 def case_title(case: Case) -> str:
-    return f"{LOSS_NAMES[case.loss]}, {setting(case)}: {shape_text(case)}"
+    shape = case.shape
+    used = "" if shape.used is None else f" ({shape.used:,} used)"
+    cap = "" if shape.softcap is None else f", soft cap {shape.softcap:g}"
+    sizes = f"N = {shape.tokens:,}, V = {shape.vocab:,}{used}, D = {shape.width:,}{cap}"
+    return f"{LOSS_NAMES[case.loss]}, {setting(case)}: {shape.name}, {sizes}"
 
 
 def setting(case: Case) -> str:
@@ -73,13 +70,6 @@ def setting(case: Case) -> str:
     head = "trainable" if case.trainable_head else "frozen"
     deviation = "" if case.deviation == 2.0 else f", logit deviation {case.deviation:g}"
     return f"{head} head, {case.dtype}" + ("" if case.beta == 0.5 else f", beta {case.beta:g}") + deviation
-
-
-def shape_text(case: Case) -> str:
-    shape = case.shape
-    used = "" if shape.used is None else f" ({shape.used:,} used)"
-    cap = "" if shape.softcap is None else f", soft cap {shape.softcap:g}"
-    return f"{shape.name}, N = {shape.tokens:,}, V = {shape.vocab:,}{used}, D = {shape.width:,}{cap}"
 
 
 def curve_table(cells: Sequence[Cell], part: str, value: str) -> Rows:
@@ -117,9 +107,8 @@ def all_tables(cells: Sequence[Cell]) -> list[Table]:
     """Every part that was measured: cases, accuracy curves, scaling curves, profiles."""
     found = [case_table(case, group) for case, group in cases_of(select(cells, part="table"))]
     for (case, _), group in _grouped(select(cells, part="accuracy")):
-        title = (
-            f"{LOSS_NAMES[case.loss]}, {case.dtype}: error of dH against float64 by true KL(target ‖ student) in nats"
-        )
+        what = "error of dH against float64 by true KL(target ‖ student) in nats"
+        title = f"{LOSS_NAMES[case.loss]}, {case.dtype}: {what}"
         found.append(Table(title, accuracy_table(group), [], _absent(group)))
     for part in SWEPT:
         for (case, fixed), group in _grouped(select(cells, part=part), part):
@@ -168,11 +157,8 @@ def _absent(cells: Sequence[Cell]) -> list[str]:
 
 def as_text(rows: Rows) -> str:
     """Aligned, the first column to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(pairs)).rstrip()
-        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
@@ -203,6 +189,10 @@ def significant(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def _time(cell: Cell) -> str:
+    return significant(milliseconds(cell)) + ("" if cell.status == "ok" else f" ({cell.status})")
+
+
 def _ratio(cell: Cell) -> str:
     if cell.ratios is None:
         return "–"
@@ -221,14 +211,12 @@ def _curve_entry(cell: Cell | None, value: str) -> str:
         return cell.status
     if value == "MiB":
         return _optional(cell.peak_mib, "{:,.0f}")
-    return significant(milliseconds(cell)) + ("" if cell.status == "ok" else f" ({cell.status})")
+    return _time(cell)
 
 
 def _flat(cell: Cell) -> dict[str, Any]:
-    row: dict[str, Any] = {"part": cell.part, "provider": cell.provider}
-    case = {entry.name: getattr(cell.case, entry.name) for entry in fields(cell.case)}
-    shape = case.pop("shape")
-    row |= {**case, "shape": shape.name} | {k.name: getattr(shape, k.name) for k in fields(shape) if k.name != "name"}
+    case, shape = vars(cell.case).copy(), vars(cell.case.shape).copy()
+    row = {"part": cell.part, "provider": cell.provider} | case | {"shape": shape.pop("name")} | shape
     row |= {"status": cell.status, "note": cell.note, "rounds": cell.seconds.count if cell.seconds else 0}
     for name, rounds in (("seconds", cell.seconds), ("ratio", cell.ratios)):
         for figure, attribute in (("median", "median"), ("quartile_1", "low"), ("quartile_3", "high")):

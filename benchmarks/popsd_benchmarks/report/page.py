@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from popsd_benchmarks import goals, plots, tables
-from popsd_benchmarks.cells import Results, load
+from popsd_benchmarks.report import goals, plots, tables
+from popsd_benchmarks.results import Results, load
 
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 PLOTS = "plots"
@@ -54,11 +54,11 @@ def read(paths: Sequence[Path]) -> list[tuple[Path, Results]]:
 def page(files: Sequence[tuple[Path, Results]], output: Path) -> str:
     """The Markdown, with links as seen from ``output``."""
     links = [os.path.relpath(path, output.parent) for path, _ in files]
+    sources = " ".join(os.path.join(output.parent.name, link) for link in links)
+    command = f"python -m popsd_benchmarks.report {sources} --output {os.path.join(output.parent.name, output.name)}"
     blocks = [
         "# Measured",
-        f"Generated from the files below; do not edit. `make report`, that is "
-        f"`python -m popsd_benchmarks.report {' '.join(os.path.join(output.parent.name, link) for link in links)} "
-        f"--output {os.path.join(output.parent.name, output.name)}`.",
+        f"Generated from the files below; do not edit. `make report`, that is `{command}`.",
         "\n".join(unmeasured([results for _, results in files])),
         tables.as_markdown(_machines(files, links), left=6),
         READING,
@@ -91,16 +91,9 @@ def _machines(files: Sequence[tuple[Path, Results]], links: Sequence[str]) -> ta
         meta = results.meta
         versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
         sessions = [meta, *meta.get("continued", [])]
-        rows.append(
-            [
-                f"[{link}]({link})",
-                meta["date"][:10],
-                _device(meta),
-                ", ".join(dict.fromkeys(str(session["commit"]) for session in sessions)),
-                ", ".join(dict.fromkeys(f"`{session['command']}`" for session in sessions)),
-                versions,
-            ]
-        )
+        commits = ", ".join(dict.fromkeys(str(session["commit"]) for session in sessions))
+        commands = ", ".join(dict.fromkeys(f"`{session['command']}`" for session in sessions))
+        rows.append([f"[{link}]({link})", meta["date"][:10], _device(meta), commits, commands, versions])
     return rows
 
 
@@ -111,16 +104,12 @@ def _device(meta: dict[str, Any]) -> str:
 def _goals(files: Sequence[tuple[Path, Results]], links: Sequence[str]) -> tables.Rows:
     rows = [["on", "goal", "at most", "measured", "verdict", "file"]]
     for device, name in DEVICES.items():
-        verdicts = [goals.judge(device, results) for _, results in files]
-        for i, goal in enumerate(goal for goal in goals.GOALS if goal.device == device):
-            found = [(verdict[i], link) for verdict, link in zip(verdicts, links, strict=True)]
-            measured = [(verdict, link) for verdict, link in found if verdict.value is not None]
-            for verdict, link in measured:
-                assert verdict.value is not None
-                word = verdict.word if verdict.word == "met" else f"**{verdict.word}**"
-                rows.append([name, goal.claim, f"{goal.most:.3g}", f"{verdict.value:.3g}", word, link])
-            if not measured:
-                rows.append([name, goal.claim, f"{goal.most:.3g}", "–", "not measured", ""])
+        judged = zip(*(goals.judge(device, results) for _, results in files), strict=True)
+        for verdicts in judged:
+            goal = [name, verdicts[0].goal.claim, f"{verdicts[0].goal.most:.3g}"]
+            measured = [(v, link) for v, link in zip(verdicts, links, strict=True) if v.value is not None]
+            rows += [[*goal, f"{v.value:.3g}", "met" if v.word == "met" else f"**{v.word}**", x] for v, x in measured]
+            rows += [] if measured else [[*goal, "–", "not measured", ""]]
     return rows
 
 
@@ -140,7 +129,3 @@ def _section(results: Results, path: Path, link: str, output: Path) -> list[str]
         if notes := [*table.notes, *table.absent]:
             blocks.append("\n".join(f"- {note}" for note in notes))
     return blocks
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,5 @@
+import sys
+
+from popsd_benchmarks.report.page import main
+
+sys.exit(main())

@@ -1,0 +1,227 @@
+"""Results as figures: a provider has one look throughout, and popsd is the thick blue line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from popsd_benchmarks.providers import FLOOR, OURS
+from popsd_benchmarks.report.tables import LOSS_NAMES, cases_of, fixed_sizes, milliseconds, setting, significant
+from popsd_benchmarks.results import Case, Cell, Results, select
+
+INK, FAINT = "#333333", "#999999"
+LETTERS = {"tokens": "N, tokens", "vocab": "V, vocabulary", "width": "D, hidden width"}
+
+
+class Look(NamedTuple):
+    colour: str
+    line: Any = "-"
+    label: str = ""
+
+
+# Okabe-Ito: told apart by colour-blind readers too. A family has a colour, its members a line each.
+LOOKS = {
+    "popsd-torch": Look("#0072B2", "-", "popsd"),
+    "popsd-triton": Look("#0072B2", "-", "popsd"),
+    "popsd-graph": Look("#0072B2", "--", "popsd, CUDA graph"),
+    "popsd-single-read": Look("#56B4E9", "-", "popsd, single read"),
+    "popsd-streaming": Look("#56B4E9", "--", "popsd, streaming"),
+    "matmuls": Look("#000000", ":", "bare matmuls"),
+    "eager": Look("#D55E00", "-", "eager"),
+    "eager-16bit-logits": Look("#D55E00", "--", "eager, bf16 logits"),
+    "eager-compiled": Look("#D55E00", ":", "torch.compile"),
+    "trl": Look("#009E73", "-", "TRL"),
+    "trl-port-estimate": Look("#009E73", "--", "port in TRL's way (estimate)"),
+    "liger-triton": Look("#CC79A7", "-", "Liger fused"),
+    "liger-chunked": Look("#CC79A7", "--", "Liger chunked"),
+    "liger-compiled": Look("#CC79A7", ":", "Liger chunked, compiled"),
+    "orda": Look("#E69F00", "-", "orda-kernel"),
+}
+
+
+def look(provider: str) -> Look:
+    return LOOKS.get(provider, Look(FAINT, "-", provider))
+
+
+def figures(results: Results) -> dict[str, Callable[[Path], None]]:
+    """What these results can show: {name: function that draws it to a PNG}. Needs matplotlib only when called."""
+    found: dict[str, Callable[[Path], None]] = {}
+    accuracy = [cell for cell in select(results.cells, part="accuracy") if "dhidden" in cell.errors]
+    if len({cell.case.spread for cell in accuracy}) > 1:
+        found["accuracy"] = partial(_accuracy, accuracy)
+    timed = [cell for cell in results.cells if cell.seconds]
+    for loss in LOSS_NAMES:
+        curves = {part: select(timed, part=part, loss=loss) for part in LETTERS}
+        curves = {part: cells for part, cells in curves.items() if len({cell.case.shape for cell in cells}) > 1}
+        if curves:
+            found[f"scaling-{loss}"] = partial(_scaling, curves, results.cells, loss)
+        groups: dict[str, list[tuple[Case, list[Cell]]]] = {}
+        for case, cells in cases_of(select(timed, part="table", loss=loss)):
+            slug = f"{'trainable' if case.trainable_head else 'frozen'}-{case.dtype}"
+            groups.setdefault(slug + ("" if case.beta == 0.5 else f"-beta{case.beta:g}"), []).append((case, cells))
+        found |= {f"table-{loss}-{slug}": partial(_bars, cases) for slug, cases in groups.items()}
+    return found
+
+
+def draw(results: Results, folder: Path, prefix: str = "") -> list[Path]:
+    """Writes every figure; returns the paths. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {folder / f"{prefix}{name}.png": drawing for name, drawing in figures(results).items()}
+    for path, drawing in paths.items():
+        drawing(path)
+    return list(paths)
+
+
+def _accuracy(cells: Sequence[Cell], path: Path) -> None:
+    """A panel per loss and dtype: relative error of dH against the true divergence."""
+    panels = [(loss, dtype) for dtype in ("bfloat16", "float32") for loss in LOSS_NAMES]
+    panels = [(loss, dtype) for loss, dtype in panels if select(cells, loss=loss, dtype=dtype)]
+    figure, axes = _panels(-(-len(panels) // 2), min(len(panels), 2), (5.2, 3.9))
+    for axis, (loss, dtype) in zip(axes, panels, strict=False):
+        found = [c for c in select(cells, loss=loss, dtype=dtype) if c.kl and c.errors["dhidden"]]
+        _curves(axis, found, lambda cell: cell.kl, lambda cell: 100 * cell.errors["dhidden"])
+        _plain_ticks(axis.xaxis)
+        _plain_ticks(axis.yaxis, " %")
+        _label(axis, f"{LOSS_NAMES[loss]}; {dtype}", "true KL(target ‖ student), nats per token", "error of dH (L2)")
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    _finish(figure, axes, "How wrong is the gradient? Against float64, lower is better", path)
+
+
+def _scaling(curves: dict[str, list[Cell]], cells: Sequence[Cell], loss: str, path: Path) -> None:
+    """Columns: what is swept. Rows: time, memory."""
+    figure, axes = _panels(2, len(curves), (3.9, 3.4))
+    rows: tuple[tuple[str, Callable[[Cell], float | None]], ...] = (
+        ("time, ms", milliseconds),
+        ("peak memory above inputs, MiB", lambda cell: cell.peak_mib),
+    )
+    failed = select(cells, loss=loss, status="out of memory")
+    for column, (part, measured) in enumerate(curves.items()):
+        points = sorted({getattr(cell.case.shape, part) for cell in measured})
+        ended = {cell.provider for cell in failed if cell.part == part}
+        for row, (label, figure_of) in enumerate(rows):
+            axis = axes[row * len(curves) + column]
+            shown = [cell for cell in measured if figure_of(cell)]
+            _curves(axis, shown, attrgetter(f"case.shape.{part}"), figure_of, ended)
+            _label(axis, "" if row else fixed_sizes(measured[0].case, part), LETTERS[part], label)
+            axis.set_xticks(points, [f"{point // 1024}k" if point % 1024 == 0 else str(point) for point in points])
+            axis.minorticks_off()
+            _plain_ticks(axis.yaxis)
+    crosses = "; ✕: out of memory beyond" if any(cell.part in curves for cell in failed) else ""
+    case = next(iter(curves.values()))[0].case
+    _finish(figure, axes, f"{LOSS_NAMES[loss]}, {setting(case)}: forward and backward{crosses}", path)
+
+
+def _bars(cases: Sequence[tuple[Case, list[Cell]]], path: Path) -> None:
+    """Rows: shapes. Columns: time and memory, the fastest on top; hatched: what computes a wrong answer."""
+    figure, axes = _panels(len(cases), 2, (5.6, 0.0), [0.25 * len(cells) + 0.95 for _, cells in cases])
+    for row, (case, cells) in enumerate(cases):
+        ranked, shape = sorted(cells, key=milliseconds, reverse=True), case.shape
+        size = f"{shape.name}: N = {shape.tokens:,}, V = {shape.vocab:,}, D = {shape.width:,}"
+        ratios = [f"  {c.ratios.median:.2f}×" if c.ratios and c.provider not in OURS.values() else "" for c in ranked]
+        marks = ["" if cell.status == "ok" else f"  {cell.status}" for cell in ranked]
+        times = [f"{significant(milliseconds(c))}{a}{b}" for c, a, b in zip(ranked, ratios, marks, strict=True)]
+        peaks = [f"{significant(cell.peak_mib)}" if cell.peak_mib else "" for cell in ranked]
+        _bar_panel(axes[2 * row], ranked, list(map(milliseconds, ranked)), times)
+        _bar_panel(axes[2 * row + 1], ranked, [cell.peak_mib or 0.0 for cell in ranked], peaks)
+        for cell in select(ranked, provider=FLOOR):
+            axes[2 * row].axvline(milliseconds(cell), color=INK, linestyle=":", linewidth=1.2)
+        _label(axes[2 * row], size, "median time, ms")
+        _label(axes[2 * row + 1], "", "peak memory above inputs, MiB")
+        axes[2 * row + 1].set_yticklabels([])
+    case = cases[0][0]
+    _finish(figure, [], f"{LOSS_NAMES[case.loss]}, {setting(case)}: forward and backward", path)
+
+
+def _bar_panel(axis: Any, cells: Sequence[Cell], values: Sequence[float], texts: Sequence[str]) -> None:
+    bars = axis.barh([look(c.provider).label for c in cells], values, height=0.7)
+    labels = axis.bar_label(bars, texts, padding=3, fontsize=8, color=INK)
+    for bar, cell, label, tick in zip(bars, cells, labels, axis.get_yticklabels(), strict=True):
+        ours, colour = cell.provider in OURS.values(), look(cell.provider).colour
+        bar.set(facecolor=colour, alpha=1.0 if ours else 0.3 if cell.provider == FLOOR else 0.55)
+        if cell.status != "ok":
+            bar.set(facecolor="white", edgecolor=colour, hatch="////", alpha=0.8)
+        for text in (label, tick):
+            text.set_fontweight("bold" if ours else "normal")
+    axis.set_xlim(0, 1.35 * max([*values, 1e-9]))
+    axis.tick_params(axis="y", length=0)
+    axis.xaxis.set_major_formatter("{x:,.10g}")
+
+
+def _curves(
+    axis: Any,
+    cells: Sequence[Cell],
+    x: Callable[[Cell], Any],
+    y: Callable[[Cell], Any],
+    failed: Collection[str] = (),
+) -> None:
+    """A log-log line per provider, ours last and so on top; a cross where one failed beyond its last point."""
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    names = dict.fromkeys(cell.provider for cell in cells)
+    for name in sorted(names, key=lambda name: name in OURS.values()):
+        points = sorted((x(cell), y(cell)) for cell in select(cells, provider=name))
+        (colour, line, label), ours = look(name), name in OURS.values()
+        width, size = (3.0, 5.0) if ours else (1.6, 3.5)
+        style = {"color": colour, "linestyle": line, "linewidth": width, "marker": "o", "markersize": size}
+        axis.plot(*zip(*points, strict=True), label=label, **style)
+        if name in failed:
+            axis.plot(*points[-1], color=colour, marker="X", markersize=9)
+
+
+def _plain_ticks(axis: Any, unit: str = "") -> None:
+    """1, 2, 5, 10, ..., or powers of ten alone where the range is wide; written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 200 else (1.0,), numticks=20))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.8f}".rstrip("0").rstrip(".") + unit))
+
+
+def _panels(
+    rows: int, columns: int, size: tuple[float, float], heights: Sequence[float] | None = None
+) -> tuple[Any, list[Any]]:
+    """size: of a panel, in inches; heights: of each row instead."""
+    import matplotlib.pyplot as plt
+
+    heights = heights or [size[1]] * rows
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(size[0] * columns, sum(heights) + 0.4), squeeze=False, layout="constrained",
+        gridspec_kw={"height_ratios": heights},
+    )  # fmt: skip
+    return figure, list(grid.flat)
+
+
+def _label(axis: Any, title: str, x: str, y: str = "") -> None:
+    axis.set_title(title, fontsize=10, loc="left", color=INK)
+    axis.set_xlabel(x, fontsize=9)
+    axis.set_ylabel(y, fontsize=9)
+    axis.tick_params(labelsize=8, colors=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _finish(figure: Any, axes: Sequence[Any], title: str, path: Path) -> None:
+    """With one legend beside all of the axes."""
+    import matplotlib.pyplot as plt
+
+    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if handles:
+        names = sorted(handles, key=lambda name: name != "popsd")
+        figure.legend(
+            [handles[name] for name in names],
+            names,
+            loc="outside right upper",
+            fontsize=8,
+            frameon=False,
+            handlelength=3,
+        )
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK, fontweight="bold")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
