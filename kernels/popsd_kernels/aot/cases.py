@@ -143,7 +143,7 @@ def shipped_cases() -> list[AnyCase]:
         Case("loss_gradient", "reverse KL, both clips, float32", 8, replace(CLIPPED, beta=1.0), gradient=torch.float32),
         Case("loss_gradient", "JSD, small beta", 8, small),
         Case("loss_gradient", "JSD, large beta", 8, large),
-        Case("loss_gradient", "JSD, large beta, both clips, softcap, bias, raw target, bf16", 8,
+        Case("loss_gradient", "JSD, large beta, both clips, softcap, bias, two", 8,
              replace(CLIPPED, beta=0.99, student=CAPPED), torch.bfloat16, composed=False, bias=True),
         Case("single_read", "JSD", 12, PLAIN),
         Case("single_read", "JSD, large beta", 12, large),
