@@ -127,6 +127,7 @@ class AnyCase(Protocol):
 def shipped_cases() -> list[AnyCase]:
     """The main path, and one case for every flag: what continuous integration compiles."""
     forward, reverse = replace(PLAIN, beta=0.0), replace(PLAIN, beta=1.0)
+    small, large = replace(PLAIN, beta=0.01), replace(PLAIN, beta=0.99)
     return [
         Case("statistics", "purified", 12, PLAIN),
         Case("statistics", "two distributions, bf16", 4, PLAIN, torch.bfloat16, composed=False),
@@ -140,7 +141,12 @@ def shipped_cases() -> list[AnyCase]:
              torch.bfloat16, composed=False, bias=True),
         Case("loss_gradient", "forward KL, both clips", 8, replace(CLIPPED, beta=0.0)),
         Case("loss_gradient", "reverse KL, both clips, float32", 8, replace(CLIPPED, beta=1.0), gradient=torch.float32),
+        Case("loss_gradient", "JSD, small beta", 8, small),
+        Case("loss_gradient", "JSD, large beta", 8, large),
+        Case("loss_gradient", "JSD, large beta, both clips, softcap, bias, two", 8,
+             replace(CLIPPED, beta=0.99, student=CAPPED), torch.bfloat16, composed=False, bias=True),
         Case("single_read", "JSD", 12, PLAIN),
+        Case("single_read", "JSD, large beta", 12, large),
         Case("single_read", "forward KL", 12, forward),
         Case("single_read", "reverse KL", 12, reverse),
         Case("single_read", "forward KL, both clips, softcap", 12, replace(SOFTCAP, beta=0.0, entry_clip=0.05, token_clip=1.0)),

@@ -154,7 +154,10 @@ def _inspect_gcn(assembly: str) -> tuple[int, int, tuple[float, ...], bool]:
             raise RuntimeError(f"no .{name} in the compiled kernel's metadata")
         return int(found[1])
 
-    return metadata("vgpr_count"), metadata("vgpr_spill_count") + metadata("sgpr_spill_count"), (), "v_mfma" in assembly
+    spills = metadata("vgpr_spill_count")
+    if metadata("private_segment_fixed_size"):  # else scalar registers went to lanes of a vector register, not to memory
+        spills += metadata("sgpr_spill_count")
+    return metadata("vgpr_count"), spills, (), "v_mfma" in assembly
 
 
 def _cuobjdump(path: Path, option: str) -> str:

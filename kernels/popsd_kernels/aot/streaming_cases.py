@@ -84,6 +84,7 @@ def cases() -> list[StreamCase]:
                 replace(forward, student=capped, target=capped), dtype, with_strip=True, worst=True,
             ),
             StreamCase("strip", f"JSD, {dtype}", plain, dtype),
+            StreamCase("strip", f"JSD, small beta, {dtype}", replace(plain, beta=0.01), dtype),
             StreamCase("strip", f"JSD, every option, {dtype}", worst, dtype, worst=True),
             StreamCase("strip", f"reverse KL, {dtype}", replace(plain, beta=1.0), dtype),
         ]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from popsd_kernels.device.divergence import FORWARD
 from popsd_kernels.device.logits import floor_logit, load_logit, load_scaled, stream_gain
 from popsd_kernels.device.primitives import LOG2E, NOTHING, fma
 
@@ -46,6 +47,16 @@ class Entries(NamedTuple):
     log_q: Any
     t: Any
     s: Any
+
+
+@triton.constexpr_function
+def exact_logarithms(mode, entry_clip):
+    """Whether each entry needs its logarithms without the factor that `Line` leaves out; else it is taken out of the sums.
+
+    Where Σ p·(...) is subtracted from an entry's own value (reverse KL, JSD, and any mode that caps entries) the factor would
+    show: one entry in a thousand has nothing else left (forward KL, half of the entries capped: gradient off by 1e-4).
+    """
+    return mode != FORWARD.value or entry_clip is not None
 
 
 @triton.jit
@@ -111,8 +122,7 @@ def entries_from(
     their difference is then exact (loss error 3-6e-6 against 4-8e-7 in float32, float64 reference); where it is known
     apart from them (``difference``) it has no rounding of theirs at all. The shift is taken from
     it before any product: where one entry has nearly all the mass, t is what is left of the two.
-    Not EXACT: without the `Line`s' rounding, an instruction less per logarithm. Where Σ p·(...) is taken from an entry's own
-    value (reverse KL, JSD) its factor would show: one entry in a thousand has nothing else left.
+    EXACT: as `exact_logarithms` says. Without, the `Line`s' rounding is left out, an instruction less per logarithm.
     """
     if EXACT:
         log_p = fma(fma(s, gain, -scalars.student_max), LOG2E, -scalars.student_log2sum)

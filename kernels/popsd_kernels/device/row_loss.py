@@ -11,16 +11,17 @@ import triton.language as tl
 
 from popsd_kernels.device.divergence import (
     FORWARD,
-    JENSEN_SHANNON,
     combine,
     divergence_terms,
     entry_gradient,
+    is_mixture,
     probability_difference,
     slope_factors,
     unclipped_slope_sum,
 )
 from popsd_kernels.device.logits import load_logit, logit_slope
 from popsd_kernels.device.primitives import LN2, LOGIT_FLOOR, lane_max, lane_sum
+from popsd_kernels.device.probabilities import exact_logarithms
 
 
 class Gradient(NamedTuple):
@@ -65,7 +66,7 @@ def accumulate(
 ):
     """Adds a block to the sums. RELATIVE: t knows the difference of p and q better than they do, by 1e-7 of it."""
     p, q, difference = entries.p, entries.q, None
-    if RELATIVE and MODE != JENSEN_SHANNON and entry_clip is None:
+    if RELATIVE and not is_mixture(MODE) and entry_clip is None:
         difference = probability_difference(p, q, entries.t)
         q = p - difference
     student_kl, target_kl = divergence_terms(p, q, entries.t, beta, MODE, FAST)
@@ -119,14 +120,13 @@ def finish_row(
     """
     student_kl, target_kl = tl.sum(sums.student_kl, axis=0) * LN2, tl.sum(sums.target_kl, axis=0) * LN2
     student_entropy, target_entropy = tl.sum(sums.student_entropy, axis=0), tl.sum(sums.target_entropy, axis=0)
-    if MODE == FORWARD:
-        # entries were not EXACT: what that costs is a factor of each sum
+    if not exact_logarithms(MODE, entry_clip):  # what that costs is a factor of each sum
         p_rounding, q_rounding = scalars.student_line.rounding, scalars.target_line.rounding
         target_kl *= tl.exp2(q_rounding)
         student_entropy = tl.exp2(p_rounding) * student_entropy - p_rounding
         target_entropy = tl.exp2(q_rounding) * target_entropy - q_rounding
     slope_sum = unclipped_slope_sum(student_kl, beta, MODE)
-    if RELATIVE and MODE != JENSEN_SHANNON and entry_clip is None:  # Σ(p − q) is 0, but for rounding that shows in a KL
+    if RELATIVE and not is_mixture(MODE) and entry_clip is None:  # Σ(p − q) is 0, but for rounding that shows in a KL
         excess = tl.sum(sums.slope, axis=0)
         if MODE == FORWARD:
             target_kl, slope_sum = target_kl + excess, excess

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from popsd_kernels import launch
-from popsd_kernels.device.divergence import divergence_mode
+from popsd_kernels.device.divergence import divergence_mode, kernel_beta
 from popsd_kernels.device.logits import projection_stream
 from popsd_kernels.device.targets import Difference
 from popsd_kernels.launch import Launch, LaunchConfig
@@ -125,7 +125,7 @@ class Call:
             "scaling": scaling,
             "sums_out": sums,
             "strip": strip or Strip(*[None] * len(Strip._fields)),
-            "beta": float(self.options.beta),
+            "beta": kernel_beta(self.options.beta),
             "entry_clip": None if entry_clip is None else float(entry_clip),
             "MODE": divergence_mode(self.options.beta),
         }
@@ -151,7 +151,7 @@ class Call:
             "scaling": scaling,
             "out_ptr": out,
             "out_row_stride": out.stride(0),
-            "beta": float(self.options.beta),
+            "beta": kernel_beta(self.options.beta),
             "entry_clip": None if entry_clip is None else float(entry_clip),
             "token_clip": None if token_clip is None else float(token_clip),
             "V": self.shape.vocabulary,

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from popsd_kernels.device.divergence import FORWARD
 from popsd_kernels.device.primitives import LN2, LOGIT_FLOOR
-from popsd_kernels.device.probabilities import entries_from, row_scalars
+from popsd_kernels.device.probabilities import entries_from, exact_logarithms, row_scalars
 from popsd_kernels.device.row_loss import Sums, accumulate, finish_row, projection_gradient
 from popsd_kernels.streaming.tiles import Extent, load_offsets, program_share, project, quarter_columns, tile_logits
 
@@ -103,6 +102,7 @@ def stream_fold_kernel(
     beta = tl.cast(beta, tl.float32)
     scalars = row_scalars(statistics, rows[:, None])
     offset = load_offsets(streams, rows)
+    exact: tl.constexpr = exact_logarithms(MODE, entry_clip)
     if sums_out is not None:
         sums, token_logit = _zero_sums(BLOCK_M), tl.zeros([BLOCK_M], tl.float32)
         if token_ids_ptr is not None:
@@ -120,7 +120,7 @@ def stream_fold_kernel(
             s, u = tile_logits(
                 streams, raw_s[quarter], raw_u[quarter], raw_delta[quarter], columns, offset, V, MASKED, FAST
             )  # fmt: skip
-            entries = entries_from(s, u, scalars, columns[None, :], V, MASKED, 1.0, MODE != FORWARD)
+            entries = entries_from(s, u, scalars, columns[None, :], V, MASKED, 1.0, exact)
             if sums_out is not None:
                 sums = _add_tile(sums, entries, beta, entry_clip, MODE, FAST)
                 if token_ids_ptr is not None:

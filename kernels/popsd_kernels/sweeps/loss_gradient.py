@@ -22,9 +22,9 @@ from popsd_kernels.checks import (
     check_rows,
     check_vector,
 )
-from popsd_kernels.device.divergence import FORWARD, divergence_mode
+from popsd_kernels.device.divergence import FORWARD, JENSEN_SHANNON, REVERSE, divergence_mode, kernel_beta
 from popsd_kernels.device.logits import logit_stream, projection_stream, target_stream
-from popsd_kernels.device.probabilities import row_entries, row_scalars
+from popsd_kernels.device.probabilities import exact_logarithms, row_entries, row_scalars
 from popsd_kernels.device.row_loss import (
     Gradient,
     accumulate,
@@ -126,7 +126,7 @@ def plan(
             "gradient": None if gradient is None else Gradient(gradient, gradient.stride(0)),
             "out_ptr": out,
             "out_row_stride": out.stride(0),
-            "beta": float(options.beta),
+            "beta": kernel_beta(options.beta),
             "entry_clip": None if options.entry_clip is None else float(options.entry_clip),
             "token_clip": None if options.token_clip is None else float(options.token_clip),
             "V": student.shape[1],
@@ -175,7 +175,8 @@ def row_loss_gradient_kernel(
     width: tl.constexpr = (
         None if one_read else VEC
     )  # one_read has no instructions left for it: 21.9 become 22.9 per entry
-    unroll: tl.constexpr = 1 if MODE == FORWARD or entry_clip is not None else 2  # more spills
+    unroll: tl.constexpr = 2 if entry_clip is None and (MODE == REVERSE or MODE == JENSEN_SHANNON) else 1  # more spills
+    exact: tl.constexpr = exact_logarithms(MODE, entry_clip)
     token_logit = None
     if one_read and token_ids_ptr is not None:  # the gradient, stored from here on, may lie over the student's rows
         token_logit = load_token_logit(student, token_ids_ptr, row, V, FAST)
@@ -184,7 +185,7 @@ def row_loss_gradient_kernel(
     full: tl.constexpr = V // BLOCK * BLOCK
     for start in tl.range(0, full, BLOCK, loop_unroll_factor=unroll):
         columns = start + tl.arange(0, BLOCK)
-        entries = row_entries(student, target, scalars, row, columns, V, False, FAST, MODE != FORWARD, RELATIVE)
+        entries = row_entries(student, target, scalars, row, columns, V, False, FAST, exact, RELATIVE)
         sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST, RELATIVE)
         if one_read:
             store_gradient(
@@ -192,7 +193,7 @@ def row_loss_gradient_kernel(
             )  # fmt: skip
     if full < V:
         columns = full + tl.arange(0, BLOCK)
-        entries = row_entries(student, target, scalars, row, columns, V, True, FAST, MODE != FORWARD, RELATIVE)
+        entries = row_entries(student, target, scalars, row, columns, V, True, FAST, exact, RELATIVE)
         sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST, RELATIVE)
         if one_read:
             store_gradient(
@@ -210,14 +211,14 @@ def row_loss_gradient_kernel(
         elif not one_read:
             for start in tl.range(0, full, BLOCK, loop_unroll_factor=2):
                 columns = start + tl.arange(0, BLOCK)
-                entries = row_entries(student, target, scalars, row, columns, V, False, FAST, MODE != FORWARD, RELATIVE)
+                entries = row_entries(student, target, scalars, row, columns, V, False, FAST, exact, RELATIVE)
                 store_gradient(
                     gradient, student, entries, slope_sum, row_scale, beta, entry_clip, row, columns,
                     V, MODE, False, FAST, width,
                 )  # fmt: skip
             if full < V:
                 columns = full + tl.arange(0, BLOCK)
-                entries = row_entries(student, target, scalars, row, columns, V, True, FAST, MODE != FORWARD, RELATIVE)
+                entries = row_entries(student, target, scalars, row, columns, V, True, FAST, exact, RELATIVE)
                 store_gradient(
                     gradient, student, entries, slope_sum, row_scale, beta, entry_clip, row, columns,
                     V, MODE, True, FAST, width,

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 
 from popsd_kernels.checks import check_device, check_matrix_shape, check_not_relative, check_rows, check_vector
-from popsd_kernels.device.divergence import FORWARD, divergence_mode
+from popsd_kernels.device.divergence import divergence_mode, kernel_beta
 from popsd_kernels.device.logits import floor_logit, load_logit, projection_stream
 from popsd_kernels.device.primitives import LOG2E, LOGIT_FLOOR, NOTHING, fma, lse_finish
-from popsd_kernels.device.probabilities import entries_from, scalars_from
+from popsd_kernels.device.probabilities import entries_from, exact_logarithms, scalars_from
 from popsd_kernels.device.row_loss import (
     Gradient,
     Sums,
@@ -90,7 +90,7 @@ class SliceCall:
             "partials_ptr": self.partials,
             "pmi": pmi,
             "clips": tuple(None if x is None else float(x) for x in (options.entry_clip, options.token_clip)),
-            "beta": float(options.beta),
+            "beta": kernel_beta(options.beta),
             "V": self.student.shape[1],
             "SLICE": self.config.block,
             "MODE": divergence_mode(options.beta),
@@ -222,7 +222,7 @@ def row_slice(
             _arrive_and_wait(exchange.counters_ptr + 2 * row, slices)
     if PHASE != 1:
         scalars = _merge_normalisers(partials, out_ptr, out_row_stride, V, slices)
-        entries = entries_from(s, u, scalars, columns, V, MASKED, 1.0, MODE != FORWARD)
+        entries = entries_from(s, u, scalars, columns, V, MASKED, 1.0, exact_logarithms(MODE, clips[0]))
         if PHASE != 3:
             sums = accumulate(zero_sums(SLICE // 4), entries, beta, clips[0], 4, MODE, FAST)
             _store_sums(partials + part + 4 * slices, sums, slices)
