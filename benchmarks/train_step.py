@@ -34,7 +34,7 @@ import popsd
 from popsd_integrations.huggingface.frozen import AdapterOff, frozen_states
 from popsd_integrations.huggingface.heads import head_from_model, hidden_states
 from popsd_integrations.huggingface.objective import loss_function, needed_contexts, student_loss
-from popsd_integrations.huggingface.packing import Packed, pack
+from popsd_integrations.huggingface.packing import Packed, pack_contexts
 from popsd_integrations.huggingface.prompts import Prompts
 
 SHAPES = {  # hidden, MLP, layers, heads, key-value heads, head width, vocabulary, tied
@@ -142,16 +142,9 @@ class Step:
         """Seconds by part, and the loss."""
         target: Any = variant.split()[0]
         clock = Clock(self.options.device)
-        questions = [row.question for row in self.prompts]
-        packed = pack(questions, self.completions, pad_token_id=0, device=self.options.device)
-        frozen = frozen_states(
-            AdapterOff(self.model),
-            self.prompts,
-            self.completions,
-            pad_token_id=0,
-            contexts=needed_contexts(target, decompose=False),
-            student=packed,
-        )
+        batches = pack_contexts(self.prompts, self.completions, pad_token_id=0, device=self.options.device)
+        packed = batches["base"]
+        frozen = frozen_states(AdapterOff(self.model), batches, needed_contexts(target, decompose=False))
         clock.stop("frozen")
         items = self.rows * self.options.completion
         if variant == "opsd eager":
