@@ -168,6 +168,11 @@ def train(
     loss_fn = config.loss_function()
     start = 0
     if checkpoint is not None:
+        if checkpoint["step"] > config.steps:
+            raise ValueError(
+                f"steps: expected at least the {checkpoint['step']} that the checkpoint in {output} has taken; got "
+                f"{config.steps}. Raise steps, or pass another output_dir."
+            )
         start = restore(checkpoint, trained, optimizer)
     history = _read_metrics(output / METRICS, upto=start)
 

@@ -1,4 +1,4 @@
-"""Callbacks of ``PurifiedOPSDTrainer``: the moving average, and the plot at the end."""
+"""Callbacks of ``PurifiedOPSDTrainer``: the moving average, the plot at the end, and the refusal of a run without steps."""
 
 from __future__ import annotations
 
@@ -53,6 +53,17 @@ class EMACallback(TrainerCallback):
                 "from one in this run's output_dir that has the file."
             )
         self.ema.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+
+
+class NothingTrained(TrainerCallback):
+    """Raises ValueError at the end of a run that took no step, which transformers would report as finished."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            raise ValueError(
+                "train_dataset: expected rows for at least one step; got a stream that ended before, and nothing was "
+                "trained. Where on_overflow is 'drop', too many rows may be longer than max_prompt_length."
+            )
 
 
 class PlotMetrics(TrainerCallback):

@@ -26,7 +26,7 @@ from popsd_integrations.huggingface.objective import measures_decomposition, nee
 from popsd_integrations.huggingface.packing import Packed, pack_padded, padded, unpad
 from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts, thinking_states
 from popsd_integrations.huggingface.sampling import only_given_settings
-from popsd_integrations.trl_trainer.callbacks import EMACallback, PlotMetrics
+from popsd_integrations.trl_trainer.callbacks import EMACallback, NothingTrained, PlotMetrics
 from popsd_integrations.trl_trainer.compat import (
     DistillationTrainer,
     EpochSampler,
@@ -60,8 +60,11 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             adapter can be switched off nor the weights copied, such as a model that is sharded already.
         processing_class, callbacks, optimizers, quantization_config, peft_config: see ``trl.DistillationTrainer``.
 
+    ``args`` is copied, so that the same one can build another trainer.
+
     Raises, at construction: ValueError and TypeError for missing columns, problems without question or solution, prompts
-    too long, a conversation without chat template, a head that popsd would get wrong.
+    too long, a conversation without chat template, a head that popsd would get wrong, options that would do nothing.
+    ``train`` raises ValueError where the data gives no batch, or a stream gave none.
     """
 
     loss_is_scaled_for_ga = True
@@ -91,9 +94,9 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             raise TypeError(
                 f"processing_class: expected a tokenizer; got {type(processing_class).__name__}. Images are not supported."
             )
+        args = copy.copy(args)  # TRL reads the teacher's options from it, and below they are set
+        _check_teacher(teacher_model, args)
         adapter = peft_config is not None or hasattr(model, "peft_config")
-        if teacher_model is not None and args.frozen_weights == "ema":
-            raise ValueError("teacher_model: expected None with frozen_weights='ema'; the average is the teacher.")
         if teacher_model is None and not adapter and args.frozen_weights == "initial":
             teacher_model = _copy_of(model, args)
         super().__init__(
@@ -122,6 +125,7 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         self._contexts = ContextBuilder(self.processing_class, args.context_config(), text_as_chat=False)
         self.train_dataset: Any = self._checked(train_dataset, "train_dataset")
         self.eval_dataset: Any = self._checked(eval_dataset, "eval_dataset")
+        self.add_callback(NothingTrained())
         self._ema = None
         if args.frozen_weights == "ema":
             if self.is_fsdp_enabled or self._zero3:
@@ -137,7 +141,13 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         self._signature_columns = ["prompt", *SOLUTION_COLUMNS, WRONG_COLUMN]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.global_step)
+        sampler = super()._get_train_sampler(dataset)
+        if len(sampler) == 0:
+            raise ValueError(
+                f"train_dataset: expected at least the {sampler.batch_size} rows of one step (per_device_train_batch_size × "
+                f"gradient_accumulation_steps × processes); got {sampler.num_samples}. Lower one of them, or add data."
+            )
+        return EpochSampler(sampler, lambda: self.state.global_step)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch, and what the loss needs beside it. TRL shuffles and splits all of it by rows.
@@ -332,6 +342,18 @@ def problem_of(row: Mapping[str, Any]) -> Problem:
     if column is None or "prompt" not in row:
         raise ValueError(f"expected the columns 'prompt' and one of {list(SOLUTION_COLUMNS)}; got {list(row)}.")
     return Problem(row["prompt"], row[column], row.get(WRONG_COLUMN))
+
+
+def _check_teacher(teacher_model: Any, args: PurifiedOPSDConfig) -> None:
+    """Raise ValueError for options of a teacher that is not loaded here."""
+    if teacher_model is not None and args.frozen_weights == "ema":
+        raise ValueError("teacher_model: expected None with frozen_weights='ema'; the average is the teacher.")
+    for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+        if getattr(args, name) is not None and not isinstance(teacher_model, str):
+            raise ValueError(
+                f"{name}: expected None; got {getattr(args, name)!r}. It applies to a teacher_model given by its path. "
+                "The student's own frozen weights are loaded as the student is (model_init_kwargs)."
+            )
 
 
 def _copy_of(model: Any, args: PurifiedOPSDConfig) -> Any:
