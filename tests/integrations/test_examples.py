@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-MODULES = [f"huggingface.{name}" for name in ("heads", "prompts", "packing", "frozen", "sampling")]
+MODULES = [*(f"huggingface.{name}" for name in ("heads", "prompts", "packing", "frozen", "sampling")), "plotting"]
 
 
 def names_of_the_package():
