@@ -229,7 +229,7 @@ def test_a_finished_run_is_read_back_and_not_run_again(results, monkeypatch):
 def test_table_says_what_was_chosen_and_what_is_not_claimed(results):
     text = " ".join(report.table(results[2]).split())
     assert "standard OPSD" in text and "accuracy, greedy" in text
-    assert "chosen in the data of this demo" in text and "No gain over the base is claimed" in text
+    assert "a design choice in the synthetic data" in text and "No gain over the base is claimed" in text
 
 
 class Page(HTMLParser):
@@ -263,7 +263,7 @@ def test_report_is_one_well_formed_page_without_network(results, tmp_path, plott
     assert len(page.links) == len(plots) and all(link.startswith("data:image/png;base64,") for link in page.links)
     assert "http" not in content
     text = " ".join(" ".join(page.text).split())
-    assert "chosen in the data" in text and f"{results[2]['opsd']['accuracy']:.3f}" in text
+    assert "a design choice in the synthetic data" in text and f"{results[2]['opsd']['accuracy']:.3f}" in text
     assert ("matplotlib is not installed" in text) != plotted
 
 

@@ -186,6 +186,15 @@ def test_a_run_can_be_extended(tmp_path):
     assert deterministic(extended.metrics) == deterministic(unbroken.metrics)
 
 
+def test_fewer_steps_than_the_checkpoint_has_taken_are_refused(tmp_path):
+    run(tmp_path, replace(CONFIG, steps=4))
+    with pytest.raises(
+        ValueError, match=r"steps: expected at least the 4 that the checkpoint in .*; got 3\. Raise steps"
+    ):
+        run(tmp_path, replace(CONFIG, steps=3), resume=True, generate=no_work)
+    assert len(run(tmp_path, replace(CONFIG, steps=4), resume=True, generate=no_work).metrics) == 4
+
+
 KILLED = """
 import os, signal, sys
 sys.path[:0] = {folders!r}
@@ -290,29 +299,3 @@ def test_no_prompts_and_two_adapters_are_refused(tmp_path):
         run(tmp_path / "b", replace(CONFIG, lora_rank=4), model=adapted, generate=no_work)
     again = run(tmp_path / "c", replace(CONFIG, steps=1), model=adapted)
     assert again.metrics[0]["loss"] > 0
-
-
-OPTIONS = {"max_new_tokens": 8, "eos_token_id": [EOS], "pad_token_id": 10}
-
-
-def test_generation_is_cut_after_the_first_end_and_unmoved_by_padding():
-    model = tiny()
-    prompts = [row.question for row in PROMPTS] + [[1, 2, 3, 4, 5, 6]]
-    completions = hf_generate(model, prompts, temperature=0.0, **OPTIONS)
-    for prompt, completion in zip(prompts, completions, strict=True):
-        assert 1 <= len(completion) <= 8 and EOS not in completion[:-1]
-        assert len(completion) == 8 or completion[-1] == EOS
-        assert hf_generate(model, [prompt], temperature=0.0, **OPTIONS) == [completion]
-    everything = hf_generate(model, prompts, temperature=0.0, max_new_tokens=8, eos_token_id=range(22), pad_token_id=10)
-    assert all(len(completion) == 1 for completion in everything)
-
-
-def test_generation_ignores_the_models_own_filters():
-    model = tiny()
-    model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=5.0)
-    torch.manual_seed(0)
-    drawn = {completion[0] for completion in hf_generate(model, [[11, 3, 13]] * 300, temperature=1.0, **OPTIONS)}
-    with torch.no_grad():
-        probability = model(input_ids=torch.tensor([[11, 3, 13]])).logits[0, -1].softmax(-1)
-    assert {int(token) for token in (probability > 0.03).nonzero()} <= drawn
-    assert len(drawn) > 3

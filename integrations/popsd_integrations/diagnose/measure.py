@@ -9,7 +9,7 @@ whether it gives the epistemic markers more probability than the base does, or l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import nn
 
 from popsd import Head, HiddenStates, PurifiedConfig, head_logits, linear_purified_jsd, purified_target_logits
 from popsd.markers import EpistemicMarkers
-from popsd_integrations.huggingface.frozen import FrozenModel, eval_mode, frozen_states
-from popsd_integrations.huggingface.heads import causal_model, check_head
-from popsd_integrations.huggingface.packing import pack
+from popsd_integrations.huggingface.frozen import FrozenModel, frozen_states
+from popsd_integrations.huggingface.heads import causal_model, check_head, eval_mode
+from popsd_integrations.huggingface.packing import pack_contexts
 from popsd_integrations.huggingface.prompts import Prompts
+from popsd_integrations.huggingface.sampling import Generate, Sampler
 
 CONTEXTS = ("base", "teacher", "reference", "target")
 CURVES = (
@@ -108,7 +109,7 @@ def diagnose(
     prompts: Sequence[Prompts],
     config: DiagnoseConfig | None = None,
     *,
-    generate: Callable[..., list[list[int]]] | None = None,
+    generate: Generate | None = None,
     progress: bool = True,
 ) -> Diagnosis:
     """Sample ``model``'s completions and measure what the purified target would change about them. Nothing is trained.
@@ -116,29 +117,22 @@ def diagnose(
     generate: as in ``torch_loop.train``; None: ``hf_generate``. Raises ValueError where there is no problem, no completion
     with a token, no marker that is a token of ``tokenizer``, or a model whose head popsd would get wrong.
     """
-    from popsd_integrations.huggingface.sampling import hf_generate, special_tokens
-
     config = config or DiagnoseConfig()
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one problem; got none. Build them with ContextBuilder.build_all.")
     markers = config.markers.token_ids(tokenizer)
     check_head(model)
-    eos, pad = special_tokens(model, tokenizer)
+    sampler = Sampler(
+        model, tokenizer, max_new_tokens=config.max_new_tokens, temperature=config.temperature, generate=generate
+    )
     chosen = list(prompts[: config.completions])
     tokens: list[dict[str, Any]] = []
     with eval_mode(model), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(config.seed)
         for first in _progress(range(0, len(chosen), config.batch_size), progress):
             rows = chosen[first : first + config.batch_size]
-            completions = (generate or hf_generate)(
-                model,
-                [row.question for row in rows],
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                eos_token_id=eos,
-                pad_token_id=pad,
-            )
-            tokens += _measure(model, tokenizer, rows, completions, first, markers, config, pad)
+            completions = sampler(model, rows)
+            tokens += _measure(model, tokenizer, rows, completions, first, markers, config, sampler.pad_token_id)
     if not tokens:
         raise ValueError(
             "prompts: expected completions of at least one token; got none. Look at the prompts' templates."
@@ -160,12 +154,12 @@ def _measure(
     if not kept:
         return []
     rows, completions = [rows[place] for place in kept], [completions[place] for place in kept]
-    states = frozen_states(FrozenModel(model), rows, completions, pad_token_id=pad)
+    packed = pack_contexts(rows, completions, pad_token_id=pad, device=causal_model(model).device)
+    states = frozen_states(FrozenModel(model), packed)
     assert states.base is not None and states.reference is not None
-    packed = pack([row.question for row in rows], completions, pad_token_id=pad, device=causal_model(model).device)
-    mask = packed.completion_mask
+    mask = packed["base"].completion_mask
     base, teacher, reference = (x[mask] for x in (states.base, states.teacher, states.reference))
-    ids = packed.completion_ids[mask]
+    ids = packed["base"].completion_ids[mask]
     output = linear_purified_jsd(
         HiddenStates(base, base, teacher, reference), states.head, config=config.loss, decompose=True, telemetry=True
     )

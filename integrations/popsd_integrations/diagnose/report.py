@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import html
 import json
@@ -11,10 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from popsd_integrations.diagnose.measure import CONTEXTS, Diagnosis
+from popsd_integrations.plotting import (
+    BLUE,
+    COLOURS,
+    LINE,
+    TEXT,
+    VERMILLION,
+    data_uri,
+    figure,
+    legend,
+    rgb,
+    save,
+    style,
+)
 
-# Okabe-Ito: told apart by colour-blind readers too.
-COLOURS = {"base": "#666666", "teacher": "#CC79A7", "reference": "#E69F00", "target": "#0072B2"}
-UP, DOWN = (0, 114, 178), (213, 94, 0)
+UP, DOWN = rgb(BLUE), rgb(VERMILLION)
 HEAT_COLUMNS, HEAT_TOKENS = 16, 256
 SHOWN_IN_HTML = 4
 
@@ -56,12 +66,12 @@ def table(diagnosis: Diagnosis) -> str:
 
 
 def changed(row: dict[str, Any]) -> float:
-    """How much probability the sampled token would gain, in [-1, 1]."""
+    """How much probability the sampled token would gain under the target, in [-1, 1]."""
     return row["target/token"] - row["base/token"]
 
 
 def ranked(diagnosis: Diagnosis) -> list[list[dict[str, Any]]]:
-    """Completions, the one whose probability mass moves most per token first."""
+    """Completions as lists of rows, sorted by probability mass moved per token, largest first."""
     grouped: dict[int, list[dict[str, Any]]] = {}
     for row in diagnosis.tokens:
         grouped.setdefault(row["completion"], []).append(row)
@@ -69,8 +79,7 @@ def ranked(diagnosis: Diagnosis) -> list[list[dict[str, Any]]]:
 
 
 def _curves(diagnosis: Diagnosis, path: Path) -> Path:
-    plt = _pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6))
+    drawn, axes = figure(2, 2, panel=(4.5, 3.0))
     points = diagnosis.positions
     places = [point["position"] for point in points]
     panels = (
@@ -78,42 +87,32 @@ def _curves(diagnosis: Diagnosis, path: Path) -> Path:
         ("cosine with Δ_total", {"cos_total_reference": "Δ_ref", "cos_total_transferable": "Δ_it"}),
         ("share of probability mass moved", {"mass_moved": "target against base"}),
     )
-    for axis, (title, lines) in zip(axes.flat, panels, strict=False):
-        for style, (name, label) in zip(("-", "--"), lines.items(), strict=False):
+    for axis, (title, lines) in zip(axes, panels, strict=False):
+        for dashes, (name, label) in zip(("-", "--"), lines.items(), strict=False):
             values = [point[name] for point in points]
-            axis.plot(places, values, style, color=COLOURS["target"], label=label, marker="o", markersize=2.5)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("completion token", fontsize=8)
-        axis.legend(frameon=False, fontsize=8)
-    last = axes.flat[3]
+            axis.plot(places, values, dashes, color=COLOURS["target"], label=label, **LINE)
+        style(axis, title, "completion token")
     for context in CONTEXTS:
         values = [point[f"{context}/markers"] for point in points]
-        last.plot(places, values, color=COLOURS[context], label=context, marker="o", markersize=2.5)
-    last.set_title("probability of the markers", fontsize=10)
-    last.set_xlabel("completion token", fontsize=8)
-    last.legend(frameon=False, fontsize=8)
-    for axis in axes.flat:
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+        axes[3].plot(places, values, color=COLOURS[context], label=context, **LINE)
+    style(axes[3], "probability of the markers", "completion token")
+    for axis in axes:
+        legend(axis)
+    return save(drawn, path)
 
 
 def _heatmap(diagnosis: Diagnosis, path: Path) -> Path:
     """The completion that changes most, a cell per token."""
-    plt = _pyplot()
     rows = ranked(diagnosis)[0][:HEAT_TOKENS]
     lines = -(-len(rows) // HEAT_COLUMNS)
-    figure, axis = plt.subplots(figsize=(12, 0.42 * lines + 1.0))
+    drawn, (axis,) = figure(1, 1, size=(12, 0.42 * lines + 1.0))
     for place, row in enumerate(rows):
         line, column = divmod(place, HEAT_COLUMNS)
         red, green, blue = _colour(changed(row))
-        axis.add_patch(plt.Rectangle((column, line), 1, 1, color=(red / 255, green / 255, blue / 255), linewidth=0))
+        axis.broken_barh([(column, 1)], (line, 1), color=(red / 255, green / 255, blue / 255), linewidth=0)
         text = repr(row["text"])[1:-1].strip() or "·"
         text = (text if len(text) <= 10 else text[:9] + "…").replace("$", r"\$")
-        axis.text(column + 0.5, line + 0.5, text, ha="center", va="center", fontsize=8)
+        axis.text(column + 0.5, line + 0.5, text, ha="center", va="center", fontsize=TEXT)
     axis.set_xlim(0, HEAT_COLUMNS)
     axis.set_ylim(lines, 0)
     axis.set_axis_off()
@@ -121,23 +120,11 @@ def _heatmap(diagnosis: Diagnosis, path: Path) -> Path:
         f"Completion {rows[0]['completion']}: blue tokens gain probability under the purified target, orange ones lose"
     )
     axis.set_title(title, fontsize=10, loc="left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    return save(drawn, path)
 
 
 def _colour(change: float) -> tuple[int, int, int]:
-    """White at no change, full at a change of 0.5 or more: larger ones are rare."""
+    """White at no change, the full colour at a change of 0.5 or more. Larger changes are rare."""
     strength = min(abs(change) / 0.5, 1.0) * 0.75
     red, green, blue = (round(255 + strength * (full - 255)) for full in (UP if change > 0 else DOWN))
     return red, green, blue
@@ -149,11 +136,7 @@ def _page(diagnosis: Diagnosis, plots: Sequence[Path]) -> str:
         f"<tr><th>{html.escape(word)}</th>" + "".join(f"<td>{row[context]:.5f}</td>" for context in CONTEXTS) + "</tr>"
         for word, row in diagnosis.markers.items()
     )
-    images = "".join(
-        f'<img alt="{plot.stem}" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">'
-        for plot in plots
-        if plot.stem == "curves"
-    )
+    images = "".join(f'<img alt="{plot.stem}" src="{data_uri(plot)}">' for plot in plots if plot.stem == "curves")
     if not plots:
         images = "<p>No plots: matplotlib is not installed (<code>pip install 'popsd[plots]'</code>).</p>"
     completions = "".join(

@@ -1,4 +1,31 @@
-"""Hugging Face causal LMs: heads and hidden states, prompts and their packing, frozen weights, sampling. Needs no TRL."""
+"""Hugging Face causal LMs: heads and hidden states, prompts and their packing, frozen weights, sampling. Needs no TRL.
+
+A training step of one row, from the prompts to the gradient. The examples of this package's functions use this model.
+
+>>> import popsd, torch
+>>> from transformers import Qwen3Config, Qwen3ForCausalLM
+>>> sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+>>> seed, config = torch.manual_seed(0), Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=2)
+>>> model = Qwen3ForCausalLM(config).eval()
+
+>>> source = frozen_weights(model)  # a copy, or the adapter off under LoRA: the weights before training
+>>> prompts = [Prompts(question=[1, 2], teacher=[1, 2, 3, 4], reference=[3, 4])]
+>>> completions = hf_generate(
+...     model, [[1, 2]], max_new_tokens=3, temperature=1.0, eos_token_id=[49], pad_token_id=0
+... )
+>>> packed = pack_contexts(prompts, completions, pad_token_id=0)
+>>> frozen, student = frozen_states(source, packed), packed["base"]
+>>> states = hidden_states(model, student.input_ids, student.attention_mask, student.position_ids)
+>>> loss, metrics = popsd.PurifiedOPSDLoss()(
+...     popsd.HiddenStates(student.predicting(states), frozen.base, frozen.teacher, frozen.reference),
+...     head_from_model(model),
+...     frozen_head=frozen.head,
+...     mask=student.completion_mask,
+... )
+>>> loss.backward()
+>>> bool(model.lm_head.weight.grad.norm() > 0)
+True
+"""
 
 from popsd_integrations.huggingface.frozen import (
     EMA,
@@ -9,10 +36,18 @@ from popsd_integrations.huggingface.frozen import (
     frozen_states,
     frozen_weights,
 )
-from popsd_integrations.huggingface.heads import check_head, head_from_model, hidden_states
-from popsd_integrations.huggingface.packing import Packed, check_same_completions, pack, unpad
+from popsd_integrations.huggingface.heads import check_head, eval_mode, head_from_model, hidden_states
+from popsd_integrations.huggingface.packing import (
+    Packed,
+    check_same_completions,
+    pack,
+    pack_contexts,
+    pack_padded,
+    padded,
+    unpad,
+)
 from popsd_integrations.huggingface.prompts import ContextBuilder, ContextConfig, Problem, Prompts
-from popsd_integrations.huggingface.sampling import hf_generate, special_tokens
+from popsd_integrations.huggingface.sampling import Sampler, hf_generate, only_given_settings, special_tokens
 
 __all__ = [
     "EMA",
@@ -25,14 +60,20 @@ __all__ = [
     "Packed",
     "Problem",
     "Prompts",
+    "Sampler",
     "check_head",
     "check_same_completions",
+    "eval_mode",
     "frozen_states",
     "frozen_weights",
     "head_from_model",
     "hf_generate",
     "hidden_states",
+    "only_given_settings",
     "pack",
+    "pack_contexts",
+    "pack_padded",
+    "padded",
     "special_tokens",
     "unpad",
 ]

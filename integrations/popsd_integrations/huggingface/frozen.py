@@ -1,8 +1,7 @@
 """The frozen initial weights, and the three forwards over them that make the target.
 
-A source of frozen weights is a small class whose ``weights()`` is a context manager that yields the model to run. Its
-head is fetched inside that context, since an adapter that trains the head (``modules_to_save``) has another one
-outside.
+A source of frozen weights is a small class whose ``weights()`` is a context manager. It yields the model to run. The head
+is fetched inside that context, because an adapter that trains the head (``modules_to_save``) has another head outside.
 """
 
 from __future__ import annotations
@@ -16,22 +15,22 @@ import torch
 from torch import nn
 
 from popsd import Head
-from popsd_integrations.huggingface.heads import causal_model, head_from_model, hidden_states, is_sharded
-from popsd_integrations.huggingface.packing import Packed, check_same_completions, pack
-from popsd_integrations.huggingface.prompts import Prompts
-
-CONTEXT_OF = {"base": "question", "teacher": "teacher", "reference": "reference"}
+from popsd_integrations.huggingface.heads import eval_mode, head_from_model, hidden_states, is_sharded
+from popsd_integrations.huggingface.packing import CONTEXT_OF, Packed, joined
 
 
 class FrozenWeights(Protocol):
     """Where the frozen weights come from."""
 
     def weights(self) -> Any:
-        """Context manager that yields the model carrying the frozen weights, in eval mode."""
+        """Context manager that yields the model with the frozen weights, in eval mode."""
 
 
 class AdapterOff:
-    """The model under its PEFT adapter: no memory beyond the student's."""
+    """The model under its PEFT adapter. It needs no memory beyond the student's.
+
+    Raises ValueError for a model without an adapter.
+    """
 
     def __init__(self, model: Any) -> None:
         if not hasattr(model, "disable_adapter"):
@@ -43,8 +42,8 @@ class AdapterOff:
 
     @contextmanager
     def weights(self) -> Iterator[nn.Module]:
-        """The student's own model, adapter off, eval mode; flags and modes as found come back on leaving."""
-        # disable_adapter() switches requires_grad on again on leaving, on adapter parameters the user had frozen too.
+        """The student's own model with its adapter off, in eval mode. On leaving, flags and modes are as before."""
+        # On leaving, disable_adapter() sets requires_grad also on adapter parameters that the user had frozen.
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         with eval_mode(self.model):
             try:
@@ -56,7 +55,7 @@ class AdapterOff:
 
 
 class FrozenModel:
-    """A model of its own whose weights nobody trains."""
+    """Another model than the student, whose weights nobody trains."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval()
@@ -67,7 +66,10 @@ class FrozenModel:
 
 
 class FrozenCopy(FrozenModel):
-    """A copy of the weights as they are now, for full fine-tuning: as much memory again as the model's weights."""
+    """A copy of the weights as they are now, for full fine-tuning. It takes the memory of the weights once more.
+
+    Raises ValueError for a model with an adapter, which `AdapterOff` serves without a copy.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         if hasattr(model, "disable_adapter"):
@@ -78,11 +80,12 @@ class FrozenCopy(FrozenModel):
 
 
 class EMA(FrozenModel):
-    """Exponential moving average of the trained weights: average ← decay·average + (1 − decay)·model, per ``update``.
+    """Exponential moving average of the trained weights: average ← decay·average + (1 - decay)·model, per ``update``.
 
-    Starts as the weights are now. What is not trained is shared with the model, so under LoRA only the adapter has a
+    It starts as the weights are now. What is not trained is shared with the model, so under LoRA only the adapter has a
     copy. decay: in [0, 1]; 1 keeps the initial weights, 0 follows the model at once.
-    The average is kept in float32: in bfloat16 a step of 1 − decay = 1e-3 would round away.
+    The average is kept in float32: in bfloat16 a step of 1 - decay = 1e-3 would round away.
+    Raises ValueError for another decay, and for sharded parameters.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -103,7 +106,7 @@ class EMA(FrozenModel):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the model by one step; call it after the optimiser's."""
+        """Follow the model by one step. Call it after the optimiser's step."""
         for name, average in self._average.items():
             average.lerp_(self._live[name].to(average), 1 - self.decay)
         self._write()
@@ -126,30 +129,16 @@ class EMA(FrozenModel):
 
     def _write(self) -> None:
         for name, follower in self._followers.items():
-            follower.copy_(self._average[name])  # to itself where the model is float32
+            follower.copy_(self._average[name])  # in float32 they are the same tensor
 
 
 def frozen_weights(model: nn.Module) -> AdapterOff | FrozenCopy:
-    """The source that fits: the adapter off under PEFT, else a copy of the weights as they are now (call it before
-    training).
-    """
+    """The source that fits the model: `AdapterOff` under PEFT, otherwise `FrozenCopy`. Call it before training."""
     return AdapterOff(model) if hasattr(model, "disable_adapter") else FrozenCopy(model)
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; on leaving every module returns to its own mode, not to one mode for all."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True
-
-
 class FrozenStates(NamedTuple):
-    """Hidden states [B, T, D] that predict the completion tokens, None for contexts not asked for; their head."""
+    """Hidden states [B, T, D] that predict the completion tokens, None for contexts that were not run; and their head."""
 
     base: torch.Tensor | None
     teacher: torch.Tensor
@@ -160,50 +149,58 @@ class FrozenStates(NamedTuple):
 @torch.no_grad()
 def frozen_states(
     source: FrozenWeights,
-    prompts: Sequence[Prompts],
-    completions: Sequence[Sequence[int]],
+    packed: Mapping[str, Packed],
+    contexts: Sequence[str] | None = None,
     *,
-    pad_token_id: int,
-    contexts: Sequence[str] = ("base", "teacher", "reference"),
-    student: Packed | None = None,
     batched: bool = False,
     batch_size: int | None = None,
 ) -> FrozenStates:
     """Run the frozen weights over the same completions in each context, without gradient, in eval mode.
 
-    prompts, completions: one per row. contexts: which of base, teacher, reference to run; standard OPSD needs the
-        teacher alone.
-    student: the student's packed batch, whose completion ids must then agree with every context's (ValueError).
-    batched: all contexts as one batch of len(contexts)·B rows. Contexts differ in length, so padding usually makes it
-        slower (prompts of 64/320/256 tokens, 128 new: 0.97 s against 0.79 s apart); it pays where they are alike.
+    packed: the batches of "base", "teacher" and "reference" on the model's device, from `pack_contexts`, or from
+        `pack_padded` for tensors. All must hold the same completions; `check_same_completions` compares batches packed
+        by hand.
+    contexts: which of them to run, None for all of ``packed``. The teacher is always needed, and standard OPSD needs no
+        other.
+    batched: run all contexts as one batch of len(contexts)·B rows. Contexts differ in length, so padding usually makes it
+        slower (prompts of 64/320/256 tokens, 128 new: 0.97 s against 0.79 s one by one). It pays where they are alike.
     batch_size: rows per forward, None for all.
+
+    Raises ValueError where the teacher is missing, a context is not in ``packed``, the batches differ in B or T, or
+    batch_size is below 1.
+
+    >>> prompts = [Prompts(question=[1, 2], teacher=[1, 2, 3], reference=[3])]
+    >>> packed = pack_contexts(prompts, [[7, 8]], pad_token_id=0)
+    >>> states = frozen_states(frozen_weights(model), packed, ["base", "teacher"])
+    >>> list(states.base.shape), states.reference is None
+    ([1, 2, 16], True)
     """
-    if "teacher" not in contexts or not set(contexts) <= set(CONTEXT_OF):
-        raise ValueError(f"contexts: expected the teacher and others of {list(CONTEXT_OF)}; got {list(contexts)}.")
+    names = list(packed if contexts is None else contexts)
+    if "teacher" not in names or not set(names) <= CONTEXT_OF.keys() & packed.keys():
+        known = [name for name in CONTEXT_OF if name in packed]
+        raise ValueError(f"contexts: expected the teacher and others of {known}, which are packed; got {names}.")
+    sizes = {name: (len(packed[name].spans), packed[name].longest) for name in names}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"packed: expected the same completions in every context; got (rows, longest completion) {sizes}. Pack all "
+            "contexts over the same token ids, as pack_contexts does."
+        )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, or None; got {batch_size}.")
     with source.weights() as model:
-        device = causal_model(model).device
-
-        def run(names: Sequence[str]) -> torch.Tensor:
-            rows = [getattr(row, CONTEXT_OF[name]) for name in names for row in prompts]
-            ids = list(completions) * len(names)
-            size = batch_size or len(rows)
-            parts = []
-            for first in range(0, len(rows), size):
-                part = slice(first, first + size)
-                packed = pack(rows[part], ids[part], pad_token_id=pad_token_id, device=device)
-                packed = packed._replace(longest=max(map(len, completions)))
-                states = hidden_states(model, packed.input_ids, packed.attention_mask, packed.position_ids)
-                parts.append(packed.predicting(states))
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-        if student is not None:  # every context is packed over these very completions
-            question = pack([row.question for row in prompts], completions, pad_token_id=pad_token_id)
-            check_same_completions(**{"student": student, contexts[0]: question})
         if batched:
-            states = dict(zip(contexts, run(contexts).chunk(len(contexts)), strict=True))
+            states = _states(model, joined([packed[name] for name in names]), batch_size).chunk(len(names))
         else:
-            states = {name: run([name]) for name in contexts}
+            states = tuple(_states(model, packed[name], batch_size) for name in names)
         head = head_from_model(model)  # after the forwards: under ZeRO-3 they empty a head tied to the embeddings
-    return FrozenStates(states.get("base"), states["teacher"], states.get("reference"), head)
+    found = dict(zip(names, states, strict=True))
+    return FrozenStates(found.get("base"), found["teacher"], found.get("reference"), head)
+
+
+def _states(model: nn.Module, packed: Packed, batch_size: int | None) -> torch.Tensor:
+    parts, size = [], batch_size or len(packed.spans)
+    for first in range(0, len(packed.spans), size):
+        part = packed.rows(slice(first, first + size))
+        states = hidden_states(model, part.input_ids, part.attention_mask, part.position_ids)
+        parts.append(part.predicting(states))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -1,15 +1,17 @@
 """Head and last hidden states of any Hugging Face causal language model, without computing its logits.
 
-What a model does between the projection and its logits is read from its configuration. The names are the models' own,
-and one of them has two meanings: ``logits_scaling`` divides in Granite and MiniCPM, multiplies in HyperCLOVA X.
-``check_head`` compares the result with the model's own logits, so that an architecture nobody looked at is refused
-rather than trained wrongly.
+What a model does between the projection and its logits is read from its configuration. The models name it differently,
+and one name has two meanings: ``logits_scaling`` divides in Granite and MiniCPM, and multiplies in HyperCLOVA X.
+``check_head`` compares the result with the model's own logits, so that an unknown architecture is refused and not trained
+wrongly.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,9 +28,13 @@ _LOGITS_SCALING_MULTIPLIES = ("hyperclovax",)
 def head_from_model(model: nn.Module) -> Head:
     """The head of a causal language model, PEFT-wrapped or not. It holds the model's own parameters, not copies.
 
-    Under an adapter that trains the head (``modules_to_save``) the answer depends on whether the adapter is on: call it
-    inside the adapter-off context for the frozen head. Raises ValueError or TypeError for a head that is adapted,
-    quantised or absent.
+    The weight is [V, D] in the model's dtype, the bias [V] or None. Under an adapter that trains the head
+    (``modules_to_save``) the answer depends on whether the adapter is on. For the frozen head call it inside the context
+    that switches the adapter off.
+    Raises ValueError for a head that is adapted or absent, TypeError for one that is quantised.
+
+    >>> list(head_from_model(model).weight.shape)
+    [50, 16]
     """
     causal = causal_model(model)
     lm_head = _active_module(causal.get_output_embeddings())
@@ -62,10 +68,14 @@ def hidden_states(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Last hidden states [B, L, D] as the head takes them: the backbone under the head alone, adapters active.
+    """Last hidden states [B, L, D] as the head takes them: the backbone without the head, adapters active.
 
-    input_ids, attention_mask, position_ids: [B, L]. A model that takes no position_ids (ALiBi, state-space) is not
-        given any.
+    input_ids, attention_mask, position_ids: [B, L] int64, on the model's device. A model that takes no position_ids
+        (ALiBi, state-space) is not given any.
+    Raises ValueError for a model without a backbone under its head, and for a prompt-learning adapter.
+
+    >>> list(hidden_states(model, torch.tensor([[1, 2, 3]])).shape)
+    [1, 3, 16]
     """
     causal = causal_model(model)
     backbone = causal.base_model
@@ -86,7 +96,7 @@ def causal_model(model: Any) -> Any:
     if not hasattr(model, "peft_config"):
         return model
     for name, adapter in model.peft_config.items():
-        # These add virtual tokens in the wrapper's forward, which a call of the backbone would skip without a word.
+        # These add virtual tokens in the wrapper's forward, and a call of the backbone would skip them silently.
         if adapter.is_prompt_learning or adapter.is_adaption_prompt:
             raise ValueError(
                 f"model: expected a weight adapter such as LoRA; got the prompt-learning adapter {name!r} "
@@ -98,29 +108,21 @@ def causal_model(model: Any) -> Any:
 def check_head(model: nn.Module, *, tolerance: float = 1e-2) -> None:
     """Compare ``head_from_model(model)`` on ``hidden_states`` with the model's own logits on four tokens.
 
-    tolerance: relative to the largest logit; bf16 rounds at 4e-3, while a missed scale or softcap is off by far more.
-    Raises ValueError where they disagree: the loss would be taken of other distributions than the model's.
+    tolerance: relative to the largest logit. bf16 rounds at 4e-3, and a missed scale or softcap is off by far more.
+    Raises ValueError where they disagree, because the loss would be taken of other distributions than the model's.
+
+    >>> check_head(model)
     """
     head = head_from_model(model)
     causal = causal_model(model)
     vocab_size = causal.get_input_embeddings().weight.shape[0]
     input_ids = torch.tensor([[index * (vocab_size - 1) // 3 for index in range(4)]], device=head.weight.device)
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            expected = model(input_ids=input_ids).logits.float()
-            logits = (
-                nn.functional.linear(
-                    hidden_states(model, input_ids).to(head.weight.dtype), head.weight, head.bias
-                ).float()
-                * head.logit_scale
-            )
-            if head.softcap is not None:
-                logits = head.softcap * torch.tanh(logits / head.softcap)
-    finally:
-        for module in was_training:
-            module.training = True
+    with eval_mode(model), torch.no_grad():
+        expected = model(input_ids=input_ids).logits.float()
+        states = hidden_states(model, input_ids).to(head.weight.dtype)
+        logits = nn.functional.linear(states, head.weight, head.bias).float() * head.logit_scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
     error = math.inf
     if expected.shape == logits.shape:
         error = ((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
@@ -133,8 +135,20 @@ def check_head(model: nn.Module, *, tolerance: float = 1e-2) -> None:
         )
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside. On leaving, every module returns to the mode that it had."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
 def gathered(head: Head, dtype: torch.dtype) -> Head:
-    """The head as plain tensors: under FSDP2 one whose module is sharded apart is gathered here, once, in ``dtype``.
+    """The head as plain tensors: a head that FSDP2 shards by itself is gathered here, once, in ``dtype``.
 
     Its gradient goes back as the mean over the ranks, which is how FSDP2 reduces every other parameter's.
     """
@@ -148,7 +162,7 @@ def _full(parameter: torch.Tensor) -> torch.Tensor:
     if not isinstance(parameter, DTensor):
         return parameter
     mesh = parameter.device_mesh
-    # Each rank's gradient is of its own tokens, hence Partial; full_tensor() alone takes it to be the same everywhere.
+    # Each rank's gradient is of its own tokens, hence Partial. full_tensor() alone takes it to be the same everywhere.
     full: torch.Tensor = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
     if full.requires_grad:
         full.register_hook(lambda gradient: gradient / mesh.size())
@@ -156,9 +170,9 @@ def _full(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def held(head: Head) -> Head:
-    """The head that outlives the forward it was gathered for: under ZeRO-3 tensors of their own over the same memory.
+    """A head that outlives the forward it was gathered for: under ZeRO-3, other tensors over the same memory.
 
-    On leaving that forward ZeRO-3 points the parameter to an empty tensor; it does not touch what it pointed to before.
+    On leaving that forward ZeRO-3 points the parameter to an empty tensor. The memory it pointed to before stays.
     """
     if not is_sharded(head.weight):
         return head
@@ -167,7 +181,7 @@ def held(head: Head) -> Head:
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
-    """Whether a parameter is a part of itself outside its module's forward: under FSDP2 or ZeRO-3."""
+    """Whether a rank holds only a part of a parameter outside its module's forward, as under FSDP2 and ZeRO-3."""
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
 
 

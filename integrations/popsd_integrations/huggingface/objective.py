@@ -1,4 +1,4 @@
-"""What a run trains towards, and its loss on one micro-batch: what the plain loop and the TRL trainer share.
+"""What a run trains towards, and its loss on one micro-batch. The plain loop and the TRL trainer share both.
 
 | loss_target | target | frozen forwards | defaults |
 |---|---|---|---|
@@ -7,7 +7,7 @@
 | beta_opsd | ∝ π_0^(1−1/β)·π_T^(1/β), arXiv 2607.28582 | base, teacher | ``popsd.presets.beta_opsd`` |
 | contrastive_hints | ∝ π_0·(π_right/π_wrong)^(1/β) | base, right hint, wrong hint | ``popsd.presets.contrastive_hints`` |
 
-β is ``pmi_beta``. Any geometric mix of base and teacher is beta_opsd at some β.
+β is ``pmi_beta``. Every geometric mix of base and teacher is beta_opsd at some β.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ _PRESETS: dict[str, Callable[..., PurifiedConfig]] = {
 
 
 def target_config(loss_target: LossTarget, **changes: Any) -> PurifiedConfig:
-    """The configuration of a target: its own defaults, then ``changes``, fields of `popsd.PurifiedConfig`."""
+    """The configuration of a target: its own defaults, changed by ``changes``, fields of `popsd.PurifiedConfig`.
+
+    Raises ValueError for an unknown target, and what `popsd.PurifiedConfig` raises.
+    """
     if loss_target not in get_args(LossTarget):
         raise ValueError(f"loss_target: expected one of {list(get_args(LossTarget))}; got {loss_target!r}.")
     return _PRESETS.get(loss_target, PurifiedConfig)(**changes)
@@ -45,7 +48,7 @@ def loss_function(
     masks: MaskConfig | None = None,
     **options: Any,
 ) -> PurifiedOPSDLoss:
-    """The loss towards a target; None is `target_config`'s. options: of `popsd.PurifiedOPSDLoss`.
+    """The loss towards a target. config: None is `target_config`'s. options: of `popsd.PurifiedOPSDLoss`.
 
     Raises ValueError for masks that read Eq. 4 where no reference-only teacher is run.
     """
@@ -60,14 +63,14 @@ def loss_function(
 
 
 def needed_contexts(loss_target: LossTarget, decompose: bool) -> list[str]:
-    """The frozen contexts that a target is built of, and the reference where Eq. 4 is to be measured beside OPSD."""
+    """The frozen contexts that a target is built of. OPSD needs the reference only to measure Eq. 4 (``decompose``)."""
     if loss_target == "opsd":
         return ["teacher", "reference"] if decompose else ["teacher"]
     return ["base", "teacher"] if loss_target == "beta_opsd" else ["base", "teacher", "reference"]
 
 
 def measures_decomposition(loss_target: LossTarget) -> bool:
-    """Whether Eq. 4 can be logged: β-OPSD has the base where the others have the reference."""
+    """Whether Eq. 4 can be logged. Not for β-OPSD, which has the base in the place of the reference."""
     return loss_target != "beta_opsd"
 
 
@@ -83,10 +86,11 @@ def student_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Forward of the student with gradient, then the loss: results and errors of ``popsd.PurifiedOPSDLoss``.
 
-    packed: questions and completions. frozen: states of the same completions; where the reference was not run the base
-        stands for it, which makes the purified target β-OPSD's. mask: [B, T] true or a weight, None for all tokens.
+    packed: questions and completions, as the base has them. frozen: states of the same completions. Where the reference
+        was not run, the base takes its place, which makes the purified target β-OPSD's. mask: [B, T] bool or float
+        weights, None for all tokens.
     Where student and frozen weights have the same untrained head, one head serves all four streams, which saves a
-    matrix product.
+    matmul.
     """
     states = hidden_states(model, packed.input_ids, packed.attention_mask, packed.position_ids)
     head = head_from_model(model)

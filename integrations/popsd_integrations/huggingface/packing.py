@@ -1,23 +1,30 @@
-"""The prompts of student, teacher and reference-only teacher, and batches of them over the same completion ids.
+"""Prompts and completions in one padded batch, from lists of token ids or from padded tensors.
 
-The loss compares four distributions at the same completion token, so alignment is explicit: every row carries its own
-completion span, and the hidden states that *predict* its tokens are gathered by position, never by padded width.
+The loss compares four distributions at the same completion token. Every row therefore carries the columns of its own
+completion, and the hidden states that predict its tokens are gathered by position, never by padded width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from popsd_integrations.huggingface.prompts import Prompts
+
+CONTEXT_OF = {"base": "question", "teacher": "teacher", "reference": "reference"}
+"""Each frozen distribution and the field of `Prompts` that it reads. The student reads the base's."""
+
 
 class Packed(NamedTuple):
-    """Prompts and completions in one padded batch: [B, L] int64 tensors, and where each row's completion lies.
+    """Prompts and completions in one padded batch, and where each row's completion lies.
 
-    spans: [B, 2] int64, start and end of the completion. longest: T, tokens of the longest completion.
-    position_ids are explicit: without them left padding moves absolute positions, and costs bf16 models a mean logit
-    error of 2e-2 (with them ≤ 1e-4), which the purified target, a difference of two passes, cannot bear.
+    input_ids, attention_mask, position_ids: [B, L] int64. spans: [B, 2] int64, first column of the completion and the
+        column after its last. longest: T, tokens of the longest completion.
+    position_ids count from each row's first token. Without them left padding shifts the positions, which costs bf16
+    models a mean logit error of 2e-2 (with them at most 1e-4). The purified target is a difference of two forwards and
+    does not tolerate that.
     """
 
     input_ids: torch.Tensor
@@ -28,19 +35,20 @@ class Packed(NamedTuple):
 
     @property
     def completion_mask(self) -> torch.Tensor:
-        """[B, T] bool, T the longest completion: True on the tokens that exist."""
+        """[B, T] bool: True on the tokens that exist."""
         lengths = self.spans[:, 1] - self.spans[:, 0]
         return torch.arange(self.longest, device=lengths.device) < lengths[:, None]
 
     @property
     def completion_ids(self) -> torch.Tensor:
-        """[B, T] int64, right-padded with whatever follows the completion in its row, or its last token."""
+        """[B, T] int64: the completions. Entries where completion_mask is False repeat the row's last token."""
         return self.input_ids.gather(1, self._columns(offset=0))
 
     def predicting(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Of hidden states [B, L, D], those that predict each completion token (columns start−1 … end−2): [B, T, D].
+        """Of hidden states [B, L, D], those that predict each completion token (columns start - 1 to end - 2): [B, T, D].
 
-        Entries where completion_mask is False repeat another position of the row: finite, and to be masked.
+        Entries where completion_mask is False repeat another position of the row. They are finite and must be masked.
+        Raises ValueError where ``hidden`` has another B or L.
         """
         if hidden.ndim != 3 or hidden.shape[:2] != self.input_ids.shape:
             raise ValueError(
@@ -50,9 +58,23 @@ class Packed(NamedTuple):
         columns = self._columns(offset=-1)
         return hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
 
+    def rows(self, part: slice) -> Packed:
+        """Some of the rows, with the width and the T of the whole batch."""
+        return self._mapped(lambda x: x[part])
+
+    def to(self, device: torch.device | str | None) -> Packed:
+        return self._mapped(lambda x: x.to(device))
+
+    def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Packed:
+        changed: dict[str, Any] = {name: function(getattr(self, name)) for name in _TENSORS}
+        return self._replace(**changed)
+
     def _columns(self, offset: int) -> torch.Tensor:
         start, end = self.spans[:, :1] + offset, self.spans[:, 1:] + offset
         return torch.minimum(start + torch.arange(self.longest, device=start.device), end - 1)
+
+
+_TENSORS = Packed._fields[:4]
 
 
 def pack(
@@ -63,56 +85,162 @@ def pack(
     side: str = "left",
     device: torch.device | str | None = None,
 ) -> Packed:
-    """Concatenate each prompt with its completion and pad to the longest row: no column is padding in the whole batch.
+    """Put each prompt before its completion, and pad to the longest row.
 
     prompts, completions: B lists of token ids without padding. side: "left" pads before the prompt, "right" after the
-    completion. Raises ValueError on an empty prompt (nothing would predict the first token), an empty completion, or
-    unequal counts.
+        completion. device: where the result lies, None for the CPU.
+    Raises ValueError on an empty prompt (nothing would predict the first token), on an empty completion, and where the
+    numbers of prompts and completions differ.
+
+    >>> packed = pack([[5], [5, 6, 7]], [[8, 9], [4]], pad_token_id=0)
+    >>> packed.input_ids.tolist(), packed.spans.tolist(), packed.longest
+    ([[0, 5, 8, 9], [5, 6, 7, 4]], [[2, 4], [3, 4]], 2)
     """
-    if side not in ("left", "right"):
-        raise ValueError(f"side: expected 'left' or 'right'; got {side!r}.")
     if len(prompts) != len(completions) or not prompts:
         raise ValueError(
             f"completions: expected one per prompt and at least one; got {len(prompts)} prompts and {len(completions)} "
             "completions. Repeat a prompt for each of its completions."
         )
-    for name, rows in (("prompts", prompts), ("completions", completions)):
-        empty = [row for row, ids in enumerate(rows) if len(ids) == 0]
-        if empty:
+    lengths = [(len(prompt), len(completion)) for prompt, completion in zip(prompts, completions, strict=True)]
+    _check(side, lengths)  # before the padding, which cannot pad nothing
+    tensors = (*padded(prompts, pad_token_id), *padded(completions, pad_token_id, side="right"))
+    return pack_padded(*tensors, pad_token_id=pad_token_id, side=side, lengths=lengths).to(device)
+
+
+def pack_contexts(
+    prompts: Sequence[Prompts],
+    completions: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    contexts: Sequence[str] = tuple(CONTEXT_OF),
+    side: str = "left",
+    device: torch.device | str | None = None,
+) -> dict[str, Packed]:
+    """`pack` the same completions behind each context's prompts: what `frozen_states` takes.
+
+    contexts: which of "base", "teacher" and "reference". The base reads the question, so its batch is the student's too.
+    Raises ValueError on another name, and as `pack` does.
+
+    >>> batches = pack_contexts([Prompts([1, 2], [1, 2, 3], [3])], [[7, 8]], pad_token_id=0)
+    >>> {name: packed.input_ids.tolist() for name, packed in batches.items()}
+    {'base': [[1, 2, 7, 8]], 'teacher': [[1, 2, 3, 7, 8]], 'reference': [[3, 7, 8]]}
+    """
+    if not set(contexts) <= CONTEXT_OF.keys():
+        raise ValueError(f"contexts: expected some of {list(CONTEXT_OF)}; got {list(contexts)}.")
+    rows = {name: [getattr(row, CONTEXT_OF[name]) for row in prompts] for name in contexts}
+    return {
+        name: pack(ids, completions, pad_token_id=pad_token_id, side=side, device=device) for name, ids in rows.items()
+    }
+
+
+def pack_padded(
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    *,
+    pad_token_id: int,
+    side: str = "left",
+    lengths: Sequence[tuple[int, int]] | None = None,
+) -> Packed:
+    """`pack` for tensors that are padded already, on their device and without a loop over the rows.
+
+    prompt_ids, completion_ids: [B, P] and [B, C] int64, padded anywhere. prompt_mask, completion_mask: of the same
+        shapes, non-zero on the tokens. The result leaves out the columns that are padding in every row.
+    lengths: tokens of each row's prompt and completion, where the host knows them; they must agree with the masks. None
+        reads them from the device, for which the host waits once.
+    Raises ValueError as `pack` does, and where shapes disagree.
+
+    >>> ids, mask = torch.tensor([[0, 5], [6, 7]]), torch.tensor([[0, 1], [1, 1]])
+    >>> pack_padded(ids, mask, ids, mask, pad_token_id=0).input_ids.tolist()
+    [[0, 0, 5, 5], [6, 7, 6, 7]]
+    """
+    for name, ids, mask in (
+        ("prompt_mask", prompt_ids, prompt_mask),
+        ("completion_mask", completion_ids, completion_mask),
+    ):
+        if ids.ndim != 2 or ids.shape != mask.shape or len(ids) != len(prompt_ids):
             raise ValueError(
-                f"{name}: expected at least one token in every row; got none in row {empty[0]} (rows affected: "
-                f"{len(empty)}). Leave these rows out of the batch in every context."
+                f"{name}: expected the shape [{len(prompt_ids)}, L] of its ids; got {list(mask.shape)} for ids "
+                f"{list(ids.shape)}."
             )
-    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-    width = max(map(len, rows))
-    shifts = [width - len(row) if side == "left" else 0 for row in rows]
-    input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for index, (row, shift) in enumerate(zip(rows, shifts, strict=True)):
-        input_ids[index, shift : shift + len(row)] = torch.tensor(row)
-        attention_mask[index, shift : shift + len(row)] = 1
-    spans = torch.tensor(
-        [(shift + len(prompt), shift + len(row)) for shift, prompt, row in zip(shifts, prompts, rows, strict=True)]
-    )
+    if lengths is None:
+        counts: list[list[int]] = torch.stack([prompt_mask.bool().sum(1), completion_mask.bool().sum(1)], 1).tolist()
+        lengths = [(prompt, completion) for prompt, completion in counts]
+    _check(side, lengths)
+    width, longest = max(map(sum, lengths)), max(completion for _, completion in lengths)
+    mask = torch.cat([prompt_mask, completion_mask], dim=1).ne(0).to(torch.int8)
+    # A stable sort by the mask keeps the tokens in order and moves the padding to one side.
+    order = mask.argsort(dim=1, stable=True, descending=side == "right")
+    order = order[:, order.shape[1] - width :] if side == "left" else order[:, :width]
+    attention_mask = mask.gather(1, order).long()
+    input_ids = torch.cat([prompt_ids, completion_ids], dim=1).gather(1, order)
+    input_ids = input_ids.masked_fill(attention_mask == 0, pad_token_id)
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    return Packed(
-        input_ids.to(device),
-        attention_mask.to(device),
-        position_ids.to(device),
-        spans.to(device),
-        max(map(len, completions)),
+    tokens = attention_mask.sum(1)
+    end = torch.full_like(tokens, width) if side == "left" else tokens
+    spans = torch.stack([end - completion_mask.ne(0).sum(1), end], dim=1)
+    return Packed(input_ids, attention_mask, position_ids, spans, longest)
+
+
+def padded(
+    rows: Sequence[Sequence[int]],
+    pad_token_id: int,
+    *,
+    side: str = "left",
+    device: torch.device | str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists of token ids as one batch: ids and mask, [B, L] int64 each.
+
+    >>> [x.tolist() for x in padded([[1, 2], [3]], 0)]
+    [[[1, 2], [0, 3]], [[1, 1], [0, 1]]]
+    """
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids, mask = (
+        torch.nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=value, padding_side=side).to(device)
+        for x, value in ((tensors, pad_token_id), ([torch.ones_like(x) for x in tensors], 0))
     )
+    return ids, mask
 
 
 def unpad(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
-    """Rows of a padded [B, L] batch as lists of the ids whose mask is non-zero: what ``pack`` takes."""
+    """Rows of a padded batch as lists of the ids whose mask is non-zero. The host waits for the device once.
+
+    ids, mask: [B, L], ids not negative. Raises ValueError where the shapes differ.
+
+    >>> unpad(torch.tensor([[0, 5], [6, 7]]), torch.tensor([[0, 1], [1, 1]]))
+    [[5], [6, 7]]
+    """
     if ids.shape != mask.shape or ids.ndim != 2:
         raise ValueError(f"mask: expected the shape [B, L] of ids; got {list(mask.shape)} for ids {list(ids.shape)}.")
-    return [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.bool().cpu(), strict=True)]
+    return [[token for token in row if token >= 0] for row in ids.masked_fill(mask == 0, -1).tolist()]
+
+
+def joined(batches: Sequence[Packed]) -> Packed:
+    """Packed batches over the same completions, one below the other in a batch as wide as the widest."""
+    width = max(packed.input_ids.shape[1] for packed in batches)
+    wide = [_widened(packed, width - packed.input_ids.shape[1]) for packed in batches]
+    rows: dict[str, Any] = {name: torch.cat([getattr(packed, name) for packed in wide]) for name in _TENSORS}
+    return wide[0]._replace(**rows)
+
+
+def _widened(packed: Packed, columns: int) -> Packed:
+    """More padding on the left. The ids of the new columns repeat the first one, which is as masked as any."""
+    ids = packed.input_ids
+    zeros = torch.zeros_like(ids[:, :1]).expand(-1, columns)
+    return packed._replace(
+        input_ids=torch.cat([ids[:, :1].expand(-1, columns), ids], dim=1),
+        attention_mask=torch.cat([zeros, packed.attention_mask], dim=1),
+        position_ids=torch.cat([zeros, packed.position_ids], dim=1),
+        spans=packed.spans + columns,
+    )
 
 
 def check_same_completions(**contexts: Packed) -> None:
-    """Raise ValueError unless all packed batches carry the same completion ids, row by row. Keywords name them."""
+    """Raise ValueError unless all packed batches carry the same completion ids, row by row. Keywords name them.
+
+    It reads the batches on the host, so it is for batches packed by hand. `pack_contexts` needs no such check.
+    """
     (first_name, first), *others = contexts.items()
     for name, packed in others:
         if len(packed.spans) != len(first.spans):
@@ -127,6 +255,18 @@ def check_same_completions(**contexts: Packed) -> None:
                     f"{_shown(a)}, {name} has {_shown(b)}. Pack every context over the same token ids: decoding and "
                     "tokenizing a completion again does not return them."
                 )
+
+
+def _check(side: str, lengths: Sequence[tuple[int, int]]) -> None:
+    if side not in ("left", "right"):
+        raise ValueError(f"side: expected 'left' or 'right'; got {side!r}.")
+    for name, counts in zip(("prompts", "completions"), zip(*lengths, strict=True), strict=True):
+        empty = [row for row, count in enumerate(counts) if count == 0]
+        if empty:
+            raise ValueError(
+                f"{name}: expected at least one token in every row; got none in row {empty[0]} (rows affected: "
+                f"{len(empty)}). Leave these rows out of the batch in every context."
+            )
 
 
 def _completions(packed: Packed) -> list[list[int]]:

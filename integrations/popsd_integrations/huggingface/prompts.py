@@ -12,8 +12,8 @@ class Problem(NamedTuple):
     """A question and its reference solution.
 
     question: text, or a conversation: messages with "role" and "content", the last one the user's. Templates are filled
-        with that message; those before it stay in student and teacher, and of them the reference keeps the system's alone.
-    wrong_solution: the wrong hint, for ``ContextConfig.reference = "wrong_hint"`` alone.
+        with that message. The messages before it stay in student and teacher. The reference keeps only the system's.
+    wrong_solution: the wrong hint. Only ``ContextConfig.reference = "wrong_hint"`` uses it.
     """
 
     question: str | Sequence[Mapping[str, Any]]
@@ -22,7 +22,10 @@ class Problem(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Token ids of one problem's prompts: question (student and base), teacher, reference (no question, or a wrong hint)."""
+    """Token ids of one problem's prompts.
+
+    question: what student and base read. teacher: with the solution. reference: the solution alone, or a wrong hint.
+    """
 
     question: list[int]
     teacher: list[int]
@@ -33,14 +36,15 @@ class Prompts(NamedTuple):
 class ContextConfig:
     """How prompts are written. Templates hold ``{question}`` and ``{solution}``; everything else in them is literal.
 
-    reference: "solution_only", the solution without the question by ``reference_template``; or "wrong_hint", the
+    reference: "solution_only" writes the solution without the question, by ``reference_template``. "wrong_hint" writes the
         problem's ``wrong_solution`` by ``teacher_template``, for the contrast of hints.
     system_prompt: a first message of every chat, or None. It needs a tokenizer with a chat template.
     student_kwargs, teacher_kwargs, reference_kwargs: ``chat_template_kwargs`` of each context, such as
         ``enable_thinking``.
     max_prompt_tokens: longest prompt allowed in any context, or None.
-    on_overflow: "error"; "truncate" cuts the reference solution, the same in teacher and reference (of a wrong hint to
-        the same number of tokens); "drop" leaves the row out. The question is never cut.
+    on_overflow: what happens to a longer one. "error" raises. "truncate" cuts the solution, alike in teacher and reference
+        (and a wrong hint to the same number of tokens). "drop" leaves the row out. The question is never cut.
+    Raises ValueError where a template has other fields, and for unknown values.
     """
 
     question_template: str = "{question}"
@@ -89,7 +93,13 @@ class ContextBuilder:
 
     text_as_chat: write a question given as text as a user's message where there is a chat template. False leaves it plain
         text, as TRL does. A conversation always takes the chat template.
-    ``truncated`` and ``dropped`` count the problems whose solution was cut and those left out since construction.
+    ``truncated`` counts the problems whose solution was cut, ``dropped`` those left out.
+    Raises ValueError for a system prompt without a chat template.
+
+    >>> from popsd_integrations.miniature.tokenizer import build_tokenizer
+    >>> config = ContextConfig(teacher_template="{question} {solution} A", reference_template="{solution} A")
+    >>> ContextBuilder(build_tokenizer(), config).build(Problem("Q 3", "4 5"))
+    Prompts(question=[11, 3], teacher=[11, 3, 4, 5, 13], reference=[4, 5, 13])
     """
 
     def __init__(self, tokenizer: Any, config: ContextConfig | None = None, *, text_as_chat: bool = True) -> None:
@@ -139,10 +149,6 @@ class ContextBuilder:
             )
         return built
 
-    def question(self, problem: Problem) -> str | list[dict[str, Any]]:
-        """The student's prompt before it becomes tokens: text, or messages for the chat template."""
-        return self._write(self.config.question_template, problem)
-
     def check(self, problem: Problem) -> None:
         """Raise ValueError where question or solution is empty, or a conversation does not end with the user."""
         question, solution, wrong = problem
@@ -190,7 +196,7 @@ class ContextBuilder:
             *history, last = ({**message} for message in question)
             question = last["content"]
         values = {"{question}": question, "{solution}": problem.solution}
-        # One pass over the template: a question that itself contains "{solution}" stays as it is.
+        # One pass over the template, so that a question which contains "{solution}" stays as it is.
         text = _FIELD.sub(lambda found: values[found[0]], template)
         if isinstance(problem.question, str) and not self._text_as_chat:
             return text
@@ -211,12 +217,12 @@ class ContextBuilder:
         )
 
     def _truncate(self, problem: Problem, prompts: Prompts, limit: int) -> Prompts | None:
-        """The longest head of the solution with which both prompts fit: Δ_it needs the same solution in both."""
+        """The prompts with the longest beginning of the solution that fits both. Δ_it needs the same solution in both."""
         hints = problem[1:] if self.config.reference == "wrong_hint" else problem[1:2]
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in hints]
         keep = max(map(len, ids))
         while max(map(len, prompts)) > limit:
-            # Decoding and encoding again may change the count, hence the loop.
+            # Decoding and encoding again may change the number of tokens, hence the loop.
             keep -= max(map(len, prompts)) - limit
             solution, *wrong = (self.tokenizer.decode(hint[: max(keep, 0)]).strip() for hint in ids)
             if not all((solution, *wrong)):
@@ -228,8 +234,8 @@ class ContextBuilder:
 def thinking_states(tokenizer: Any, prompts: Prompts) -> dict[str, str]:
     """How each prompt ends: "open" in a <think> block, "closed" after one, "none" otherwise.
 
-    The same completion follows all three. Where they differ, its first tokens (``<think>`` or the answer) mean something
-    else in each context, and the divergence there is of the templates' making.
+    The same completion follows all three prompts. Where they end differently, its first tokens (``<think>`` or the answer)
+    mean something else in each context, and the templates alone cause a divergence there.
     """
     ends = {name: tokenizer.decode(ids[-8:]).rstrip() for name, ids in prompts._asdict().items()}
     return {

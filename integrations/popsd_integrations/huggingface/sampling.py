@@ -1,14 +1,51 @@
-"""Completions of a student by ``model.generate``."""
+"""Completions of a student: by ``model.generate``, or by any function of the same arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
-from popsd_integrations.huggingface.heads import causal_model
+from popsd_integrations.huggingface.heads import causal_model, eval_mode
+from popsd_integrations.huggingface.packing import padded
+from popsd_integrations.huggingface.prompts import Prompts
+
+Generate = Callable[..., list[list[int]]]
+
+
+class Sampler:
+    """Completions of a model on the questions of prompts, in eval mode.
+
+    tokenizer: with an eos_token_id, where the model's generation_config names none. temperature: 0 is greedy.
+    generate: called as ``generate(model, questions, max_new_tokens=, temperature=, eos_token_id=, pad_token_id=)`` with
+        questions as lists of token ids; returns completions as such lists. None: `hf_generate`.
+    Raises ValueError where no end-of-sequence token is known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        generate: Generate | None = None,
+    ) -> None:
+        self.eos_token_id, self.pad_token_id = special_tokens(model, tokenizer)
+        self._generate: Generate = generate or hf_generate
+        self._options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+
+    def __call__(self, model: nn.Module, prompts: Sequence[Prompts]) -> list[list[int]]:
+        with eval_mode(model):
+            return self._generate(
+                model,
+                [row.question for row in prompts],
+                eos_token_id=self.eos_token_id,
+                pad_token_id=self.pad_token_id,
+                **self._options,
+            )
 
 
 def hf_generate(
@@ -20,37 +57,63 @@ def hf_generate(
     eos_token_id: Sequence[int],
     pad_token_id: int,
 ) -> list[list[int]]:
-    """Completions by ``model.generate``, the end-of-sequence token included where it came. temperature 0 is greedy.
+    """Completions by ``model.generate``: samples of softmax(logits / temperature), or the argmax at temperature 0.
 
-    Every filter is set explicitly: ``generate`` fills what is left unset from the model's own generation_config, and
-    Qwen3's top_k = 20, top_p = 0.95 would make the samples another policy's than the student's.
+    prompts: B lists of token ids. Returns B lists, each up to its first end-of-sequence token, which is included.
+    No filter and no penalty applies, whatever the model's own generation_config says (see `only_given_settings`).
+
+    >>> options = {"max_new_tokens": 3, "temperature": 0.0, "eos_token_id": [49], "pad_token_id": 0}
+    >>> [len(completion) for completion in hf_generate(model, [[1, 2]], **options)]
+    [3]
     """
     from transformers import GenerationConfig
 
-    device = causal_model(model).device
-    width = max(map(len, prompts))
-    input_ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in prompts], device=device)
-    attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
-    settings: dict[str, Any] = {"do_sample": temperature > 0, "num_beams": 1, "repetition_penalty": 1.0}
+    input_ids, attention_mask = padded(prompts, pad_token_id, device=causal_model(model).device)
+    settings: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
-    generated = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens, eos_token_id=list(eos_token_id), pad_token_id=pad_token_id, **settings
-        ),
-    )
+        # generate fills what nobody set from its own defaults, and one of them is top_k=50
+        settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with only_given_settings(model):
+        generated = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens, eos_token_id=list(eos_token_id), pad_token_id=pad_token_id, **settings
+            ),
+        )
     ends = set(eos_token_id)
     completions = []
-    for row in generated[:, width:].tolist():
+    for row in generated[:, input_ids.shape[1] :].tolist():
         length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
         completions.append(row[:length])
     return completions
 
 
+@contextmanager
+def only_given_settings(model: Any) -> Iterator[None]:
+    """Inside, ``model.generate`` uses the settings it is given and none of the model's own generation_config.
+
+    ``generate`` fills every setting that is left unset from ``model.generation_config``. There are dozens, and many change
+    what is sampled: top_k, suppress_tokens, no_repeat_ngram_size, min_new_tokens, guidance_scale, num_return_sequences.
+    The samples would be another policy's than the student's. The model's own configuration is back on leaving, so that
+    it is saved with the model.
+    """
+    from transformers import GenerationConfig
+
+    causal = causal_model(model)
+    own = causal.generation_config
+    causal.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        causal.generation_config = own
+
+
 def special_tokens(model: nn.Module, tokenizer: Any) -> tuple[list[int], int]:
-    """End-of-sequence ids (a chat model often has several, in its generation_config) and the padding id."""
+    """End-of-sequence ids (a chat model often has several, in its generation_config) and the padding id.
+
+    Raises ValueError where neither the model nor the tokenizer names an end-of-sequence token.
+    """
     eos = getattr(getattr(causal_model(model), "generation_config", None), "eos_token_id", None)
     eos = tokenizer.eos_token_id if eos is None else eos
     if eos is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import textwrap
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from popsd_integrations.miniature.evaluate import Score
 from popsd_integrations.miniature.task import STYLES
+from popsd_integrations.plotting import COLOURS, LINE, TEXT, data_uri, figure, legend, save, style
 
 COLUMNS = {
     "accuracy": "accuracy, T = 1",
@@ -19,16 +19,14 @@ COLUMNS = {
     "eos_rate": "completions that end",
 }
 ROWS = {"base": "base (warm-up)", "opsd": "standard OPSD", "purified": "purified OPSD"}
-# Okabe-Ito: told apart by colour-blind readers too.
-COLOURS = {"base": "#666666", "opsd": "#D55E00", "purified": "#0072B2", "teacher": "#CC79A7", "reference": "#E69F00"}
 NOTES = (
-    "The gap in style between teacher and reference-only probe was chosen in the data of this demo: "
-    f"{STYLES['teacher'].terse:.0%} of the teacher's tries are terse, {STYLES['reference'].terse:.0%} of the probe's, "
-    f"{STYLES['question'].terse:.0%} of the student's. With a teacher terser than the probe, "
-    "purified training loses markers and accuracy too.",
-    "No gain over the base is claimed: between seeds and warm-ups, purified ends somewhat above or below it. What "
-    "holds up is that standard OPSD collapses and that the purified target keeps the markers, and most of the "
-    "accuracy at T = 1; greedy decoding often loses some.",
+    "How terse teacher and reference-only teacher are is a design choice in the synthetic data: "
+    f"{STYLES['teacher'].terse:.0%} of the teacher's tries are terse, {STYLES['reference'].terse:.0%} of the "
+    f"reference-only teacher's, {STYLES['question'].terse:.0%} of the student's. With a teacher terser than the "
+    "reference-only one, purified training loses markers and accuracy too.",
+    "No gain over the base is claimed. Between seeds and warm-ups, purified ends somewhat above or below it. In all of "
+    "them standard OPSD collapses, and the purified target keeps the markers and most of the accuracy at T = 1. "
+    "Greedy decoding often loses some.",
     "The task is synthetic, the model has 162k parameters, and the warm-up was trained on all three contexts.",
 )
 
@@ -48,23 +46,18 @@ def table(results: dict[str, Any]) -> str:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """One paragraph: sample sizes, noise, and the style gap that predicts the outcome."""
+    """One paragraph: sample sizes, noise, and the difference in style that predicts the outcome."""
     gap = results["style_gap"]
     return (
         f"Means over {len(results['per_seed']['opsd'])} seed(s); the standard error of an accuracy is "
         f"{results['standard_error']:.3f}. Before training, P(MAYBE) at the first token: base {gap['base']:.2f}, "
         f"teacher {gap['teacher']:.2f}, reference {gap['reference']:.2f}; purified target {gap['target']:.2f}. OPSD "
-        "pulls the student to the teacher's, purified to the target's."
+        "trains the student towards the teacher's value, purified towards the target's."
     )
 
 
 def plot(results: dict[str, Any], output_dir: Path) -> list[Path]:
     """Write outcome.png and diagnostics.png; returns their paths. Raises ImportError without matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     outcome = {
         "eval/accuracy": "accuracy at T = 1",
         "eval/accuracy_greedy": "accuracy, greedy",
@@ -81,23 +74,18 @@ def plot(results: dict[str, Any], output_dir: Path) -> list[Path]:
     paths = []
     for name, panels, columns in (("outcome", outcome, 4), ("diagnostics", diagnostics, 3)):
         rows = -(-(len(panels) + (name == "diagnostics")) // columns)
-        figure, grid = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.9 * rows), squeeze=False)
-        axes = list(grid.flat)
+        drawn, axes = figure(rows, columns)
         for axis, (key, title) in zip(axes, panels.items(), strict=False):
             _curves(axis, results, key, title)
         if name == "diagnostics":
             _gap_bars(axes[len(panels)], results["style_gap"])
-        axes[0].legend(frameon=False, fontsize=8)
-        figure.tight_layout()
-        path = Path(output_dir) / f"{name}.png"
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
-        paths.append(path)
+        legend(axes[0])
+        paths.append(save(drawn, Path(output_dir) / f"{name}.png"))
     return paths
 
 
 def _curves(axis: Any, results: dict[str, Any], key: str, title: str) -> None:
-    """One thin line per seed; an evaluated quantity starts at the base's value, step 0."""
+    """One line per seed. An evaluated quantity starts at the base's value, at step 0."""
     field = key.removeprefix("eval/")
     base = results["base"][field] if key.startswith("eval/") and field in Score._fields else None
     for target in ("opsd", "purified"):
@@ -106,38 +94,22 @@ def _curves(axis: Any, results: dict[str, Any], key: str, title: str) -> None:
             if base is not None:
                 points.insert(0, (0, base))
             label = ROWS[target] if seed == 0 else None
-            axis.plot(
-                *zip(*points, strict=True),
-                color=COLOURS[target],
-                marker="o",
-                markersize=2.5,
-                linewidth=1.3,
-                label=label,
-            )
+            axis.plot(*zip(*points, strict=True), color=COLOURS[target], label=label, **LINE)
     if base is not None:
         axis.axhline(base, color=COLOURS["base"], linewidth=0.8, linestyle="--", label="base")
         axis.set_ylim(bottom=0)
-    axis.set_title(title, fontsize=9)
-    axis.set_xlabel("step", fontsize=8)
-    _plain(axis)
+    style(axis, title, "step")
 
 
 def _gap_bars(axis: Any, gap: dict[str, float]) -> None:
-    colours = [COLOURS.get(name, COLOURS["purified"]) for name in gap]
-    bars = axis.bar(list(gap), list(gap.values()), color=colours)
-    axis.bar_label(bars, fmt="%.2f", fontsize=8)
+    bars = axis.bar(list(gap), list(gap.values()), color=[COLOURS[name] for name in gap])
+    axis.bar_label(bars, fmt="%.2f", fontsize=TEXT)
     axis.set_ylim(0, 1.1)
-    axis.set_title("P(MAYBE) at the first token, before training", fontsize=9)
-    _plain(axis)
-
-
-def _plain(axis: Any) -> None:
-    axis.tick_params(labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
+    style(axis, "P(MAYBE) at the first token, before training")
 
 
 def write_html(results: dict[str, Any], plots: list[Path], path: Path) -> None:
-    """One self-contained page: the images are inlined, nothing is loaded from elsewhere."""
+    """One page that holds its images and loads nothing."""
     header = "".join(f"<th>{html.escape(title)}</th>" for title in ["", *COLUMNS.values()])
     body = "".join(
         f'<tr class="{row}"><th>{title}</th>'
@@ -145,10 +117,7 @@ def write_html(results: dict[str, Any], plots: list[Path], path: Path) -> None:
         + "</tr>"
         for row, title in ROWS.items()
     )
-    images = "".join(
-        f'<img alt="{image.stem}" src="data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}">'
-        for image in plots
-    )
+    images = "".join(f'<img alt="{image.stem}" src="{data_uri(image)}">' for image in plots)
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in NOTES)
     missing = "" if plots else "<p>No plots: matplotlib is not installed (<code>pip install 'popsd[plots]'</code>).</p>"
     seconds = results["seconds"]
@@ -163,6 +132,8 @@ def write_html(results: dict[str, Any], plots: list[Path], path: Path) -> None:
             batch=results["config"]["batch_size"],
             seconds=f"{seconds['total']:.0f}",
             warmup=f"{seconds['warm-up']:.0f}",
+            opsd=COLOURS["opsd"],
+            purified=COLOURS["purified"],
         )
     )
 
@@ -176,13 +147,13 @@ _PAGE = """<!doctype html>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
 table {{ border-collapse: collapse; margin: 1rem 0; }}
 th, td {{ padding: .35rem .9rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums;
-}} th:first-child {{ text-align: left; }} thead th {{ font-weight: 600; font-size: .85em; }} tr.opsd th, tr.opsd
-td:nth-child(2) {{ color: #D55E00; }} tr.purified th, tr.purified td:nth-child(2) {{ color: #0072B2; }} img {{ width:
-100%; margin: .5rem 0; }} code {{ background: #f3f3f3; padding: 0 .2em; }} </style></head><body> <h1>On-policy
-self-distillation in miniature</h1> <p>A small reasoner finds the two of four digits that sum to T modulo 10, by
-proposing, checking and doubting. It is distilled on its own completions ({steps} steps of {batch}) towards a teacher
-that also sees the solution: with the teacher itself as the target (standard OPSD), and with the purified target, which
-takes out what the solution alone would say (arXiv 2607.02234).</p>
+}} th:first-child {{ text-align: left; }} thead th {{ font-weight: 600; font-size: .85em; }}
+tr.opsd th, tr.opsd td:nth-child(2) {{ color: {opsd}; }} tr.purified th, tr.purified td:nth-child(2) {{ color: {purified}; }}
+img {{ width: 100%; margin: .5rem 0; }} code {{ background: #f3f3f3; padding: 0 .2em; }}
+</style></head><body> <h1>On-policy self-distillation in miniature</h1>
+<p>A small reasoner looks for the two of four digits that sum to T modulo 10. It proposes, checks and doubts. It is distilled
+on its own completions ({steps} steps of {batch}) towards a teacher that also sees the solution. Standard OPSD takes the
+teacher itself as the target. The purified target removes what the solution alone would say (arXiv 2607.02234).</p>
 <table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table> <p>{summary}</p> {images} <h2>What this does and
 does not show</h2><ul>{notes}</ul> <p>{seconds} s of wall time, of which {warmup} s for the warm-up (next to nothing
 when it is cached). All numbers, step by step: <code>results.json</code>.</p> </body></html>

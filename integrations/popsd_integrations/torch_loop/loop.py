@@ -26,8 +26,8 @@ from torch import nn
 
 from popsd import MaskConfig, PurifiedConfig, PurifiedOPSDLoss
 from popsd.markers import EpistemicMarkers
-from popsd_integrations.huggingface.frozen import FrozenWeights, eval_mode, frozen_states, frozen_weights
-from popsd_integrations.huggingface.heads import causal_model, check_head
+from popsd_integrations.huggingface.frozen import FrozenWeights, frozen_states, frozen_weights
+from popsd_integrations.huggingface.heads import causal_model, check_head, eval_mode
 from popsd_integrations.huggingface.objective import (
     LossTarget,
     loss_function,
@@ -36,9 +36,9 @@ from popsd_integrations.huggingface.objective import (
     student_loss,
     target_config,
 )
-from popsd_integrations.huggingface.packing import pack
+from popsd_integrations.huggingface.packing import pack_contexts
 from popsd_integrations.huggingface.prompts import Prompts
-from popsd_integrations.huggingface.sampling import hf_generate, special_tokens
+from popsd_integrations.huggingface.sampling import Generate, Sampler
 from popsd_integrations.torch_loop.checkpoint import (
     random_state,
     read_checkpoint,
@@ -53,8 +53,6 @@ CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 # What may differ between a run and its continuation without changing the steps they share.
 _FREE = ("steps", "checkpoint_every")
-
-Generate = Callable[..., list[list[int]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +149,9 @@ def train(
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one problem; got none. Build them with ContextBuilder.build_all.")
     output = Path(output_dir)
-    eos, pad = special_tokens(model, tokenizer)
+    sampler = Sampler(
+        model, tokenizer, max_new_tokens=config.max_new_tokens, temperature=config.temperature, generate=generate
+    )
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     fingerprint = run_fingerprint(options, model, prompts)
     checkpoint = read_checkpoint(output / CHECKPOINT, fingerprint, resume)
@@ -168,6 +168,11 @@ def train(
     loss_fn = config.loss_function()
     start = 0
     if checkpoint is not None:
+        if checkpoint["step"] > config.steps:
+            raise ValueError(
+                f"steps: expected at least the {checkpoint['step']} that the checkpoint in {output} has taken; got "
+                f"{config.steps}. Raise steps, or pass another output_dir."
+            )
         start = restore(checkpoint, trained, optimizer)
     history = _read_metrics(output / METRICS, upto=start)
 
@@ -175,25 +180,17 @@ def train(
         for step in _progress(range(start, config.steps), config, start, progress):
             began = time.perf_counter()
             rows = [prompts[index] for index in _rows(step, config, len(prompts))]
-            with eval_mode(model):
-                completions = (generate or hf_generate)(
-                    model,
-                    [row.question for row in rows],
-                    max_new_tokens=config.max_new_tokens,
-                    temperature=config.temperature,
-                    eos_token_id=eos,
-                    pad_token_id=pad,
-                )
+            completions = sampler(model, rows)
             generated = time.perf_counter()
             decompose = config.decompose_every > 0 and step % config.decompose_every == 0
             decompose = decompose and measures_decomposition(config.loss_target)
-            metrics = _backward(model, source, loss_fn, rows, completions, config, pad, decompose)
+            metrics = _backward(model, source, loss_fn, rows, completions, config, sampler.pad_token_id, decompose)
             norm = nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
 
             metrics = {"step": step + 1, **metrics, "grad_norm": norm.item()}
-            metrics |= _completion_metrics(completions, tokenizer, eos, config.markers)
+            metrics |= _completion_metrics(completions, tokenizer, sampler.eos_token_id, config.markers)
             metrics |= {"seconds/generate": generated - began, "seconds/update": time.perf_counter() - generated}
             last = step + 1 == config.steps
             if evaluate is not None and (last or _due(step, config.evaluate_every)):
@@ -226,11 +223,9 @@ def _backward(
     totals: dict[str, torch.Tensor] = {}
     for first in range(0, len(rows), size):
         part, ids = rows[first : first + size], completions[first : first + size]
-        student = pack([row.question for row in part], ids, pad_token_id=pad, device=causal_model(model).device)
-        frozen = frozen_states(
-            source, part, ids, pad_token_id=pad, contexts=contexts, student=student, batched=config.batched_frozen
-        )
-        loss, metrics = student_loss(model, loss_fn, student, frozen, num_items=tokens, decompose=decompose)
+        packed = pack_contexts(part, ids, pad_token_id=pad, device=causal_model(model).device)
+        frozen = frozen_states(source, packed, contexts, batched=config.batched_frozen)
+        loss, metrics = student_loss(model, loss_fn, packed["base"], frozen, num_items=tokens, decompose=decompose)
         loss.backward()
         weighted = {name: value * (sum(map(len, ids)) / tokens) for name, value in metrics.items() if name != "tokens"}
         weighted["loss"] = loss.detach()

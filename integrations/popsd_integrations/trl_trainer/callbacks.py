@@ -1,4 +1,4 @@
-"""Callbacks of ``PurifiedOPSDTrainer``: the moving average, and the plot at the end."""
+"""Callbacks of ``PurifiedOPSDTrainer``: the moving average, the plot at the end, and the refusal of a run without steps."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from popsd_integrations.huggingface.frozen import EMA
+from popsd_integrations.plotting import BLUE, VERMILLION, figure, legend, save, style
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,17 @@ class EMACallback(TrainerCallback):
         self.ema.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
 
 
+class NothingTrained(TrainerCallback):
+    """Raises ValueError at the end of a run that took no step, which transformers would report as finished."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            raise ValueError(
+                "train_dataset: expected rows for at least one step; got a stream that ended before, and nothing was "
+                "trained. Where on_overflow is 'drop', too many rows may be longer than max_prompt_length."
+            )
+
+
 class PlotMetrics(TrainerCallback):
     """Writes ``metrics.png`` to output_dir when training ends: one panel per metric, train and eval."""
 
@@ -69,26 +81,17 @@ class PlotMetrics(TrainerCallback):
 
 def plot_history(history: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot a trainer's ``state.log_history``. Raises ImportError without matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = 4
-    figure = Figure(figsize=(3.4 * columns, 2.9 * -(-len(PANELS) // columns)))
-    axes = figure.subplots(-(-len(PANELS) // columns), columns, squeeze=False).flat
+    drawn, axes = figure(-(-len(PANELS) // columns), columns)
     for axis, (key, title) in zip(axes, PANELS.items(), strict=False):
-        for name, prefix in (("train", ""), ("eval", "eval_")):
+        for name, prefix, colour in (("train", "", BLUE), ("eval", "eval_", VERMILLION)):
             points = [(row["step"], row[prefix + key]) for row in history if row.get(prefix + key) is not None]
             if points:
-                axis.plot(
-                    *zip(*points, strict=True), marker="." if name == "eval" or len(points) == 1 else "", label=name
-                )
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
-    figure.axes[0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)
+                marker = "." if name == "eval" or len(points) == 1 else ""
+                axis.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name)
+        style(axis, title, "step")
+    legend(axes[0])
+    save(drawn, path)
 
 
 def _checkpoint(args: Any, state: Any) -> Path:

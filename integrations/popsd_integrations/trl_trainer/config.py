@@ -14,6 +14,16 @@ from popsd_integrations.huggingface.objective import LossTarget, loss_function, 
 from popsd_integrations.huggingface.prompts import ContextConfig
 from popsd_integrations.trl_trainer.compat import DistillationConfig
 
+_REFUSED = {
+    "teacher_model_name_or_path": "The teacher is the student's own frozen weights; others are passed as teacher_model.",
+    "max_tool_calling_iterations": "This trainer calls no tools.",
+}
+_REFUSED_IN_GENERATION = {
+    "n": "One completion is sampled for each row; repeat a row in the data for more.",
+    "num_return_sequences": "One completion is sampled for each row; repeat a row in the data for more.",
+    "eos_token_id": "The trainer cuts completions at the ends that the model's generation_config and the tokenizer name, and "
+    "would train on padding after another; name it there.",
+}
 _ENTRY_MASKS = ("plausibility", "tail_floor", "tail_cap")
 _OPTION_OF = {"temperature": "loss_temperature"} | {
     name: name for name in ("beta", "token_clip", "entry_clip", "vocab_size", "pmi_beta", "pmi_clip", *_ENTRY_MASKS)
@@ -29,7 +39,9 @@ class PurifiedOPSDConfig(DistillationConfig):
     """``trl.DistillationConfig`` (generation, vLLM, logging, all of ``TrainingArguments``) and the options below.
 
     Defaults that differ from TRL's, after arXiv 2607.02234: beta 0.5, learning_rate 5e-6, max_completion_length 1024.
-    ``temperature`` is that of sampling; the loss has its own in ``loss_temperature``. Every option is checked here.
+    ``temperature`` is that of sampling; the loss has its own in ``loss_temperature``. Completions are sampled with these
+    options alone: nothing of the model's own generation_config applies but its end-of-sequence tokens.
+    Raises ValueError for every option that is out of range or would do nothing.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -129,6 +141,14 @@ class PurifiedOPSDConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, remedy in _REFUSED.items():
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: expected None; got {getattr(self, name)!r}. {remedy}")
+        for name, remedy in _REFUSED_IN_GENERATION.items():
+            if name in (self.generation_kwargs or {}):
+                raise ValueError(
+                    f"generation_kwargs: expected no {name!r}; got {self.generation_kwargs[name]!r}. {remedy}"
+                )
         for name, least in (("skip_first_tokens", 0), ("diagnostics_steps", 0), ("frozen_batch_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

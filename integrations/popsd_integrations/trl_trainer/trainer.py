@@ -1,16 +1,18 @@
 """Purified on-policy self-distillation (arXiv 2607.02234) as a TRL trainer.
 
-``trl.DistillationTrainer`` generates, batches, accumulates, logs, evaluates, saves and resumes. Overridden are the columns
-it keeps, the order of its data (which a resumed run must find again), what it generates (the prompts of teacher and
-reference join the batch) and the loss (three frozen forwards and the student's, over the same completion tokens, without
-full-vocabulary logits).
+``trl.DistillationTrainer`` generates, batches, accumulates, logs, evaluates, saves and resumes. Five things are overridden:
+- the columns it keeps,
+- the order of its data, which a resumed run must find again,
+- how prompts become tokens: popsd tokenises each question once, and TRL takes the ids,
+- what it generates: the prompts of teacher and reference join the batch,
+- the loss: three frozen forwards and the student's over the same completion tokens, without full-vocabulary logits.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,14 +23,14 @@ from transformers import ProcessorMixin
 from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states
 from popsd_integrations.huggingface.heads import check_head, head_from_model, held, is_sharded
 from popsd_integrations.huggingface.objective import measures_decomposition, needed_contexts, student_loss
-from popsd_integrations.huggingface.packing import Packed, pack, unpad
+from popsd_integrations.huggingface.packing import Packed, pack_padded, padded, unpad
 from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts, thinking_states
-from popsd_integrations.trl_trainer.callbacks import EMACallback, PlotMetrics
+from popsd_integrations.huggingface.sampling import only_given_settings
+from popsd_integrations.trl_trainer.callbacks import EMACallback, NothingTrained, PlotMetrics
 from popsd_integrations.trl_trainer.compat import (
     DistillationTrainer,
     EpochSampler,
     accumulation_factor,
-    left_padded,
     record,
     run_in_forward,
 )
@@ -40,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 SOLUTION_COLUMNS = ("privileged_context", "solution")
 WRONG_COLUMN = "wrong_privileged_context"
+_PROMPT_OF = {"base": "prompt", "teacher": "teacher_prompt", "reference": "reference_prompt"}
+"""What TRL's batch calls each context's prompts, in the order of the fields of `Prompts`."""
 
 
 class PurifiedOPSDTrainer(DistillationTrainer):
@@ -56,8 +60,11 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             adapter can be switched off nor the weights copied, such as a model that is sharded already.
         processing_class, callbacks, optimizers, quantization_config, peft_config: see ``trl.DistillationTrainer``.
 
+    ``args`` is copied, so that the same one can build another trainer.
+
     Raises, at construction: ValueError and TypeError for missing columns, problems without question or solution, prompts
-    too long, a conversation without chat template, a head that popsd would get wrong.
+    too long, a conversation without chat template, a head that popsd would get wrong, options that would do nothing.
+    ``train`` raises ValueError where the data gives no batch, or a stream gave none.
     """
 
     loss_is_scaled_for_ga = True
@@ -87,9 +94,9 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             raise TypeError(
                 f"processing_class: expected a tokenizer; got {type(processing_class).__name__}. Images are not supported."
             )
+        args = copy.copy(args)  # TRL reads the teacher's options from it, and below they are set
+        _check_teacher(teacher_model, args)
         adapter = peft_config is not None or hasattr(model, "peft_config")
-        if teacher_model is not None and args.frozen_weights == "ema":
-            raise ValueError("teacher_model: expected None with frozen_weights='ema'; the average is the teacher.")
         if teacher_model is None and not adapter and args.frozen_weights == "initial":
             teacher_model = _copy_of(model, args)
         super().__init__(
@@ -118,6 +125,7 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         self._contexts = ContextBuilder(self.processing_class, args.context_config(), text_as_chat=False)
         self.train_dataset: Any = self._checked(train_dataset, "train_dataset")
         self.eval_dataset: Any = self._checked(eval_dataset, "eval_dataset")
+        self.add_callback(NothingTrained())
         self._ema = None
         if args.frozen_weights == "ema":
             if self.is_fsdp_enabled or self._zero3:
@@ -133,28 +141,38 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         self._signature_columns = ["prompt", *SOLUTION_COLUMNS, WRONG_COLUMN]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.global_step)
+        sampler = super()._get_train_sampler(dataset)
+        if len(sampler) == 0:
+            raise ValueError(
+                f"train_dataset: expected at least the {sampler.batch_size} rows of one step (per_device_train_batch_size × "
+                f"gradient_accumulation_steps × processes); got {sampler.num_samples}. Lower one of them, or add data."
+            )
+        return EpochSampler(sampler, lambda: self.state.global_step)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's batch, and the prompts of teacher and reference, left-padded, so that TRL shuffles and splits them too."""
-        problems = [problem_of(row) for row in inputs]
-        prompts = [self._prompts(problem) for problem in problems]
-        batch = super()._generate_and_score_completions(
-            [{"prompt": self._contexts.question(problem)} for problem in problems]
-        )
-        if unpad(batch["prompt_ids"], batch["prompt_mask"]) != [row.question for row in prompts]:
-            raise RuntimeError(
-                "TRL has tokenised a prompt otherwise than popsd; teacher and student would not see the same question."
-            )
+        """TRL's batch, and what the loss needs beside it. TRL shuffles and splits all of it by rows.
+
+        Added are the prompts of teacher and reference, and ``lengths``: for each row the tokens of its question, teacher
+        prompt, reference prompt and completion, which stay on the host.
+        """
+        prompts = [self._prompts(problem_of(row)) for row in inputs]
+        with only_given_settings(self.model):
+            batch = super()._generate_and_score_completions([{"prompt": row.question} for row in prompts])
         for name in ("teacher", "reference"):
             rows = [getattr(row, name) for row in prompts]
-            ids, mask = left_padded(rows, self.processing_class.pad_token_id, self.accelerator.device)
+            ids, mask = padded(rows, self.processing_class.pad_token_id, device=self.accelerator.device)
             batch |= {f"{name}_prompt_ids": ids, f"{name}_prompt_mask": mask}
+        completions = unpad(batch["completion_ids"], batch["completion_mask"])
+        batch["lengths"] = [tuple(map(len, (*row, ids))) for row, ids in zip(prompts, completions, strict=True)]
         weights = self.args.token_weights(batch["completion_mask"])
         totals = torch.stack([(weights != 0).sum(), weights.sum()])
         batch["num_items_in_batch"], batch["weight_in_batch"] = self.accelerator.reduce(totals, "sum").unbind()
-        self._record_completions(unpad(batch["completion_ids"], batch["completion_mask"]))
+        self._record_completions(completions)
         return batch
+
+    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """Prompts come as token ids already, so TRL cannot tokenise a question otherwise than teacher and reference."""
+        return prompts, None, {}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -180,40 +198,29 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         self, student: nn.Module, inputs: dict[str, Any], total: torch.Tensor | None, decompose: bool
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Runs inside the wrapped model's forward."""
-        completions = unpad(inputs["completion_ids"], inputs["completion_mask"])
-        names = {"question": "prompt", "teacher": "teacher_prompt", "reference": "reference_prompt"}
-        columns = {key: unpad(inputs[f"{name}_ids"], inputs[f"{name}_mask"]) for key, name in names.items()}
-        prompts = [Prompts(*row) for row in zip(*columns.values(), strict=True)]
-        device = inputs["completion_ids"].device
-        packed = pack(columns["question"], completions, pad_token_id=self.processing_class.pad_token_id, device=device)
-        weights = self.args.token_weights(packed.completion_mask)
+        contexts = needed_contexts(self.args.loss_target, decompose)
+        packed = {name: self._packed(inputs, name) for name in dict.fromkeys(("base", *contexts))}
+        weights = self.args.token_weights(packed["base"].completion_mask)
         with self.accelerator.autocast():
-            contexts = needed_contexts(self.args.loss_target, decompose)
-            frozen = self._frozen_states(student, prompts, completions, packed, contexts)
+            frozen = self._frozen_states(student, packed, contexts)
             loss, metrics = student_loss(
-                student, self._loss_fn, packed, frozen, mask=weights, num_items=total, decompose=decompose
+                student, self._loss_fn, packed["base"], frozen, mask=weights, num_items=total, decompose=decompose
             )
         return loss, metrics | {"weight": weights.sum().to(loss.dtype)}
 
-    def _frozen_states(
-        self,
-        student: nn.Module,
-        prompts: list[Prompts],
-        completions: list[list[int]],
-        packed: Packed,
-        contexts: list[str],
-    ) -> FrozenStates:
+    def _packed(self, inputs: dict[str, Any], context: str) -> Packed:
+        """The micro-batch in one context. Its lengths are on the host, so nothing waits for the device."""
+        place = list(_PROMPT_OF).index(context)
+        return pack_padded(
+            *(inputs[f"{name}_{kind}"] for name in (_PROMPT_OF[context], "completion") for kind in ("ids", "mask")),
+            pad_token_id=self.processing_class.pad_token_id,
+            lengths=[(row[place], row[-1]) for row in inputs["lengths"]],
+        )
+
+    def _frozen_states(self, student: nn.Module, packed: Mapping[str, Packed], contexts: Sequence[str]) -> FrozenStates:
         def run(source: Any) -> FrozenStates:
-            return frozen_states(
-                source,
-                prompts,
-                completions,
-                pad_token_id=self.processing_class.pad_token_id,
-                contexts=contexts,
-                student=packed,
-                batched=self.args.batched_frozen,
-                batch_size=self.args.frozen_batch_size,
-            )
+            options = {"batched": self.args.batched_frozen, "batch_size": self.args.frozen_batch_size}
+            return frozen_states(source, packed, contexts, **options)
 
         if self.teacher_model is None:
             return run(self._ema or AdapterOff(student))
@@ -225,7 +232,7 @@ class PurifiedOPSDTrainer(DistillationTrainer):
 
         with torch.no_grad():
             states = run_in_forward(self.teacher_model, inner, run_and_hold)
-        # FSDP2 may have resharded on leaving, which empties the head that was seen inside.
+        # FSDP2 may have sharded the head again on leaving, which empties the one that was seen inside.
         return states if self._zero3 else states._replace(head=head_from_model(inner))
 
     def _prompts(self, problem: Problem) -> Prompts:
@@ -319,10 +326,11 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         denominator = [int(name == "kept_share") for name in metrics]
         sums = torch.stack([x * local[of] for x, of in zip(metrics.values(), denominator, strict=True)])
         # Here and not inside the wrapped forward, where a collective could meet FSDP's in another order on another rank.
-        *values, tokens, weight = self.accelerator.reduce(torch.cat([sums, local]), "sum").tolist()
-        shares = [1 / max(x, 1e-9) for x in (tokens, weight)]
-        if totals is not None:
-            shares = [self.current_gradient_accumulation_steps / x.item() for x in totals]
+        reduced = self.accelerator.reduce(torch.cat([sums, local]), "sum")
+        whole = reduced[-2:] if totals is None else torch.stack([x.to(reduced.dtype) for x in totals])
+        *values, tokens, weight = torch.cat([reduced[:-2], whole]).tolist()  # the one wait for the device
+        steps = 1 if totals is None else self.current_gradient_accumulation_steps
+        shares = [steps / max(x, 1e-9) for x in (tokens, weight)]
         renamed = {"student_entropy": "entropy", "kept_share": "masks/kept_share"}
         names = [renamed.get(name, name) for name in metrics]
         record(self, {name: x * shares[of] for name, x, of in zip(names, values, denominator, strict=True)})
@@ -334,6 +342,18 @@ def problem_of(row: Mapping[str, Any]) -> Problem:
     if column is None or "prompt" not in row:
         raise ValueError(f"expected the columns 'prompt' and one of {list(SOLUTION_COLUMNS)}; got {list(row)}.")
     return Problem(row["prompt"], row[column], row.get(WRONG_COLUMN))
+
+
+def _check_teacher(teacher_model: Any, args: PurifiedOPSDConfig) -> None:
+    """Raise ValueError for options of a teacher that is not loaded here."""
+    if teacher_model is not None and args.frozen_weights == "ema":
+        raise ValueError("teacher_model: expected None with frozen_weights='ema'; the average is the teacher.")
+    for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+        if getattr(args, name) is not None and not isinstance(teacher_model, str):
+            raise ValueError(
+                f"{name}: expected None; got {getattr(args, name)!r}. It applies to a teacher_model given by its path. "
+                "The student's own frozen weights are loaded as the student is (model_init_kwargs)."
+            )
 
 
 def _copy_of(model: Any, args: PurifiedOPSDConfig) -> Any:

@@ -2,9 +2,9 @@ import pytest
 import torch
 from tiny_models import tiny_qwen3
 
-from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenCopy, eval_mode, frozen_states, frozen_weights
-from popsd_integrations.huggingface.heads import head_from_model, hidden_states
-from popsd_integrations.huggingface.packing import pack
+from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenCopy, frozen_states, frozen_weights
+from popsd_integrations.huggingface.heads import eval_mode, head_from_model, hidden_states
+from popsd_integrations.huggingface.packing import pack, pack_contexts
 from popsd_integrations.huggingface.prompts import Prompts
 
 pytest.importorskip("transformers")
@@ -12,6 +12,7 @@ peft = pytest.importorskip("peft")
 
 PROMPTS = [Prompts([3, 4, 5], [3, 4, 5, 9, 8, 7], [9, 8, 7]), Prompts([6], [6, 11, 12], [11, 12])]
 COMPLETIONS = [[10, 20], [30, 31, 32]]
+PACKED = pack_contexts(PROMPTS, COMPLETIONS, pad_token_id=0)
 
 
 def tiny(dropout=0.0):
@@ -47,7 +48,7 @@ def test_states_are_those_of_each_row_alone_under_the_frozen_weights(kind, batch
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)
-    states = frozen_states(source, PROMPTS, COMPLETIONS, pad_token_id=0, batched=batched)
+    states = frozen_states(source, PACKED, batched=batched)
     for (name, row), value in expected.items():
         found = getattr(states, name)
         assert found.shape == (2, 3, 32)
@@ -60,17 +61,21 @@ def test_states_are_those_of_each_row_alone_under_the_frozen_weights(kind, batch
 
 
 def test_only_the_contexts_asked_for_are_run():
-    states = frozen_states(FrozenCopy(tiny()), PROMPTS, COMPLETIONS, pad_token_id=0, contexts=["teacher"])
+    states = frozen_states(FrozenCopy(tiny()), PACKED, ["teacher"])
     assert states.base is None and states.reference is None and states.teacher.shape == (2, 3, 32)
     for wrong in (["base"], ["teacher", "student"], []):
         with pytest.raises(ValueError, match=r"contexts: expected the teacher and others of"):
-            frozen_states(FrozenCopy(tiny()), PROMPTS, COMPLETIONS, pad_token_id=0, contexts=wrong)
+            frozen_states(FrozenCopy(tiny()), PACKED, wrong)
 
 
-def test_completions_that_disagree_with_the_student_are_refused():
-    student = pack([row.question for row in PROMPTS], [[10, 20], [30, 31, 33]], pad_token_id=0)
-    with pytest.raises(ValueError, match=r"base: expected the completion ids of student; row 1 differs"):
-        frozen_states(FrozenCopy(tiny()), PROMPTS, COMPLETIONS, pad_token_id=0, student=student)
+def test_contexts_that_cannot_hold_the_same_completions_are_refused():
+    short = {"base": pack([[3], [6]], [[10, 20], [30, 31]], pad_token_id=0)}
+    fewer = {"base": pack([[3]], [[30, 31, 32]], pad_token_id=0)}
+    for other in (short, fewer):
+        with pytest.raises(ValueError, match=r"packed: expected the same completions in every context; got .*'base'"):
+            frozen_states(FrozenCopy(tiny()), PACKED | other)
+    with pytest.raises(ValueError, match=r"contexts: expected the teacher and others of \['base'\], which are packed"):
+        frozen_states(FrozenCopy(tiny()), short)
 
 
 def test_adapter_off_restores_flags_and_modes():
@@ -83,8 +88,8 @@ def test_adapter_off_restores_flags_and_modes():
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     modes = {name: module.training for name, module in model.named_modules()}
     source = AdapterOff(model)
-    first = frozen_states(source, PROMPTS, COMPLETIONS, pad_token_id=0).teacher
-    second = frozen_states(source, PROMPTS, COMPLETIONS, pad_token_id=0).teacher
+    first = frozen_states(source, PACKED).teacher
+    second = frozen_states(source, PACKED).teacher
     assert torch.equal(first, second)  # dropout is off inside
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert {name: module.training for name, module in model.named_modules()} == modes
@@ -136,14 +141,14 @@ def test_eval_mode_returns_each_module_to_its_own():
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_forwards_can_be_split(batched, batch_size):
     source = FrozenCopy(tiny())
-    whole = frozen_states(source, PROMPTS, COMPLETIONS, pad_token_id=0)
-    split = frozen_states(source, PROMPTS, COMPLETIONS, pad_token_id=0, batched=batched, batch_size=batch_size)
+    whole = frozen_states(source, PACKED)
+    split = frozen_states(source, PACKED, batched=batched, batch_size=batch_size)
     for name in ("base", "teacher", "reference"):
         for row, completion in enumerate(COMPLETIONS):
             found, expected = (getattr(states, name)[row, : len(completion)] for states in (split, whole))
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"batch_size: expected at least 1, or None; got 0"):
-        frozen_states(source, PROMPTS, COMPLETIONS, pad_token_id=0, batch_size=0)
+        frozen_states(source, PACKED, batch_size=0)
 
 
 def test_the_average_goes_from_the_old_weights_to_the_new():

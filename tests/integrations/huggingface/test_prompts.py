@@ -1,7 +1,5 @@
 import pytest
-import torch
 
-from popsd_integrations.huggingface.packing import check_same_completions, pack, unpad
 from popsd_integrations.huggingface.prompts import ContextBuilder, ContextConfig, Problem, thinking_states
 
 pytest.importorskip("transformers")
@@ -124,71 +122,6 @@ def test_system_prompt_needs_a_chat_template():
         ContextBuilder(word_tokenizer(), ContextConfig(system_prompt="Be brief"))
 
 
-def test_pack_left():
-    packed = pack([[5], [5, 6, 7]], [[8, 9], [4]], pad_token_id=0)
-    assert packed.input_ids.tolist() == [[0, 5, 8, 9], [5, 6, 7, 4]]
-    assert packed.attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
-    assert packed.position_ids.tolist() == [[0, 0, 1, 2], [0, 1, 2, 3]]
-    assert packed.spans.tolist() == [[2, 4], [3, 4]]
-    assert packed.completion_mask.tolist() == [[True, True], [True, False]]
-    assert packed.completion_ids[packed.completion_mask].tolist() == [8, 9, 4]
-
-
-def test_pack_right():
-    packed = pack([[5], [5, 6, 7]], [[8, 9], [4]], pad_token_id=0, side="right")
-    assert packed.input_ids.tolist() == [[5, 8, 9, 0], [5, 6, 7, 4]]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 2], [0, 1, 2, 3]]
-    assert packed.spans.tolist() == [[1, 3], [3, 4]]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_predicting_takes_the_position_before_each_token(side):
-    packed = pack([[5], [5, 6, 7]], [[8, 9], [4]], pad_token_id=0, side=side)
-    columns = torch.arange(4.0)[None, :, None].expand(2, 4, 3)
-    predicting = packed.predicting(columns)
-    assert predicting.shape == (2, 2, 3)
-    starts = packed.spans[:, 0].tolist()
-    assert predicting[0, :, 0].tolist() == [starts[0] - 1, starts[0]]
-    assert predicting[1, 0, 0] == starts[1] - 1
-    with pytest.raises(ValueError, match=r"hidden: expected shape \[2, 4, D\]"):
-        packed.predicting(columns[:, 1:])
-
-
-def test_unpad_inverts_padding():
-    packed = pack([[5], [5, 6, 7]], [[8, 9], [4]], pad_token_id=0)
-    assert unpad(packed.input_ids, packed.attention_mask) == [[5, 8, 9], [5, 6, 7, 4]]
-    with pytest.raises(ValueError, match=r"mask: expected the shape"):
-        unpad(packed.input_ids, packed.attention_mask[:1])
-
-
-@pytest.mark.parametrize(
-    ("prompts", "completions", "message"),
-    [
-        ([[1], []], [[2], [2]], r"prompts: expected at least one token.*row 1.*in every context"),
-        ([[1], [1]], [[], [2]], r"completions: expected at least one token.*row 0"),
-        ([[1]], [[2], [2]], r"completions: expected one per prompt.*Repeat a prompt"),
-        ([], [], r"completions: expected one per prompt and at least one"),
-    ],
-)
-def test_bad_rows_are_named(prompts, completions, message):
-    with pytest.raises(ValueError, match=message):
-        pack(prompts, completions, pad_token_id=0)
-
-
-def test_bad_side_is_named():
-    with pytest.raises(ValueError, match=r"side: expected 'left' or 'right'"):
-        pack([[1]], [[2]], pad_token_id=0, side="centre")
-
-
-def test_completions_must_agree():
-    student = pack([[5], [6]], [[8, 9], [4]], pad_token_id=0)
-    check_same_completions(student=student, teacher=pack([[1, 2, 3], [1]], [[8, 9], [4]], pad_token_id=0, side="right"))
-    with pytest.raises(ValueError, match=r"teacher: .*row 1 differs: student has \[4\], teacher has \[3\]. Pack every"):
-        check_same_completions(student=student, teacher=pack([[1], [1]], [[8, 9], [3]], pad_token_id=0))
-    with pytest.raises(ValueError, match=r"teacher: expected 2 rows as in student; got 1"):
-        check_same_completions(student=student, teacher=pack([[1]], [[8, 9]], pad_token_id=0))
-
-
 def test_a_conversation_keeps_its_history_but_not_before_the_reference_alone():
     tokenizer = word_tokenizer(CHAT_TEMPLATE)
     builder = ContextBuilder(tokenizer, ContextConfig(**TEMPLATES))
@@ -203,7 +136,6 @@ def test_a_conversation_keeps_its_history_but_not_before_the_reference_alone():
     assert (
         tokenizer.decode(prompts.reference) == "<|system|> Be brief <|user|> Solution: It is four Again: <|assistant|>"
     )
-    assert builder.question(problem)[-1] == {"role": "user", "content": "Question: What is two ?"}
     assert question[-1]["content"] == "What is two ?"
     with pytest.raises(
         ValueError, match=r"expected a conversation that ends with the user's message; got \['system'\]"

@@ -12,12 +12,14 @@ pytest.importorskip("trl")
 
 import trl.trainer.distillation_trainer as trl_module
 from trl import DistillationTrainer
+from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 from trl_helpers import ROWS, FixedTrainer, build, tiny, trl_loss
 
 from popsd.testing import relative_l2
+from popsd_integrations.huggingface.packing import unpad
 from popsd_integrations.miniature.tokenizer import build_tokenizer
 from popsd_integrations.trl_trainer import compat, fast_jsd
-from popsd_integrations.trl_trainer.trainer import PurifiedOPSDTrainer
+from popsd_integrations.trl_trainer.trainer import PurifiedOPSDTrainer, problem_of
 
 
 @pytest.mark.parametrize("version", ["1.12.0", "1.12.1", "1.16.0", "1.16.9"])
@@ -52,18 +54,20 @@ def test_the_trainer_overrides_nothing_else():
     theirs = {name for base in DistillationTrainer.__mro__[:-1] for name in vars(base)}
     overridden = {name for name, value in vars(PurifiedOPSDTrainer).items() if callable(value) and name in theirs}
     expected = {"__init__", "_set_signature_columns_if_needed", "_generate_and_score_completions", "compute_loss"}
-    assert overridden == expected | {"_get_train_sampler"}
+    assert overridden == expected | {"_get_train_sampler", "_tokenize_prompts"}
 
 
 def test_what_generation_returns(tmp_path):
     trainer = build(tmp_path, cls=PurifiedOPSDTrainer)
-    batch = DistillationTrainer._generate_and_score_completions(
-        trainer, [{"prompt": row["prompt"]} for row in ROWS[:3]]
-    )
+    prompts = [trainer._prompts(problem_of(row)).question for row in ROWS[:3]]
+    batch = DistillationTrainer._generate_and_score_completions(trainer, [{"prompt": ids} for ids in prompts])
     assert set(compat.GENERATED) <= batch.keys()
     assert all(len(batch[name]) == 3 for name in compat.GENERATED[:-1])
     assert batch["num_items_in_batch"] == batch["completion_mask"].sum()
-    assert len(trainer._tokenize_prompts([row["prompt"] for row in ROWS])) == 3
+    assert unpad(batch["prompt_ids"], batch["prompt_mask"]) == prompts
+    theirs = DistillationTrainer._tokenize_prompts(trainer, [row["prompt"] for row in ROWS[:3]])
+    assert [list(ids) for ids in theirs[0]] == prompts, "what TRL would have made of the same texts"
+    assert trainer._tokenize_prompts(prompts) == (prompts, *theirs[1:])
     assert trainer._metrics["train"]["completions/mean_length"]
 
 
@@ -96,9 +100,13 @@ def test_run_in_forward_goes_through_the_wrapper_and_leaves_no_trace():
     assert inner.forward is patched
 
 
-def test_left_padding():
-    ids, mask = compat.left_padded([[1, 2, 3], [4]], 9, torch.device("cpu"))
-    assert ids.tolist() == [[1, 2, 3], [9, 9, 4]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+def test_trl_shuffles_and_splits_lists_with_the_tensors():
+    """The rows' lengths travel as a list, so that they stay on the host."""
+    batch = {"ids": torch.arange(6), "lengths": [(i, i + 1) for i in range(6)], "count": torch.tensor(3)}
+    parts = split_tensor_dict(shuffle_sequence_dict(batch), 3)
+    assert [len(part["lengths"]) for part in parts] == [2, 2, 2]
+    for part in parts:
+        assert part["lengths"] == [(i, i + 1) for i in part["ids"].tolist()] and part["count"] == 3
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])

@@ -1,0 +1,167 @@
+"""Samples are the student's own distribution at the temperature asked for, whatever its checkpoint recommends."""
+
+import pytest
+import torch
+from tiny_models import tiny_qwen3
+
+from popsd_integrations.huggingface.prompts import Prompts
+from popsd_integrations.huggingface.sampling import Sampler, hf_generate, only_given_settings, special_tokens
+from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
+
+pytest.importorskip("transformers")
+
+EOS, PAD = VOCABULARY.index("EOS"), VOCABULARY.index("PAD")
+OPTIONS = {"max_new_tokens": 8, "eos_token_id": [EOS], "pad_token_id": PAD}
+PROMPT = [11, 3, 13]
+HOSTILE = {
+    "do_sample": True,
+    "temperature": 0.01,
+    "top_k": 1,
+    "top_p": 0.1,
+    "min_p": 0.9,
+    "top_h": 0.1,
+    "typical_p": 0.1,
+    "epsilon_cutoff": 0.2,
+    "eta_cutoff": 0.2,
+    "repetition_penalty": 5.0,
+    "encoder_repetition_penalty": 5.0,
+    "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 1,
+    "bad_words_ids": [[4], [5, 6]],
+    "suppress_tokens": [1, 2, 3],
+    "begin_suppress_tokens": [7, 8],
+    "forced_bos_token_id": 9,
+    "forced_eos_token_id": 3,
+    "sequence_bias": [[[4], 10.0]],
+    "exponential_decay_length_penalty": (1, 5.0),
+    "renormalize_logits": True,
+    "remove_invalid_values": True,
+    "guidance_scale": 3.0,
+    "min_new_tokens": 8,
+    "min_length": 30,
+    "max_time": 1e-9,
+    "num_beams": 3,
+    "num_return_sequences": 2,
+    "length_penalty": 3.0,
+    "early_stopping": True,
+    "stop_strings": ["WAIT"],
+    "prompt_lookup_num_tokens": 2,
+    "watermarking_config": {"bias": 9.0},
+    "return_dict_in_generate": True,
+    "output_scores": True,
+}
+"""Every setting of a generation_config that changes which tokens come out, how many rows, or in what form."""
+
+
+def tiny(hostile=()):
+    special = {"eos_token_id": EOS, "pad_token_id": PAD, "bos_token_id": None}
+    model = tiny_qwen3(len(VOCABULARY), tie_word_embeddings=True, initializer_range=0.2, **special).eval()
+    for name in hostile:
+        setattr(model.generation_config, name, HOSTILE[name])
+    return model
+
+
+def test_the_hostile_settings_are_transformers_own():
+    """Not in every version: top_h is young."""
+    known = [name for name in HOSTILE if hasattr(tiny().generation_config, name)]
+    assert len(known) >= len(HOSTILE) - 2
+
+
+def logits_after(model, ids):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0, -1]
+
+
+def greedy(model, prompt, count):
+    ids = list(prompt)
+    while len(ids) < len(prompt) + count and (len(ids) == len(prompt) or ids[-1] != EOS):
+        ids.append(int(logits_after(model, ids).argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    "hostile", [(), *((name,) for name in HOSTILE), tuple(HOSTILE)], ids=lambda x: ",".join(x)[:40]
+)
+def test_temperature_0_is_the_argmax(hostile):
+    model, plain = tiny(hostile), tiny()
+    prompts = [PROMPT, [1, 2, 3, 4, 5, 6]]
+    expected = [greedy(plain, prompt, 8) for prompt in prompts]
+    assert hf_generate(model, prompts, temperature=0.0, **OPTIONS) == expected
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_samples_follow_the_students_softmax(temperature, adapter):
+    """First and second tokens of 3,000 samples, each frequency within five standard errors."""
+    model = tiny(HOSTILE)
+    if adapter:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, config).eval()
+    torch.manual_seed(0)
+    options = OPTIONS | {"max_new_tokens": 2}
+    drawn = hf_generate(model, [PROMPT] * 3000, temperature=temperature, **options)
+    assert len(drawn) == 3000
+    first = torch.tensor([ids[0] for ids in drawn])
+    common = int(first[first != EOS].mode().values)
+    second = torch.tensor([ids[1] for ids in drawn if ids[0] == common])
+    for prefix, tokens in ((PROMPT, first), ([*PROMPT, common], second)):
+        p = (logits_after(model, prefix) / temperature).softmax(-1)
+        found = torch.bincount(tokens, minlength=len(VOCABULARY)) / len(tokens)
+        assert len(tokens) > 300
+        assert ((found - p).abs() <= 5 * (p * (1 - p) / len(tokens)).sqrt() + 1 / len(tokens)).all()
+
+
+def test_the_models_own_settings_come_back():
+    model = tiny(HOSTILE)
+    own, before = model.generation_config, model.generation_config.to_dict()
+    hf_generate(model, [PROMPT], temperature=1.0, **OPTIONS)
+
+    def fail():
+        with only_given_settings(model):
+            assert model.generation_config is not own
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        fail()
+    assert model.generation_config is own and own.to_dict() == before
+
+
+def test_completions_are_cut_after_the_first_end_and_unmoved_by_padding():
+    model = tiny()
+    prompts = [[11, a, 13] for a in range(5)] + [[1, 2, 3, 4, 5, 6]]
+    completions = hf_generate(model, prompts, temperature=0.0, **OPTIONS)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert 1 <= len(completion) <= 8 and EOS not in completion[:-1]
+        assert len(completion) == 8 or completion[-1] == EOS
+        assert hf_generate(model, [prompt], temperature=0.0, **OPTIONS) == [completion]
+    everything = hf_generate(model, prompts, temperature=0.0, **(OPTIONS | {"eos_token_id": range(22)}))
+    assert all(len(completion) == 1 for completion in everything)
+
+
+def test_a_sampler_asks_for_the_questions_in_eval_mode():
+    model, tokenizer, calls = tiny().train(), build_tokenizer(), []
+
+    def generate(model, prompts, **options):
+        calls.append((model.training, prompts, options))
+        return [[1] for _ in prompts]
+
+    sampler = Sampler(model, tokenizer, max_new_tokens=4, temperature=0.5, generate=generate)
+    rows = [Prompts([1, 2], [3], [4]), Prompts([5], [6], [7])]
+    assert sampler(model, rows) == [[1], [1]] and model.training
+    options = {"max_new_tokens": 4, "temperature": 0.5, "eos_token_id": [EOS], "pad_token_id": PAD}
+    assert calls == [(False, [[1, 2], [5]], options)]
+    assert Sampler(model, tokenizer, max_new_tokens=4, temperature=0.0)(model, rows) == hf_generate(
+        model.eval(), [[1, 2], [5]], temperature=0.0, **(OPTIONS | {"max_new_tokens": 4})
+    )
+
+
+def test_special_tokens_are_the_models_then_the_tokenizers():
+    model, tokenizer = tiny(), build_tokenizer()
+    model.generation_config.eos_token_id = [EOS, 3]
+    assert special_tokens(model, tokenizer) == ([EOS, 3], PAD)
+    model.generation_config.eos_token_id = None
+    assert special_tokens(model, tokenizer) == ([tokenizer.eos_token_id], PAD)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"tokenizer: expected an eos_token_id; got None"):
+        special_tokens(model, tokenizer)

@@ -1,0 +1,128 @@
+"""Options that would do nothing or train on the wrong tokens, and runs that would take no step."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from datasets import Dataset
+from trl_helpers import EOS, PAD, ROWS, FixedTrainer, build, config, logs, tiny
+
+from popsd_integrations.miniature.tokenizer import build_tokenizer
+from popsd_integrations.trl_trainer.trainer import PurifiedOPSDTrainer, problem_of
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generation_kwargs": {"n": 2}}, r"generation_kwargs: expected no 'n'; got 2\. One completion"),
+        (
+            {"generation_kwargs": '{"num_return_sequences": 2}'},
+            r"generation_kwargs: expected no 'num_return_sequences'",
+        ),
+        ({"generation_kwargs": {"eos_token_id": 3}}, r"generation_kwargs: expected no 'eos_token_id'; got 3"),
+        ({"teacher_model_name_or_path": "x"}, r"teacher_model_name_or_path: expected None; got 'x'\. The teacher is"),
+        ({"max_tool_calling_iterations": 3}, r"max_tool_calling_iterations: expected None; got 3"),
+    ],
+)
+def test_options_that_do_harm_or_nothing_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"teacher_model_init_kwargs": {"dtype": "float32"}}, {"teacher_model_revision": "x"}]
+)
+def test_options_of_a_teacher_that_is_not_loaded_are_refused(tmp_path, options, lora):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"{name}: expected None; got .*a teacher_model given by its path"):
+        build(tmp_path, lora=lora, **options)
+
+
+def saved(folder):
+    tiny().save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_options_of_a_teacher_given_by_its_path_apply(tmp_path):
+    args = config(tmp_path, teacher_model_init_kwargs={"dtype": "bfloat16"})
+    trainer = FixedTrainer(
+        model=tiny(),
+        teacher_model=saved(tmp_path / "teacher"),
+        args=args,
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=build_tokenizer(),
+    )
+    assert trainer.teacher_model.dtype == torch.bfloat16
+
+
+def test_the_same_options_build_another_trainer(tmp_path):
+    path = saved(tmp_path / "model")
+    args = config(tmp_path, model_init_kwargs={"dtype": torch.float32})
+    before = copy.deepcopy(vars(args))
+    losses = []
+    for _ in range(2):
+        trainer = FixedTrainer(model=path, args=args, train_dataset=Dataset.from_list(ROWS))
+        trainer.train()
+        losses.append(logs(trainer)[0]["loss"])
+        assert vars(args)["teacher_model_init_kwargs"] is None
+        assert vars(args)["model_init_kwargs"] == before["model_init_kwargs"]
+    assert losses[0] == losses[1] > 0
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 5}, {"max_steps": -1, "num_train_epochs": 2}])
+def test_fewer_rows_than_a_step_needs_are_refused(tmp_path, options):
+    with pytest.raises(ValueError, match=r"train_dataset: expected at least the 4 rows of one step .*; got 3"):
+        build(tmp_path, rows=ROWS[:3], **options).train()
+    with pytest.raises(ValueError, match=r"train_dataset: expected at least the 16 rows of one step .*; got 8"):
+        build(tmp_path, gradient_accumulation_steps=4, **options).train()
+    assert build(tmp_path, rows=ROWS[:4]).train().global_step == 1
+
+
+def test_a_stream_that_gives_no_step_is_an_error(tmp_path):
+    def trainer(length):
+        return FixedTrainer(
+            model=tiny(),
+            args=config(tmp_path, max_prompt_length=length, on_overflow="drop"),
+            train_dataset=Dataset.from_list(ROWS).to_iterable_dataset(),
+            processing_class=build_tokenizer(),
+        )
+
+    with pytest.raises(
+        ValueError, match=r"train_dataset: expected rows for at least one step; got a stream that ended"
+    ):
+        trainer(2).train()
+    assert trainer(20).train().global_step == 1
+
+
+def test_completions_are_the_students_whatever_its_checkpoint_recommends(tmp_path):
+    """Greedy, so that they can be computed here; the settings would shorten, repeat or forbid tokens."""
+    hostile = {
+        "suppress_tokens": [1, 2, 3, 4],
+        "no_repeat_ngram_size": 1,
+        "min_new_tokens": 6,
+        "sequence_bias": [[[4], 10.0]],
+        "num_return_sequences": 2,
+        "guidance_scale": 3.0,
+    }
+    model = tiny()
+    for name, value in hostile.items():
+        setattr(model.generation_config, name, value)
+    own = model.generation_config
+    options = {"generation_kwargs": {"do_sample": False}, "max_completion_length": 6}
+    trainer = build(tmp_path, model=model, cls=PurifiedOPSDTrainer, **options)
+    trainer.model.eval()
+    batch = trainer._generate_and_score_completions(ROWS[:4])
+    assert trainer.model.generation_config is own, "it is saved with the model"
+    for row, ids, mask in zip(ROWS, batch["completion_ids"], batch["completion_mask"], strict=False):
+        prompt = trainer._prompts(problem_of(row)).question
+        expected = list(prompt)
+        while len(expected) < len(prompt) + 6 and (expected == prompt or expected[-1] != EOS):
+            with torch.no_grad():
+                expected.append(int(model(input_ids=torch.tensor([expected])).logits[0, -1].argmax()))
+        assert ids[mask.bool()].tolist() == expected[len(prompt) :]
+    assert (batch["completion_ids"][batch["completion_mask"] == 0] == PAD).all()
