@@ -3,7 +3,7 @@
     make bench                                                               # each run is kept in .benchmarks/
     make bench ARGS="--benchmark-compare --benchmark-compare-fail=median:5%" # against the last one kept
 
-Torch bodies on the CPU; kernels where there is a GPU. Not among the tests: continuous integration times nothing.
+Torch on the CPU; kernels where there is a GPU. Not among the tests: continuous integration times nothing.
 """
 
 import pytest
@@ -11,10 +11,10 @@ import torch
 
 import popsd
 from popsd.config import Impl
-from popsd.engine.backends import SWEEP_ELEMENTS, bodies_for
+from popsd.engine.backends import SWEEP_ELEMENTS, backend_for
 from popsd_benchmarks.cells import Case, Shape
 from popsd_benchmarks.problems import make_problem
-from popsd_kernels.rows import RowOptions
+from popsd_kernels.rows import RowOptions, Rows
 
 SIZES = {
     "cpu": Shape(name="cpu", tokens=256, vocab=32768, width=256),
@@ -62,12 +62,12 @@ def measure(benchmark, device, step, setup=None, rounds=30):
 @pytest.mark.parametrize("target", ["given", "composed"])
 def test_row_sweeps(benchmark, impl, device, streams, target):
     student, base, delta, gradient = streams
-    offset = delta.mean(dim=1) if target == "composed" else None
-    sweeps = bodies_for(impl).row_sweeps
-    common = {"options": OPTIONS, "token_ids": None, "row_scale": None, "student_bias": None, "target_bias": None}
+    rows, backend = Rows(student, target=base), backend_for(impl, student.device)
+    if target == "composed":
+        rows = Rows(student, base=base, difference=delta, offset=delta.mean(dim=1))
 
     def step(fresh):
-        sweeps(student, base, fresh, offset, **common, gradient=gradient)
+        backend.sweeps(rows._replace(difference=fresh), OPTIONS, gradient=gradient)
 
     # the kernels put the composed target in the place of the difference
     measure(benchmark, device, step, lambda: ((delta.clone() if target == "composed" else None,), {}))
@@ -75,14 +75,14 @@ def test_row_sweeps(benchmark, impl, device, streams, target):
 
 def test_row_statistics(benchmark, impl, device, streams):
     student, base, *_ = streams
-    statistics = bodies_for(impl).row_statistics
-    measure(benchmark, device, lambda: statistics(student, base, options=OPTIONS))
+    rows, backend = Rows(student, target=base), backend_for(impl, student.device)
+    measure(benchmark, device, lambda: backend.statistics(rows, OPTIONS))
 
 
 def test_logit_difference(benchmark, impl, device, streams):
     teacher, reference, out, _ = streams
-    difference = bodies_for(impl).logit_difference
-    measure(benchmark, device, lambda: difference(teacher, reference, out, options=OPTIONS, center=True))
+    rows, backend = Rows(teacher, teacher=teacher, reference=reference), backend_for(impl, teacher.device)
+    measure(benchmark, device, lambda: backend.logit_difference(rows, OPTIONS, center=True, out=out))
 
 
 @pytest.mark.parametrize("trainable_head", [False, True], ids=["frozen", "trainable"])

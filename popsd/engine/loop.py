@@ -5,12 +5,12 @@ sweeps are Triton kernels or the torch bodies of the same signature.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from popsd.config import Impl, Method, Strategy
-from popsd.engine.backends import Bodies, bodies_for, resolve_impl
+from popsd.config import Method, PurifiedConfig, Strategy
+from popsd.engine.backends import Backend, TorchBackend, backend_for
 from popsd.engine.decomposition import decompose_hidden, fields_of, gather
 from popsd.engine.precision import exact_matmuls
 from popsd.engine.problem import Problem
@@ -19,7 +19,7 @@ from popsd.engine.torch_backend import entry_masks, scratch, targets
 from popsd.engine.torch_backend.purification import movement_rows, size_rows
 from popsd.engine.workspace import plan_rows
 from popsd.outputs import Decomposition, Purification
-from popsd_kernels.rows import RowLoss
+from popsd_kernels.rows import MOMENTS, Gradients, Heads, RowLoss, RowOptions, Rows
 
 DIAGNOSTIC_ELEMENTS = 1 << 24
 """Elements per stream that a diagnostic in plain torch sees at once: 64 MiB per temporary, beside the workspace."""
@@ -49,27 +49,29 @@ def _stream(problem: Problem, source: ProjectedStreams) -> RowLoss:
     from popsd_kernels import stream_divergence
 
     student, frozen, _, offset = source.hidden_rows(0, problem.student.shape[0])
-    vocab = problem.vocab_size
-    return stream_divergence(
+    composed, vocab = len(frozen) > 1, problem.vocab_size
+    rows = Rows(
         student,
-        frozen[0],
-        frozen[1] if len(frozen) > 1 else None,
-        offset,
-        student_weight=source.student_weight[:vocab],
-        frozen_weight=None if source.frozen_weight is source.student_weight else source.frozen_weight[:vocab],
+        base=frozen[0] if composed else None,
+        difference=frozen[1] if composed else None,
+        offset=offset,
+        target=None if composed else frozen[0],
         student_bias=source.student_bias,
-        target_bias=source.target_bias,
-        options=problem.row_options,
+        frozen_bias=source.target_bias,
         token_ids=problem.token_ids,
         row_scale=problem.weights,
-        dhidden=source.dhidden,
-        dweight=None if source.dweight is None else source.dweight[:vocab],
-        dbias=None if source.dbias is None else source.dbias[:vocab],
     )
+    frozen_weight = None if source.frozen_weight is source.student_weight else source.frozen_weight[:vocab]
+    gradients = Gradients(
+        source.dhidden,
+        None if source.dweight is None else source.dweight[:vocab],
+        None if source.dbias is None else source.dbias[:vocab],
+    )
+    return stream_divergence(rows, Heads(source.student_weight[:vocab], frozen_weight), problem.row_options, gradients)
 
 
 def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> TileResult:
-    bodies = bodies_for(resolve_impl(problem.impl, problem.student.device))
+    backend = backend_for(problem.impl, problem.student.device, problem.strategy)
     tokens, work = problem.student.shape[0], source.work
     chunk_rows, gradient_rows = plan_rows(
         tokens, work, problem.student.device, problem.workspace_mib, decompose=problem.decompose is Method.LOGITS
@@ -77,26 +79,24 @@ def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> Tile
     source.allocate(min(chunk_rows, tokens), min(gradient_rows, tokens) if work.gradient_bytes else 0)
     empty = problem.student.new_empty(0, dtype=torch.float32)
     losses = [RowLoss(*[empty] * len(RowLoss._fields))]
-    moments = [empty.expand(13, 0)]
+    moments = [empty.expand(MOMENTS, 0)]
     purifications = [Purification(*[empty] * len(Purification._fields))]
     for first in range(0, tokens, gradient_rows):
         last = min(first + gradient_rows, tokens)
         for start in range(first, last, chunk_rows):
             stop = min(start + chunk_rows, last)
             chunk, gradient = source.load(start, stop), source.gradient(first, start, stop)
-            step = stop - start
-            if bodies.sweep_elements is not None:
-                step = max(1, min(step, bodies.sweep_elements // problem.vocab_size))
+            step = backend.block_rows(stop - start, problem.vocab_size)
             for i in range(0, stop - start, step):
                 j = min(i + step, stop - start)
                 rows = slice(start + i, start + j)
                 part = chunk.rows(i, j)
-                shared = bodies.shared(part.student, source.student_bias, problem.row_options)
                 if problem.decompose is Method.LOGITS:
-                    moments.append(_moments(problem, source, bodies, part, shared))
+                    moments.append(_moments(problem, source, backend, part))
                 if problem.telemetry:
                     purifications += [_purification(problem, source, piece) for piece in _pieces(problem, part)]
-                losses.append(_sweep(problem, source, bodies, part, rows, gradient, slice(i, j), shared))
+                into = None if gradient is None else gradient[i:j]
+                losses.append(_sweep(problem, source, backend, part, rows, into))
         source.fold(first, last)
     return TileResult(
         RowLoss(*map(torch.cat, zip(*losses, strict=True))),
@@ -107,94 +107,70 @@ def _run_tiles(problem: Problem, source: ProjectedStreams | GivenLogits) -> Tile
 
 def target_logits(problem: Problem) -> torch.Tensor:
     """Finished logits of the purified target over all tokens at once, [N, V] float32, from given logits."""
-    bodies = bodies_for(resolve_impl(problem.impl, problem.student.device))
-    source, options = GivenLogits(problem, with_gradient=False), problem.row_options
+    backend = backend_for(problem.impl, problem.student.device)
+    source = GivenLogits(problem, with_gradient=False)
     source.allocate(problem.student.shape[0], 0)
     chunk = source.load(0, problem.student.shape[0])
     assert chunk.delta is not None
-    offset = _difference(problem, source, bodies, chunk)
-    bodies.row_statistics(chunk.student, chunk.target, chunk.delta, offset, options=options, target_out=chunk.delta)
+    rows = _difference(problem, backend, _rows(problem, source, chunk), chunk.delta)
+    backend.statistics(rows, problem.row_options, target_out=chunk.delta)
     return chunk.delta
+
+
+def _rows(problem: Problem, source: ProjectedStreams | GivenLogits, chunk: Chunk, tokens: slice | None = None) -> Rows:
+    """A chunk as the sweeps take it. Given teacher and reference on their own, the difference is yet to be formed."""
+    composed = chunk.delta is not None
+    rows = Rows(
+        chunk.student,
+        base=chunk.target if composed else None,
+        difference=None if problem.apart else chunk.delta,
+        offset=chunk.offset,
+        target=None if composed else chunk.target,
+        teacher=chunk.teacher,
+        reference=chunk.reference,
+        student_bias=source.student_bias,
+        frozen_bias=source.target_bias,
+    )
+    if tokens is None:
+        return rows
+    return rows._replace(
+        token_ids=None if problem.token_ids is None else problem.token_ids[tokens],
+        row_scale=None if problem.weights is None else problem.weights[tokens],
+    )
 
 
 def _sweep(
     problem: Problem,
     source: ProjectedStreams | GivenLogits,
-    bodies: Bodies,
+    backend: Backend,
     chunk: Chunk,
-    rows: slice,
+    tokens: slice,
     gradient: torch.Tensor | None,
-    local: slice,
-    shared: dict[str, Any],
 ) -> RowLoss:
-    options, target = problem.row_options, chunk.target
-    offset = _difference(problem, source, bodies, chunk)
-    token_ids = None if problem.token_ids is None else problem.token_ids[rows]
-    row_scale = None if problem.weights is None else problem.weights[rows]
-    if problem.strategy is Strategy.SINGLE_READ and gradient is not None:
-        from popsd_kernels import row_single_read
-
-        return row_single_read(
-            chunk.student,
-            target,
-            chunk.delta,
-            offset,
-            options=options,
-            token_ids=token_ids,
-            row_scale=row_scale,
-            gradient=gradient[local],
-        )[1]
-    return bodies.row_sweeps(
-        chunk.student,
-        target,
-        chunk.delta,
-        offset,
-        student_bias=source.student_bias,
-        target_bias=source.target_bias,
-        options=options,
-        token_ids=token_ids,
-        row_scale=row_scale,
-        gradient=None if gradient is None else gradient[local],
-        **shared,
-    )
+    rows = _difference(problem, backend, _rows(problem, source, chunk, tokens), chunk.delta)
+    return backend.sweeps(rows, problem.row_options, gradient=gradient)
 
 
-def _difference(
-    problem: Problem, source: ProjectedStreams | GivenLogits, bodies: Bodies, chunk: Chunk
-) -> torch.Tensor | None:
-    """The finished difference in ``chunk.delta``, masks on its entries applied; returns its offset [n]."""
-    config, options, offset = problem.purified, problem.row_options, chunk.offset
-    if config is None or chunk.delta is None:
-        return offset
-    mask = _entry_mask(problem, source, bodies, chunk)  # before delta takes the place of a stream
+def _difference(problem: Problem, backend: Backend, rows: Rows, out: torch.Tensor | None) -> Rows:
+    """With the finished difference in ``out``, masks on its entries applied; with two distributions nothing is done."""
+    config, options = problem.purified, problem.row_options
+    if config is None or out is None:
+        return rows
+    mask = _entry_mask(backend, rows, config, options)  # before the difference takes the place of a stream
     if problem.apart:
-        offset = bodies.logit_difference(
-            chunk.teacher,
-            chunk.reference,
-            out=chunk.delta,
-            bias=source.target_bias,
-            options=options,
-            center=config.center,
-        )
-    mask(chunk.delta, offset)
-    return offset
+        offset = backend.logit_difference(rows, options, center=config.center, out=out)
+        rows = rows._replace(difference=out, offset=offset)
+    mask(rows)
+    return rows
 
 
-def _entry_mask(
-    problem: Problem, source: ProjectedStreams | GivenLogits, bodies: Bodies, chunk: Chunk
-) -> Callable[[torch.Tensor, torch.Tensor | None], None]:
-    """Applies plausibility and the tail cap, as far as there are any, to a difference [n, V] with its offset [n]."""
-    config, common = problem.purified, {"bias": source.target_bias, "options": problem.row_options}
-    if config is None or not config.masks_entries:
-        return lambda delta, offset: None
-    base = None if config.plausibility is None else chunk.target
-    teacher, reference = (None, None) if config.tail_floor is None else (chunk.teacher, chunk.reference)
-    thresholds = bodies.entry_thresholds(
-        base, teacher, reference, plausibility=config.plausibility, tail_floor=config.tail_floor, **common
-    )
-    return lambda delta, offset: bodies.mask_entries(
-        delta, offset, thresholds, base, reference, tail_reach=entry_masks.tail_reach(config), **common
-    )
+def _entry_mask(backend: Backend, rows: Rows, config: PurifiedConfig, options: RowOptions) -> Callable[[Rows], None]:
+    """Applies plausibility and the tail cap, as far as there are any, to the difference of the same rows."""
+    masks = entry_masks.masks_of(config)
+    if masks is None:
+        return lambda rows: None
+    thresholds = backend.entry_thresholds(rows, masks, options)
+    return lambda rows: backend.mask_entries(rows, thresholds, masks, options)
 
 
 def _pieces(problem: Problem, chunk: Chunk) -> Iterator[Chunk]:
@@ -204,21 +180,10 @@ def _pieces(problem: Problem, chunk: Chunk) -> Iterator[Chunk]:
         yield chunk.rows(start, start + step)
 
 
-def _moments(
-    problem: Problem, source: ProjectedStreams | GivenLogits, bodies: Bodies, chunk: Chunk, shared: dict[str, Any]
-) -> torch.Tensor:
-    own, frozen = source.student_bias, source.target_bias
-    return bodies.row_moments(
-        chunk.student,
-        chunk.reference,
-        teacher=chunk.teacher,
-        delta=chunk.delta if chunk.teacher is None else None,
-        student_bias=own,
-        target_bias=frozen,
-        options=problem.row_options,
-        masked=problem.heads is None or own is not None or frozen is not None,
-        **shared,
-    )
+def _moments(problem: Problem, source: ProjectedStreams | GivenLogits, backend: Backend, chunk: Chunk) -> torch.Tensor:
+    rows = _rows(problem, source, chunk)
+    biased = rows.student_bias is not None or rows.frozen_bias is not None
+    return backend.moments(rows, problem.row_options, masked=problem.heads is None or biased)
 
 
 def _gram(problem: Problem) -> Decomposition:
@@ -247,12 +212,11 @@ def _purification(problem: Problem, source: ProjectedStreams | GivenLogits, chun
     base, teacher, delta, *free = scratch.scratch(chunk.target, 5, held=_BESIDE)
     for raw, out in ((chunk.target, base), (chunk.teacher, teacher)):
         targets.tempered_logits(raw, source.target_bias, options.target, options, out=out)
-    mask = _entry_mask(problem, source, bodies_for(Impl.TORCH), chunk)
-    offset = targets.logit_difference(
-        chunk.teacher, chunk.reference, out=delta, bias=source.target_bias, options=options, center=config.center
-    )
+    backend, rows = TorchBackend(), _rows(problem, source, chunk)
+    mask = _entry_mask(backend, rows, config, options)
+    offset = backend.logit_difference(rows, options, center=config.center, out=delta)
     size = size_rows(torch.mul(delta, scale, out=free[0]).sub_(offset[:, None]).abs_(), config.pmi_clip)
-    mask(delta, offset)
+    mask(rows._replace(difference=delta, offset=offset))
     target = targets.purified_shift(delta, offset, options, out=delta).add_(base)
     return Purification(*size, *movement_rows(base, teacher, target, *free))
 
