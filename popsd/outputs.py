@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import namedtuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+from popsd_kernels.rows import RowLoss
 
 
 class HiddenStates(NamedTuple):
@@ -82,28 +85,36 @@ class Purification(NamedTuple):
     argmax_changed: torch.Tensor
 
 
-class LossOutput(NamedTuple):
-    """What every loss of popsd returns. Shapes are those of the tokens given ([N] or [B, T]), float32.
+_LOSS_OUTPUT = """What every loss of popsd returns. Shapes are those of the tokens given ([N] or [B, T]), float32.
 
-    loss: differentiable, weights applied; a scalar where ``reduction="sum"``. Everything else is detached:
-    divergence: the same before weights. student_kl, target_kl: KL of student and of target to the mixture, in nats
-    (with beta 0 or 1 the mixture is one of the two and its own KL is 0). student_entropy, target_entropy: nats.
-    clip_fraction: share of vocabulary entries capped by ``entry_clip``. token_clipped: 1 where ``token_clip`` capped.
-    argmax_agreement: 1 where student and target agree on the likeliest entry.
-    token_logprob: log π_θ of ``token_ids``, None without them. decomposition, purification: None unless asked for.
-    weights: the weights actually used, masks included.
-    """
+loss: differentiable, weights applied; a scalar where ``reduction="sum"``. Everything else is detached:
+divergence: the same before weights. student_kl, target_kl: KL of student and of target to the mixture, in nats
+(with beta 0 or 1 the mixture is one of the two and its own KL is 0). student_entropy, target_entropy: nats.
+clip_fraction: share of vocabulary entries capped by ``entry_clip``. token_clipped: 1 where ``token_clip`` capped.
+argmax_agreement: 1 where student and target agree on the likeliest entry.
+token_logprob: log π_θ of ``token_ids``, None without them. decomposition, purification: None unless asked for.
+weights: the weights actually used, masks included.
+"""
 
-    loss: torch.Tensor
-    divergence: torch.Tensor
-    student_kl: torch.Tensor
-    target_kl: torch.Tensor
-    student_entropy: torch.Tensor
-    target_entropy: torch.Tensor
-    clip_fraction: torch.Tensor
-    token_clipped: torch.Tensor
-    argmax_agreement: torch.Tensor
-    token_logprob: torch.Tensor | None
-    decomposition: Decomposition | None
-    weights: torch.Tensor
-    purification: Purification | None = None
+
+if TYPE_CHECKING:
+
+    class LossOutput(RowLoss):
+        loss: torch.Tensor
+        token_logprob: torch.Tensor | None  # type: ignore[assignment]
+        decomposition: Decomposition | None
+        weights: torch.Tensor
+        purification: Purification | None
+
+        def __new__(cls, **fields: Any) -> LossOutput: ...
+        def _replace(self, **fields: Any) -> LossOutput: ...
+
+else:
+    # a named tuple like the others; fields between ``loss`` and ``decomposition`` are written once, where they are computed
+    LossOutput = namedtuple(
+        "LossOutput",
+        ("loss", *RowLoss._fields, "decomposition", "weights", "purification"),
+        defaults=(None,),
+        module=__name__,
+    )
+    LossOutput.__doc__ = _LOSS_OUTPUT

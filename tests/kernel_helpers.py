@@ -16,7 +16,7 @@ import torch
 from popsd import oracle
 from popsd.config import PurifiedConfig
 from popsd.head import Head
-from popsd_kernels import LogitTransform, RowOptions, launch
+from popsd_kernels import LogitTransform, RowOptions, Rows, launch
 
 BLOCK = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,6 +60,13 @@ class Guarded:
 def poisoned(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Guarded:
     """An output buffer: NaN where it must be written, NaN where it must not."""
     return Guarded(torch.full((rows, columns), float("nan"), dtype=dtype))
+
+
+def rows_of(student, frozen, difference=None, offset=None, **rest) -> Rows:
+    """Rows of two distributions or, with a difference, of a target composed on ``frozen``."""
+    if difference is None:
+        return Rows(student, target=frozen, **rest)
+    return Rows(student, base=frozen, difference=difference, offset=offset, **rest)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,18 +1,32 @@
-"""Row-sweep kernels. Importing this package needs torch only; touching a launcher imports Triton."""
+"""Kernels for the loss of Purified On-Policy Self-Distillation. Importing them needs torch only; a launcher needs Triton."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-from popsd_kernels.rows import LOGIT_FLOOR, LogitTransform, RowLoss, RowOptions, RowStatistics
+from popsd_kernels.rows import (
+    LOGIT_FLOOR,
+    EntryMasks,
+    Gradients,
+    Heads,
+    LogitTransform,
+    RowLoss,
+    RowOptions,
+    Rows,
+    RowStatistics,
+)
 
 __all__ = [
     "LOGIT_FLOOR",
+    "EntryMasks",
+    "Gradients",
+    "Heads",
     "LogitTransform",
     "RowLoss",
     "RowOptions",
     "RowStatistics",
+    "Rows",
     "entry_thresholds",
     "logit_difference",
     "mask_entries",

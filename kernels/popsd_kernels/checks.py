@@ -1,32 +1,151 @@
-"""The checks that every launcher makes before any launch: shapes, dtypes, devices, memory that is shared."""
+"""What every launcher checks before any launch: shapes, dtypes, devices, what belongs together, memory that is shared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from popsd_kernels.launch import INTERPRETED
+from popsd_kernels.rows import RowOptions, Rows
 
 MAX_VOCABULARY = 2**31 - 2**16
 """Column offsets are 32-bit; only row offsets are 64-bit."""
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT32, INT64 = (torch.float32,), (torch.int64,)
+MATRICES = ("student", "base", "difference", "target", "teacher", "reference")
+"""Fields of `Rows` that are [C, V]."""
 
 
-def check_rows(
-    function: str, shape: Sequence[int], device: torch.device, tensors: Mapping[str, torch.Tensor | None]
+def check_rows(function: str, rows: Rows, needed: Sequence[str] = ()) -> None:
+    """Every tensor in ``rows``, and that the fields ``needed`` are there."""
+    student = rows.student
+    if student.dim() != 2 or not 0 < student.shape[1] <= MAX_VOCABULARY:
+        raise ValueError(
+            f"{function}: rows.student must be [tokens, vocabulary] with 1 to {MAX_VOCABULARY} columns, got "
+            f"{list(student.shape)}; flatten leading dimensions with .reshape(-1, vocabulary)"
+        )
+    check_device(function, "rows.student", student)
+    for name in MATRICES:
+        check_matrix(function, f"rows.{name}", getattr(rows, name), student.shape, student.device)
+    check_vectors(function, rows, student.shape[1])
+    for name in needed:
+        if getattr(rows, name) is None:
+            raise ValueError(f"{function}: rows.{name} must be given, got None; this function reads it")
+
+
+def check_vectors(function: str, rows: Rows, vocabulary: int) -> None:
+    """The fields of ``rows`` that are [C] or [V]."""
+    tokens, device = rows.student.shape[0], rows.student.device
+    check_vector(function, "rows.student_bias", rows.student_bias, vocabulary, device, FLOATING)
+    check_vector(function, "rows.frozen_bias", rows.frozen_bias, vocabulary, device, FLOATING)
+    check_vector(function, "rows.offset", rows.offset, tokens, device, FLOAT32)
+    check_vector(function, "rows.token_ids", rows.token_ids, tokens, device, INT64)
+    check_vector(function, "rows.row_scale", rows.row_scale, tokens, device, FLOAT32)
+
+
+def check_target(function: str, rows: Rows, *, composed: bool = True, finished: bool = False) -> None:
+    """That there is one whole target. composed, finished: whether it may be yet to compose, and logits already."""
+    given = [name for name in ("base", "difference", "offset") if getattr(rows, name) is not None]
+    if len(given) not in (0, 3):
+        raise ValueError(
+            f"{function}: rows.base, rows.difference and rows.offset must be given together, got {' and '.join(given)} alone; "
+            "for two distributions give rows.target instead of all three"
+        )
+    if (rows.target is None) == (not given):
+        raise ValueError(
+            f"{function}: one target must be given, got {'two' if given else 'none'}; give either rows.target, or rows.base, "
+            "rows.difference and rows.offset"
+        )
+    if given and not composed:
+        raise ValueError(
+            f"{function}: rows.target must be given, got rows.base with a difference; compose the target with "
+            "row_statistics(rows, options, target_out=logits) and pass rows.with_target(logits)"
+        )
+    if rows.target_is_finished and not finished:
+        raise ValueError(
+            f"{function}: rows.target must be raw projections, got finished logits (rows.target_is_finished=True); their "
+            "normalisers are those of the row_statistics call that wrote them"
+        )
+
+
+def check_not_relative(function: str, options: RowOptions) -> None:
+    """For launchers that cannot take a stream that is a difference to the student."""
+    if options.relative:
+        raise ValueError(
+            f"{function}: options.relative must be False, got True; pass the stream's own projections, or use "
+            "row_statistics and row_loss_gradient, which take a difference to the student's"
+        )
+
+
+def check_output(
+    function: str,
+    name: str,
+    out: torch.Tensor | None,
+    rows: Rows,
+    *,
+    dtypes: Sequence[torch.dtype] = FLOATING,
+    replaceable: Sequence[str] = (),
+    untouchable: Sequence[str] = (),
 ) -> None:
-    """Every given tensor: [C, V] of ``shape``, on ``device``, float32/bfloat16/float16, unit inner stride."""
-    for name, tensor in tensors.items():
-        if tensor is None:
+    """An optional [C, V] output. It may be one of the ``replaceable`` streams itself: same start, element size and row stride.
+
+    With any other memory in common, or with memory of ``untouchable`` ones, entries would be overwritten before they are read.
+    """
+    check_matrix(function, name, out, rows.student.shape, rows.student.device, dtypes)
+    if out is None:
+        return
+    for read in (*untouchable, *replaceable):
+        tensor = getattr(rows, read)
+        if tensor is None or not share_memory(out, tensor):
             continue
-        _check(tensor, function, name, shape, device, FLOATING)
-        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+        if read in untouchable:
             raise ValueError(
-                f"{function}: {name} must have unit stride along the vocabulary, got strides {tuple(tensor.stride())}; "
-                "pass a row-major tensor, for example tensor.contiguous()"
+                f"{function}: {name} must not share memory with rows.{read}, which is read after it is written; got a tensor "
+                f"in the memory of rows.{read}; pass other memory{''.join(f', or rows.{x} itself' for x in replaceable)}"
             )
+        if not _same_layout(out, tensor):
+            raise ValueError(
+                f"{function}: {name} must be rows.{read} itself or share no memory with it, got {out.dtype} with row stride "
+                f"{out.stride(0)} in the memory of {tensor.dtype} with row stride {tensor.stride(0)}; pass other memory"
+            )
+
+
+def check_device(function: str, name: str, tensor: torch.Tensor) -> None:
+    """A device that Triton can launch on in this process."""
+    if tensor.device.type == "cpu" and not INTERPRETED:
+        raise RuntimeError(
+            f"{function}: {name} is on the CPU, where Triton kernels cannot run; move it to a GPU, use impl='torch', "
+            "or set TRITON_INTERPRET=1 before popsd_kernels is imported to run the interpreter"
+        )
+    if tensor.device.type not in ("cpu", "cuda", "xpu"):
+        raise RuntimeError(f"{function}: {name} is on {tensor.device}, which Triton does not drive; use impl='torch'")
+
+
+def check_matrix(
+    function: str,
+    name: str,
+    tensor: torch.Tensor | None,
+    shape: Sequence[int],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] = FLOATING,
+    max_stride: int | None = None,
+) -> None:
+    """An optional matrix with unit stride along its rows, which start less than ``max_stride`` entries apart."""
+    if tensor is None:
+        return
+    _check(tensor, function, name, shape, device, dtypes)
+    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+        raise ValueError(
+            f"{function}: {name} must have unit stride along its rows, got strides {tuple(tensor.stride())}; "
+            "pass a row-major tensor, for example tensor.contiguous()"
+        )
+    if max_stride is not None and tensor.shape[0] > 1 and not 0 <= tensor.stride(0) < max_stride:
+        raise ValueError(
+            f"{function}: {name} must have rows less than {max_stride} entries apart, got strides {tuple(tensor.stride())}; "
+            "pass tensor.contiguous()"
+        )
 
 
 def check_vector(
@@ -45,48 +164,29 @@ def check_vector(
         raise ValueError(f"{function}: {name} must be contiguous, got stride {tensor.stride(0)}; pass .contiguous()")
 
 
-def check_matrix_shape(function: str, name: str, tensor: torch.Tensor) -> None:
-    """The tensor that fixes C and V."""
-    if tensor.dim() != 2 or not 0 < tensor.shape[1] <= MAX_VOCABULARY:
-        raise ValueError(
-            f"{function}: {name} must be [tokens, vocabulary] with 1 to {MAX_VOCABULARY} columns, got "
-            f"{list(tensor.shape)}; flatten leading dimensions with .reshape(-1, vocabulary)"
-        )
+def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether any byte belongs to both of two matrices of unit inner stride, which may be views of one buffer."""
+    if 0 in (one.numel(), other.numel()) or one.device != other.device:
+        return False
+    sizes = [x.element_size() for x in (one, other)]
+    pitches = [x.stride(0) * size for x, size in zip((one, other), sizes, strict=True)]
+    widths = [x.shape[1] * size for x, size in zip((one, other), sizes, strict=True)]
+    distance = other.data_ptr() - one.data_ptr()
+    ends = [(one.shape[0] - 1) * pitch + width for pitch, width in zip(pitches, widths, strict=True)]
+    if distance >= ends[0] or -distance >= ends[1]:
+        return False
+    if one.shape[0] == 1 or pitches[0] != pitches[1] or pitches[0] == 0:
+        return True
+    distance %= pitches[0]  # columns of one buffer
+    return distance < widths[0] or distance + widths[1] > pitches[0]
 
 
-def check_device(function: str, name: str, tensor: torch.Tensor) -> None:
-    """A device that Triton can launch on in this process."""
-    if tensor.device.type == "cpu" and not INTERPRETED:
-        raise RuntimeError(
-            f"{function}: {name} is on the CPU, where Triton kernels cannot run; move it to a GPU, use impl='torch', "
-            "or set TRITON_INTERPRET=1 before popsd_kernels is imported to run the interpreter"
-        )
-    if tensor.device.type not in ("cpu", "cuda", "xpu"):
-        raise RuntimeError(f"{function}: {name} is on {tensor.device}, which Triton does not drive; use impl='torch'")
-
-
-def check_not_relative(function: str, relative: bool) -> None:
-    """Only the two sweeps take a target that is a difference to the student."""
-    if relative:
-        raise ValueError(
-            f"{function}: options.relative must be False, got True; use row_statistics and row_loss_gradient, or pass the "
-            "target's own projections"
-        )
-
-
-def check_no_reinterpretation(
-    function: str, written: str, out: torch.Tensor | None, **read: torch.Tensor | None
-) -> None:
-    """``out`` may start where an input starts only as the same tensor layout: another element size would be overwritten
-    by neighbours before it is read."""
-    for name, tensor in read.items():
-        if out is None or tensor is None or out.numel() == 0 or out.data_ptr() != tensor.data_ptr():
-            continue
-        if out.element_size() != tensor.element_size() or (out.shape[0] > 1 and out.stride(0) != tensor.stride(0)):
-            raise ValueError(
-                f"{function}: {written} shares memory with {name} but has another dtype size or row stride "
-                f"({out.dtype}, {out.stride(0)} against {tensor.dtype}, {tensor.stride(0)}); use other memory"
-            )
+def _same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.element_size() == other.element_size()
+        and (one.shape[0] == 1 or one.stride(0) == other.stride(0))
+    )
 
 
 def _check(
@@ -102,5 +202,5 @@ def _check(
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{function}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:
-        expected = ", ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"{function}: {name} must be one of {expected}, got {tensor.dtype}; convert it with .to()")
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{function}: {name} must be {expected}, got {tensor.dtype}; convert it with .to()")

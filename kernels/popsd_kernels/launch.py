@@ -1,4 +1,4 @@
-"""How a sweep is launched: block sizes by device, which instructions it uses, and the checks before any launch.
+"""How a sweep is launched: block sizes by device, which instructions it uses, where its results go.
 
 None of the shipped sizes has run on a GPU yet: they come from the compiler's report (``python -m popsd_kernels.aot``).
 """
@@ -10,11 +10,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from popsd_kernels.device import primitives
+from popsd_kernels.rows import RowOptions
 
 INTERPRETED = bool(primitives.INTERPRETED.value)
 """Whether this process runs kernels in Triton's interpreter: fixed by TRITON_INTERPRET when they were decorated."""
@@ -59,6 +60,13 @@ TABLES: Mapping[str, Mapping[str, LaunchConfig]] = {
 """Shipped configurations: architecture -> kernel -> sizes. An unlisted device takes the nearest older entry."""
 
 
+class Outputs(NamedTuple):
+    """What a sweep writes. results: [k, C] float32 from `result_rows`. matrix: [C, V], or None where none is wanted."""
+
+    results: torch.Tensor
+    matrix: torch.Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel call, complete but for the moment of its launch."""
@@ -100,6 +108,15 @@ def nearest_architecture(capability: tuple[int, int]) -> str:
 def fast_instructions(device: torch.device) -> bool:
     """Approximate instructions on NVIDIA GPUs, portable ones elsewhere or under POPSD_KERNELS_PORTABLE=1."""
     return device.type == "cuda" and torch.version.hip is None and not INTERPRETED and not _flag(PORTABLE_VARIABLE)
+
+
+def sweep_bytes(options: RowOptions, composed: bool, with_gradient: bool) -> tuple[int, int]:
+    """Bytes per entry of float32 logits that both sweeps move, a program per row; and several programs per row."""
+    unclipped = options.entry_clip is None and options.token_clip is None
+    one_read = options.beta == 0.0 and not options.relative and unclipped
+    swept = (16 if composed else 8) + 8 + (2 + 8 * (not one_read)) * with_gradient
+    streams = 12 if composed else 8
+    return swept, 2 * streams + (streams + 2) * with_gradient
 
 
 def too_few_rows(rows: int, bytes_swept: int, bytes_split: int, device: torch.device) -> bool:

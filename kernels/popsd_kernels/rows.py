@@ -1,4 +1,4 @@
-"""What a row sweep computes: the numbers and switches shared by every kernel and by their torch bodies.
+"""What a row sweep reads, what it computes and what comes out, for the kernels and for other backends alike.
 
 Nothing here imports Triton, so a machine without it can still describe a sweep.
 """
@@ -35,10 +35,10 @@ class RowOptions:
     pmi_clip: the paper's c of Eq. 15; ``None`` leaves the tanh out.
     entry_clip: upper bound on each vocabulary entry's contribution; a capped entry has zero derivative.
     token_clip: upper bound on the token's loss; a capped token has zero gradient.
-    student, target: logit transforms of the student and of the base (or, with two distributions, target) stream.
+    student, target: logit transforms of the student and of every other stream.
     delta_scale: multiplies the difference of raw teacher and reference projections, before the temperature.
-    relative: the base (or target) stream, in a decomposition the reference, holds its difference to the student, without
-        bias or soft cap: the log-ratio is then rounded relative to itself, not to the logits. Differences are finite.
+    relative: the base (or target) stream, in `row_moments` the reference, holds its difference to the student, without
+        bias or soft cap. The log-ratio is then rounded relative to itself, not to the logits. Differences are finite.
     """
 
     beta: float = 0.5
@@ -53,8 +53,89 @@ class RowOptions:
     relative: bool = False
 
 
+_NOT_OF_TOKENS = ("student_bias", "frozen_bias", "target_is_finished")
+
+
+class Rows(NamedTuple):
+    """What the sweeps read of C tokens. Matrices are raw projections [C, V], float32, bfloat16 or float16, unit stride along V.
+
+    The target is either ``target``, or composed of ``base``, ``difference`` and ``offset`` as Eq. 13-17 have it; the other is
+    None. `row_statistics` writes a composed target's logits, which are the target from then on: see `with_target`.
+
+    student: the policy that is trained. base: the frozen policy that the target moves away from.
+    difference: teacher - reference. offset: [C] float32, subtracted from inv_temperature * delta_scale * difference.
+    target: the target's own projections; or, with ``target_is_finished``, its finished logits.
+    teacher, reference: needed by `logit_difference`, `row_moments` and the tail mask only.
+    student_bias, frozen_bias: [V] of any of the three dtypes, contiguous; of the student's head and of all other streams' head.
+    token_ids: [C] int64, the sampled tokens; the log-probability of an id outside [0, V) is NaN.
+    row_scale: [C] float32, a factor of the gradient only. Where it is 0 the gradient is exactly 0, whatever the row holds.
+    """
+
+    student: torch.Tensor
+    base: torch.Tensor | None = None
+    difference: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    target: torch.Tensor | None = None
+    teacher: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+    student_bias: torch.Tensor | None = None
+    frozen_bias: torch.Tensor | None = None
+    token_ids: torch.Tensor | None = None
+    row_scale: torch.Tensor | None = None
+    target_is_finished: bool = False
+
+    @property
+    def frozen(self) -> torch.Tensor:
+        """The stream that the target is, or is composed on."""
+        stream = self.base if self.target is None else self.target
+        assert stream is not None
+        return stream
+
+    def part(self, tokens: slice) -> Rows:
+        """Some of the tokens, as views."""
+        of_token = {
+            name: x[tokens] for name, x in self._asdict().items() if x is not None and name not in _NOT_OF_TOKENS
+        }
+        return self._replace(**of_token)
+
+    def with_target(self, logits: torch.Tensor) -> Rows:
+        """The same tokens with the finished ``logits`` [C, V] of the composed target in place of what they came from."""
+        return self._replace(base=None, difference=None, offset=None, target=logits, target_is_finished=True)
+
+
+class Heads(NamedTuple):
+    """Weights [V, D] that project hidden states. frozen: [V, Df] of the other streams, None where it is ``student``."""
+
+    student: torch.Tensor
+    frozen: torch.Tensor | None = None
+
+
+class Gradients(NamedTuple):
+    """What to compute; None where not wanted. dhidden: [N, D], overwritten. dweight [V, D], dbias [V]: float32, added to."""
+
+    dhidden: torch.Tensor | None = None
+    dweight: torch.Tensor | None = None
+    dbias: torch.Tensor | None = None
+
+    @property
+    def wanted(self) -> bool:
+        return any(tensor is not None for tensor in self)
+
+
+class EntryMasks(NamedTuple):
+    """Vocabulary entries that the target must not move, or not far. None leaves a mask out.
+
+    plausibility: entries whose base probability is below this share of the largest one keep Δ̄ = 0.
+    tail_floor, tail_reach: |Δ̄| ≤ tail_reach where teacher and reference both give an entry less than tail_floor.
+    """
+
+    plausibility: float | None = None
+    tail_floor: float | None = None
+    tail_reach: float | None = None
+
+
 class RowStatistics(NamedTuple):
-    """Normalisers of a row, each [C] float32, natural log; kept apart because their difference is what gets small.
+    """Normalisers of a row, each [C] float32, natural log. Not added up: the sum would round at the size of a logit.
 
     log p(v) = (s(v) - student_max) - student_logsum, with logsum = log Σ exp(s - max); likewise the target.
     """
@@ -84,3 +165,7 @@ class RowLoss(NamedTuple):
     token_clipped: torch.Tensor
     argmax_agreement: torch.Tensor
     token_logprob: torch.Tensor
+
+
+MOMENTS = 13
+"""Sums per token that `row_moments` returns."""

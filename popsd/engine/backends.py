@@ -1,37 +1,131 @@
-"""Who computes the sweeps: the Triton kernels or the torch backend, behind one signature."""
+"""Who computes the sweeps: the Triton kernels or torch, behind one protocol.
+
+Both backends take `Rows` and `RowOptions`, as the launchers of ``popsd_kernels`` do, and return what those return.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Protocol
 
 import torch
 
-from popsd.config import Impl
-from popsd.engine.torch_backend import entry_masks, sweeps, targets
-from popsd.engine.torch_backend.moments import row_moments
-from popsd_kernels.rows import RowLoss, RowOptions, RowStatistics
+from popsd.config import Impl, Strategy
+from popsd.engine.torch_backend import entry_masks, moments, sweeps, targets
+from popsd_kernels.rows import EntryMasks, RowLoss, RowOptions, Rows, RowStatistics
 
 SWEEP_ELEMENTS = 2 << 17
-"""Elements per stream that a torch body sees at once: 1 MiB of float32, so that its seven temporaries stay in a shared cache
-and the calls from Python (some 60 per block) cost less than 5 % of the matrix products."""
+"""Elements per stream that a sweep in torch sees at once: 1 MiB of float32, so that its seven temporaries stay in a shared
+cache and the calls from Python (some 60 per block) cost less than 5 % of the matmuls."""
 
 
-class Bodies(NamedTuple):
-    """An implementation of the row sweeps, and how many elements a stream should have per call (None: a whole chunk).
+class Backend(Protocol):
+    """An implementation of the sweeps, for one run over the chunks of a loss. Shapes: see `Rows`."""
 
-    shared: arguments of `row_moments` and `row_sweeps` that both would otherwise derive from the student by themselves.
-    """
+    def block_rows(self, rows: int, vocabulary: int) -> int:
+        """How many rows of a chunk of ``rows`` it wants to see per call."""
 
-    row_statistics: Callable[..., RowStatistics]
-    row_sweeps: Callable[..., RowLoss]
-    logit_difference: Callable[..., torch.Tensor]
-    row_moments: Callable[..., torch.Tensor]
-    entry_thresholds: Callable[..., torch.Tensor]
-    mask_entries: Callable[..., None]
-    shared: Callable[..., dict[str, Any]]
-    sweep_elements: int | None
+    def statistics(self, rows: Rows, options: RowOptions, *, target_out: torch.Tensor | None = None) -> RowStatistics:
+        """Normalisers, four [C], and a composed target's logits into ``target_out`` [C, V] float32."""
+
+    def sweeps(self, rows: Rows, options: RowOptions, *, gradient: torch.Tensor | None = None) -> RowLoss:
+        """Nine results [C] and, into ``gradient`` [C, V], the student's. A composed target may take its difference's place."""
+
+    def logit_difference(self, rows: Rows, options: RowOptions, *, center: bool, out: torch.Tensor) -> torch.Tensor:
+        """Teacher's logits less the reference's into ``out`` [C, V] float32; returns their offset [C]."""
+
+    def moments(self, rows: Rows, options: RowOptions, *, masked: bool) -> torch.Tensor:
+        """Moments [13, C] of the decomposition."""
+
+    def entry_thresholds(self, rows: Rows, masks: EntryMasks, options: RowOptions) -> torch.Tensor:
+        """Logits [3, C] below which the masks apply."""
+
+    def mask_entries(self, rows: Rows, thresholds: torch.Tensor, masks: EntryMasks, options: RowOptions) -> None:
+        """Edits ``rows.difference`` [C, V] in place."""
+
+
+class TorchBackend:
+    """Plain torch, a few rows at a time."""
+
+    def __init__(self) -> None:
+        self._left: tuple[torch.Tensor, sweeps.StudentRows] | None = None
+
+    def block_rows(self, rows: int, vocabulary: int) -> int:
+        return max(1, min(rows, SWEEP_ELEMENTS // vocabulary))
+
+    def statistics(self, rows: Rows, options: RowOptions, *, target_out: torch.Tensor | None = None) -> RowStatistics:
+        return sweeps.row_statistics(rows, options, target_out=target_out)
+
+    def sweeps(self, rows: Rows, options: RowOptions, *, gradient: torch.Tensor | None = None) -> RowLoss:
+        left, self._left = self._left, None
+        student = left[1] if left is not None and left[0] is rows.student else None
+        return sweeps.row_sweeps(rows, options, gradient=gradient, student=student)
+
+    def logit_difference(self, rows: Rows, options: RowOptions, *, center: bool, out: torch.Tensor) -> torch.Tensor:
+        return targets.logit_difference(rows, options, center=center, out=out)
+
+    def moments(self, rows: Rows, options: RowOptions, *, masked: bool) -> torch.Tensor:
+        """Leaves what it derived from the student for `sweeps` of the very same tensor: a third of the work of either."""
+        student = sweeps.student_rows(rows, options)
+        self._left = (rows.student, student)
+        return moments.row_moments(rows, options, masked=masked, student=student)
+
+    def entry_thresholds(self, rows: Rows, masks: EntryMasks, options: RowOptions) -> torch.Tensor:
+        return entry_masks.entry_thresholds(rows, masks, options)
+
+    def mask_entries(self, rows: Rows, thresholds: torch.Tensor, masks: EntryMasks, options: RowOptions) -> None:
+        entry_masks.mask_entries(rows, thresholds, masks, options)
+
+
+class TritonBackend:
+    """The kernels, a whole chunk at a time. single_read: gradients come from the kernel that reads each row once."""
+
+    def __init__(self, *, single_read: bool = False) -> None:
+        self.single_read = single_read
+
+    def block_rows(self, rows: int, vocabulary: int) -> int:
+        return rows
+
+    def statistics(self, rows: Rows, options: RowOptions, *, target_out: torch.Tensor | None = None) -> RowStatistics:
+        from popsd_kernels import row_statistics
+
+        return row_statistics(rows, options, target_out=target_out)
+
+    def sweeps(self, rows: Rows, options: RowOptions, *, gradient: torch.Tensor | None = None) -> RowLoss:
+        """Few rows take several programs each, in launches that compose the target anew."""
+        import popsd_kernels
+        from popsd_kernels import launch
+
+        if self.single_read and gradient is not None:
+            return popsd_kernels.row_single_read(rows, options, gradient=gradient)[1]
+        moved = launch.sweep_bytes(options, rows.difference is not None, gradient is not None)
+        tokens, device = rows.student.shape[0], rows.student.device
+        if not options.relative and launch.too_few_rows(tokens, *moved, device):
+            return popsd_kernels.row_split_sweeps(rows, options, gradient=gradient)
+        statistics = popsd_kernels.row_statistics(rows, options, target_out=rows.difference)
+        if rows.difference is not None:
+            rows = rows.with_target(rows.difference)
+        return popsd_kernels.row_loss_gradient(rows, statistics, options, gradient=gradient)
+
+    def logit_difference(self, rows: Rows, options: RowOptions, *, center: bool, out: torch.Tensor) -> torch.Tensor:
+        from popsd_kernels import logit_difference
+
+        return logit_difference(rows, options, center=center, out=out)
+
+    def moments(self, rows: Rows, options: RowOptions, *, masked: bool) -> torch.Tensor:
+        from popsd_kernels import row_moments
+
+        return row_moments(rows, options, masked=masked)
+
+    def entry_thresholds(self, rows: Rows, masks: EntryMasks, options: RowOptions) -> torch.Tensor:
+        from popsd_kernels import entry_thresholds
+
+        return entry_thresholds(rows, masks, options)
+
+    def mask_entries(self, rows: Rows, thresholds: torch.Tensor, masks: EntryMasks, options: RowOptions) -> None:
+        from popsd_kernels import mask_entries
+
+        mask_entries(rows, thresholds, masks, options)
 
 
 def resolve_impl(impl: Impl, device: torch.device) -> Impl:
@@ -41,74 +135,8 @@ def resolve_impl(impl: Impl, device: torch.device) -> Impl:
     return Impl.TRITON if device.type == "cuda" and find_spec("triton") is not None else Impl.TORCH
 
 
-def bodies_for(impl: Impl) -> Bodies:
-    if impl is Impl.TORCH:
-        return Bodies(
-            sweeps.row_statistics,
-            sweeps.row_sweeps,
-            targets.logit_difference,
-            row_moments,
-            entry_masks.entry_thresholds,
-            entry_masks.mask_entries,
-            _student_rows,
-            SWEEP_ELEMENTS,
-        )
-    import popsd_kernels
-
-    return Bodies(
-        popsd_kernels.row_statistics,
-        _two_sweeps,
-        popsd_kernels.logit_difference,
-        popsd_kernels.row_moments,
-        popsd_kernels.entry_thresholds,
-        popsd_kernels.mask_entries,
-        lambda *_: {},
-        None,
-    )
-
-
-def _student_rows(*student: Any) -> dict[str, Any]:
-    return {"rows": sweeps.student_rows(*student)}
-
-
-def _two_sweeps(
-    student: torch.Tensor,
-    target: torch.Tensor,
-    delta: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    *,
-    token_ids: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-    gradient: torch.Tensor | None,
-    **common: Any,
-) -> RowLoss:
-    """Both Triton sweeps; a composed target takes the place of its difference between them. Few rows: several programs each."""
-    from popsd_kernels import row_loss_gradient, row_split_sweeps, row_statistics
-    from popsd_kernels.launch import too_few_rows
-
-    options = common["options"]
-    swept, split = sweep_bytes(options, delta is not None, gradient is not None)
-    if not options.relative and too_few_rows(student.shape[0], swept, split, student.device):
-        return row_split_sweeps(
-            student, target, delta, offset, **common, token_ids=token_ids, row_scale=row_scale, gradient=gradient
-        )
-    statistics = row_statistics(student, target, delta, offset, **common, target_out=delta)
-    return row_loss_gradient(
-        student,
-        target if delta is None else delta,
-        statistics,
-        **common,
-        purified=delta is not None,
-        token_ids=token_ids,
-        row_scale=row_scale,
-        gradient=gradient,
-    )
-
-
-def sweep_bytes(options: RowOptions, composed: bool, with_gradient: bool) -> tuple[int, int]:
-    """Bytes per entry of float32 logits: of one program per row, and of several (kernels/README.md, §3)."""
-    unclipped = options.entry_clip is None and options.token_clip is None
-    one_read = options.beta == 0.0 and not options.relative and unclipped
-    swept = (16 if composed else 8) + 8 + (2 + 8 * (not one_read)) * with_gradient
-    streams = 12 if composed else 8
-    return swept, 2 * streams + (streams + 2) * with_gradient
+def backend_for(impl: Impl, device: torch.device, strategy: Strategy = Strategy.CHUNKED) -> Backend:
+    """A backend for one run on ``device``."""
+    if resolve_impl(impl, device) is Impl.TORCH:
+        return TorchBackend()
+    return TritonBackend(single_read=strategy is Strategy.SINGLE_READ)

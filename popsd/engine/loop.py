@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from popsd.config import Impl, Method, Strategy
-from popsd.engine.backends import bodies_for, resolve_impl
+from popsd.engine.backends import backend_for
 from popsd.engine.chunks.decomposition import by_gram, fields_of, moment_rows
 from popsd.engine.chunks.purification import purification_rows
-from popsd.engine.chunks.sweeps import stream, sweep
+from popsd.engine.chunks.streaming import stream
+from popsd.engine.chunks.target import with_difference
 from popsd.engine.precision import exact_matmuls
 from popsd.engine.problem import Problem
 from popsd.engine.results import Results
@@ -34,22 +35,22 @@ def compute(problem: Problem, source: Source) -> torch.Tensor:
 
 def _run(problem: Problem, source: Source, results: Results) -> None:
     tokens, options, device = problem.tokens, problem.options, problem.tensors.student.device
-    backend = bodies_for(resolve_impl(Impl(options.impl), device))
+    backend = backend_for(Impl(options.impl), device, Strategy(options.strategy))
     chunk_rows, gradient_rows = plan_rows(
         tokens, source.work, device, options.workspace_mib, decompose=results.moments is not None
     )
-    block_rows = chunk_rows if backend.sweep_elements is None else max(1, backend.sweep_elements // problem.vocab_size)
+    block_rows = backend.block_rows(chunk_rows, problem.vocab_size)
     source.allocate(min(chunk_rows, tokens), min(gradient_rows, tokens) if source.work.gradient_bytes else 0)
     for buffer in slices(slice(0, tokens), gradient_rows):
         for chunk in slices(buffer, chunk_rows):
             logits, gradient = source.load(chunk), source.gradient(buffer.start, chunk.start, chunk.stop)
             for block in slices(slice(0, chunk.stop - chunk.start), block_rows):
-                rows, place = logits.rows(block), slice(chunk.start + block.start, chunk.start + block.stop)
-                shared = backend.shared(rows.student, rows.student_bias, problem.row_options)
+                rows, place = logits.part(block), slice(chunk.start + block.start, chunk.start + block.stop)
                 if results.moments is not None:
-                    results.moments[:, place] = moment_rows(problem, backend, rows, shared)
+                    results.moments[:, place] = moment_rows(problem, backend, rows)
                 if options.purification:
                     results.purification[:, place] = purification_rows(problem, rows)
+                rows = with_difference(problem, source, backend, rows)
                 wanted = None if gradient is None else gradient[block]
-                results.losses[:, place] = torch.stack(sweep(problem, backend, rows, wanted, shared))
+                results.losses[:, place] = torch.stack(backend.sweeps(rows, problem.row_options, gradient=wanted))
         source.accumulate(buffer.start, buffer.stop)

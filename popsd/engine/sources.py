@@ -12,39 +12,14 @@ for two distributions and for a target that is linear in the hidden states, see 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from popsd.engine.problem import Problem
 from popsd.engine.workspace import Work, vocabulary_columns
 from popsd.head import mean_row
-from popsd_kernels.rows import LOGIT_FLOOR
-
-
-class Chunk(NamedTuple):
-    """Raw projections of n tokens, each [n, V], and what goes with them. The target is given, or composed on the base.
-
-    difference: a float32 buffer that holds teacher − reference, or is to receive it. offset: [n] float32, its centring; None
-    where it is still to be formed. teacher, reference: None unless something reads them beside the difference.
-    student_bias, frozen_bias: [V] float32. token_ids, row_scale: [n].
-    """
-
-    student: torch.Tensor
-    base: torch.Tensor | None = None
-    difference: torch.Tensor | None = None
-    offset: torch.Tensor | None = None
-    target: torch.Tensor | None = None
-    teacher: torch.Tensor | None = None
-    reference: torch.Tensor | None = None
-    student_bias: torch.Tensor | None = None
-    frozen_bias: torch.Tensor | None = None
-    token_ids: torch.Tensor | None = None
-    row_scale: torch.Tensor | None = None
-
-    def rows(self, rows: slice) -> Chunk:
-        biases = {"student_bias": self.student_bias, "frozen_bias": self.frozen_bias}
-        return Chunk(*(None if x is None else x[rows] for x in self))._replace(**biases)  # type: ignore[arg-type]
+from popsd_kernels.rows import LOGIT_FLOOR, Rows
 
 
 class ProjectedStreams:
@@ -135,7 +110,7 @@ class ProjectedStreams:
                 frozen[k] = frozen[k].float() - student
         return student, [x.to(self.frozen_weight.dtype) for x in frozen], low, offset
 
-    def load(self, tokens: slice) -> Chunk:
+    def load(self, tokens: slice) -> Rows:
         n, problem = tokens.stop - tokens.start, self.problem
         student, frozen, low, offset = self.operands(tokens.start, tokens.stop)
         stacked = torch.cat(frozen)
@@ -147,13 +122,18 @@ class ProjectedStreams:
         if low is not None:
             project(low, self.frozen_weight, self.logits[2 * n : 3 * n], accumulate=True)
         own, first, *others = (self.logits[k * n : (k + 1) * n, : self.vocab] for k in range(self.streams))
-        chunk = _chunk_of(problem, tokens, own)._replace(student_bias=self.student_bias, frozen_bias=self.frozen_bias)
+        chunk = _rows_of(problem, tokens, own)._replace(student_bias=self.student_bias, frozen_bias=self.frozen_bias)
         if not others:
             return chunk._replace(target=first)
-        if problem.needs_separate_logits:  # the difference takes the teacher's place
-            return chunk._replace(base=first, difference=others[0], teacher=others[0], reference=others[1])
+        if problem.needs_separate_logits:
+            return chunk._replace(base=first, teacher=others[0], reference=others[1])
         reference = others[1] if problem.needs_reference_logits else None
         return chunk._replace(base=first, difference=others[0], offset=offset, reference=reference)
+
+    def difference_of(self, rows: Rows) -> torch.Tensor:
+        """Where the difference of ``rows`` goes that is still to be formed: the teacher's place."""
+        assert rows.teacher is not None
+        return rows.teacher
 
     def gradient(self, first: int, start: int, stop: int) -> torch.Tensor | None:
         if not self.with_gradient:
@@ -219,16 +199,20 @@ class GivenLogits:
             device = self.problem.tensors.student.device
             self.difference = torch.empty(rows, self.vocab, dtype=torch.float32, device=device)
 
-    def load(self, tokens: slice) -> Chunk:
+    def load(self, tokens: slice) -> Rows:
         student, base, teacher, reference = (
             None if x is None else x.detach()[tokens, : self.vocab] for x in self.problem.tensors[:4]
         )
         assert student is not None
-        chunk = _chunk_of(self.problem, tokens, student)
+        chunk = _rows_of(self.problem, tokens, student)
         if self.difference is None:
             return chunk._replace(target=teacher)
-        difference = self.difference[: tokens.stop - tokens.start]
-        return chunk._replace(base=base, difference=difference, teacher=teacher, reference=reference)
+        return chunk._replace(base=base, teacher=teacher, reference=reference)
+
+    def difference_of(self, rows: Rows) -> torch.Tensor:
+        """A buffer for the difference of ``rows``, theirs until the next ones are swept."""
+        assert self.difference is not None
+        return self.difference[: rows.student.shape[0]]
 
     def gradient(self, first: int, start: int, stop: int) -> torch.Tensor | None:
         return None if self.dhidden is None else self.dhidden[start:stop, : self.vocab]
@@ -244,9 +228,9 @@ def source_of(problem: Problem) -> Source:
     return GivenLogits(problem) if problem.tensors.student_weight is None else ProjectedStreams(problem)
 
 
-def _chunk_of(problem: Problem, tokens: slice, student: torch.Tensor) -> Chunk:
+def _rows_of(problem: Problem, tokens: slice, student: torch.Tensor) -> Rows:
     ids, weights = problem.tensors.token_ids, problem.tensors.weights
-    return Chunk(
+    return Rows(
         student,
         token_ids=None if ids is None else ids[tokens],
         row_scale=None if weights is None else weights[tokens],

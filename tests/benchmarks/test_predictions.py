@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from popsd_benchmarks.cells import Case, Cell, Shape
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,21 +11,22 @@ from popsd_kernels import checks, launch
 COUNT_COMPILATIONS = """
 from dataclasses import replace
 import torch
-from popsd_kernels import LogitTransform, RowOptions, RowStatistics, difference, launch, loss_gradient, statistics
-from popsd_kernels.aot import select_target
+from popsd_kernels import LogitTransform, RowLoss, RowOptions, RowStatistics, Rows, launch
+from popsd_kernels.aot.report import select_target
+from popsd_kernels.sweeps import difference, loss_gradient, statistics
 for kernel in (statistics.row_statistics_kernel, loss_gradient.row_loss_gradient_kernel, difference.logit_difference_kernel):
     select_target("sm_90", kernel)
 meta, config = torch.device("meta"), launch.LaunchConfig(128, 4, 4)
 def sweep(rows, options):
     s, u, d = torch.empty(3, rows, 4096, device=meta)
     chunk = torch.empty(rows + 1, device=meta)[1:]  # a slice that starts off 16 bytes
-    out = launch.result_rows(9, rows, meta)
+    out = launch.result_rows(len(RowLoss._fields), rows, meta)
+    operands = Rows(s, base=u, difference=d, offset=chunk, teacher=s, reference=u, token_ids=chunk.long(), row_scale=chunk)
+    second, outputs = operands.with_target(u), launch.Outputs(out, d)
     plans = [
-        statistics.plan(s, u, d, chunk, None, None, options, u, out, config, True),
-        loss_gradient.plan(
-            s, u, RowStatistics(*[chunk] * 4), None, None, options, True, chunk.long(), chunk, d, out, config, True
-        ),
-        difference.plan(s, u, d, None, options, True, chunk, config, True),
+        statistics.plan(operands, options, launch.Outputs(out, u), config, True),
+        loss_gradient.plan(second, RowStatistics(*[chunk] * 4), options, outputs, config, True),
+        difference.plan(operands, options, True, launch.Outputs(chunk, d), config, True),
     ]
     for plan in plans:
         plan.compile()
@@ -55,10 +56,10 @@ def test_annealing_and_the_number_of_tokens_never_recompile():
 def test_cpu_tensors_without_the_interpreter_are_refused():
     finished = run_without_interpreter(
         "-c",
-        "import torch, popsd_kernels as k; x = torch.zeros(2, 8); k.row_statistics(x, x, options=k.RowOptions())",
+        "import torch, popsd_kernels as k; x = torch.zeros(2, 8); k.row_statistics(k.Rows(x, target=x), k.RowOptions())",
     )
     assert finished.returncode == 1
-    assert "row_statistics: student is on the CPU" in finished.stderr
+    assert "row_statistics: rows.student is on the CPU" in finished.stderr
     assert "TRITON_INTERPRET=1" in finished.stderr
 
 

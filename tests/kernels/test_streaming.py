@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -16,11 +15,12 @@ from kernel_helpers import (  # first: switches the interpreter on
     oracle_target,
     poisoned,
     relative_error,
+    rows_of,
     run_without_interpreter,
 )
 
 from popsd import oracle
-from popsd_kernels import LogitTransform, RowLoss, RowOptions, launch
+from popsd_kernels import Gradients, Heads, LogitTransform, RowLoss, RowOptions, Rows, launch
 from popsd_kernels.streaming import loss, plan
 from popsd_kernels.streaming.loss import stream_divergence
 
@@ -77,17 +77,20 @@ class Problem:
         self.row_scale = torch.linspace(0.5, 2.0, rows)
         self.token_ids = torch.arange(rows) * 5 % vocabulary
 
-    def arguments(self, options: RowOptions) -> dict[str, Any]:
+    def rows(self, options: RowOptions, **vectors: torch.Tensor) -> Rows:
         head = self.student_weight if self.frozen_weight is None else self.frozen_weight
         offset = None
         if self.delta is not None:
             scale = options.delta_scale * options.inv_temperature
             offset = (scale * self.delta.double() @ head.double().mean(0)).float()
-        return {
-            "student": self.student, "target": self.target, "delta": self.delta, "delta_offset": offset,
-            "student_weight": self.student_weight, "frozen_weight": self.frozen_weight,
-            "student_bias": self.biases[0], "target_bias": self.biases[1], "options": options,
-        }  # fmt: skip
+        return rows_of(
+            self.student, self.target, self.delta, offset,
+            student_bias=self.biases[0], frozen_bias=self.biases[1], **vectors,
+        )  # fmt: skip
+
+    @property
+    def heads(self) -> Heads:
+        return Heads(self.student_weight, self.frozen_weight)
 
     def raw_target(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         head = (self.student_weight if self.frozen_weight is None else self.frozen_weight).double()
@@ -105,15 +108,20 @@ def _check(
     """Every output, guarded and poisoned, against the oracle."""
     rows, vocabulary = problem.student.shape[0], problem.student_weight.shape[0]
     tolerance = tolerance or TOLERANCE[problem.student.dtype]
-    arguments = problem.arguments(options)
-    guarded = {k: Guarded(x) for k, x in arguments.items() if isinstance(x, torch.Tensor) and x.dim() == 2}
-    arguments |= {name: x.view for name, x in guarded.items()}
+    guarded: list[Guarded] = []
+
+    def guard(operand):
+        inputs = {k: Guarded(x) for k, x in operand._asdict().items() if isinstance(x, torch.Tensor) and x.dim() == 2}
+        guarded.extend(inputs.values())
+        return operand._replace(**{name: x.view for name, x in inputs.items()})
+
+    operands = guard(problem.rows(options))._replace(token_ids=problem.token_ids, row_scale=problem.row_scale)
+    heads = guard(problem.heads)
     dhidden, dweight = poisoned(rows, WIDTH), Guarded(torch.full((vocabulary, WIDTH), 0.25))
     dbias = torch.full((vocabulary + 2,), float("nan"))
     dbias[1:-1] = 0.5
-    kept = {"token_ids": problem.token_ids, "row_scale": problem.row_scale}
-    found = stream_divergence(**arguments, **kept, dhidden=dhidden.view, dweight=dweight.view, dbias=dbias[1:-1])
-    for x in guarded.values():
+    found = stream_divergence(operands, heads, options, Gradients(dhidden.view, dweight.view, dbias[1:-1]))
+    for x in guarded:
         x.assert_unchanged()
     dhidden.assert_intact()
     dweight.assert_intact()
@@ -186,32 +194,30 @@ def test_row_scale_zero_contributes_nothing_even_for_nan(options):
     keep = torch.tensor([True, False, False, True])
     gradient = expected.gradient * keep[:, None]
     problem.row_scale[~keep] = 0.0
-    arguments = problem.arguments(options)
-    arguments["student"], arguments["target"] = problem.student.clone(), problem.target.clone()
-    arguments["student"][1], arguments["target"][2] = float("nan"), float("inf")
+    problem.student, problem.target, clean = problem.student.clone(), problem.target.clone(), problem.student
+    problem.student[1], problem.target[2] = float("nan"), float("inf")
     dhidden, dweight, dbias = poisoned(4, WIDTH), torch.zeros(100, WIDTH), torch.zeros(100)
-    found = stream_divergence(
-        **arguments, row_scale=problem.row_scale, dhidden=dhidden.view, dweight=dweight, dbias=dbias
-    )
+    rows = problem.rows(options, row_scale=problem.row_scale)
+    found = stream_divergence(rows, problem.heads, options, Gradients(dhidden.view, dweight, dbias))
     assert (dhidden.view[~keep] == 0).all() and found.divergence[1:3].isnan().all()
     assert relative_error(dhidden.view, gradient @ problem.student_weight.double()) < 2e-5
-    assert relative_error(dweight, gradient.T @ problem.student.double()) < 2e-5
+    assert relative_error(dweight, gradient.T @ clean.double()) < 2e-5
     assert relative_error(dbias, gradient.sum(0)) < 5e-5
 
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("clips", [(None, None), (0.05, None), (None, 1.0)])
-@pytest.mark.parametrize("stream", ["student", "target", "delta"])
+@pytest.mark.parametrize("stream", ["student", "base", "difference"])
 def test_a_nan_stays_in_its_row(stream, clips, beta):
     """NaN loss and gradient there, finite ones beside it. Entry clip and JSD need the divergence to keep it (minima)."""
     problem = Problem(4)
     options = replace(PLAIN, beta=beta, entry_clip=clips[0], token_clip=clips[1])
-    arguments, clean = problem.arguments(options), torch.empty(4, WIDTH)
-    expected = stream_divergence(**arguments, dhidden=clean)
-    arguments[stream] = arguments[stream].clone()
-    arguments[stream][1, 0] = float("nan")
+    rows, heads, clean = problem.rows(options), problem.heads, torch.empty(4, WIDTH)
+    expected = stream_divergence(rows, heads, options, Gradients(clean))
+    dirty = getattr(rows, stream).clone()
+    dirty[1, 0] = float("nan")
     dhidden = poisoned(4, WIDTH)
-    found = stream_divergence(**arguments, dhidden=dhidden.view)
+    found = stream_divergence(rows._replace(**{stream: dirty}), heads, options, Gradients(dhidden.view))
     rest = torch.tensor([0, 2, 3])
     assert found.divergence[1].isnan() and dhidden.view[1].isnan().all()
     torch.testing.assert_close(found.divergence[rest], expected.divergence[rest], rtol=1e-5, atol=1e-6)
@@ -223,12 +229,12 @@ def test_minus_infinity_in_a_bias_removes_the_entry():
     for bias in problem.biases:
         bias[~keep] = float("-inf")
     dweight = torch.zeros(100, WIDTH)
-    found = stream_divergence(**problem.arguments(PLAIN), dweight=dweight)
-    arguments = problem.arguments(PLAIN)  # the offset is the mean over the whole head, also where entries are removed
-    arguments["student_weight"] = problem.student_weight[keep].contiguous()
-    arguments |= {name: arguments[name][keep] for name in ("student_bias", "target_bias")}
+    rows = problem.rows(PLAIN)  # the offset is the mean over the whole head, also where entries are removed
+    found = stream_divergence(rows, problem.heads, PLAIN, Gradients(dweight=dweight))
+    rows = rows._replace(student_bias=rows.student_bias[keep], frozen_bias=rows.frozen_bias[keep])
     dense = torch.zeros(int(keep.sum()), WIDTH)
-    expected = stream_divergence(**arguments, dweight=dense)
+    fewer = Heads(problem.student_weight[keep].contiguous())
+    expected = stream_divergence(rows, fewer, PLAIN, Gradients(dweight=dense))
     assert (dweight[~keep] == 0).all()
     assert relative_error(dweight[keep], dense) < 1e-5
     for x, y in zip(found[:5], expected[:5], strict=True):
@@ -239,8 +245,8 @@ def test_minus_infinity_in_a_bias_removes_the_entry():
 def test_the_loss_alone(beta):
     """To rounding: forward KL sums over other tiles on the way to its gradient."""
     problem, options = Problem(), replace(PLAIN, beta=beta)
-    found = stream_divergence(**problem.arguments(options), dhidden=torch.empty(3, WIDTH))
-    bare = stream_divergence(**problem.arguments(options))
+    found = stream_divergence(problem.rows(options), problem.heads, options, Gradients(torch.empty(3, WIDTH)))
+    bare = stream_divergence(problem.rows(options), problem.heads, options)
     for a, b in zip(bare[:-1], found[:-1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert bare.token_logprob.isnan().all()
@@ -248,13 +254,13 @@ def test_the_loss_alone(beta):
 
 def test_outputs_may_be_had_one_by_one_and_in_16_bits():
     problem = Problem(dtype=torch.bfloat16)
-    arguments = problem.arguments(PLAIN)
+    arguments = (problem.rows(PLAIN), problem.heads, PLAIN)
     dhidden, dweight, dbias = torch.empty(3, WIDTH), torch.zeros(100, WIDTH), torch.zeros(100)
-    stream_divergence(**arguments, dhidden=dhidden, dweight=dweight, dbias=dbias)
+    stream_divergence(*arguments, Gradients(dhidden, dweight, dbias))
     narrow, alone = torch.empty(3, WIDTH, dtype=torch.bfloat16), [torch.zeros(100, WIDTH), torch.zeros(100)]
-    stream_divergence(**arguments, dhidden=narrow)
-    stream_divergence(**arguments, dweight=alone[0])
-    stream_divergence(**arguments, dbias=alone[1])
+    stream_divergence(*arguments, Gradients(narrow))
+    stream_divergence(*arguments, Gradients(dweight=alone[0]))
+    stream_divergence(*arguments, Gradients(dbias=alone[1]))
     # to rounding: nothing promises that another call's matrix products add up in the same order
     torch.testing.assert_close(narrow.float(), dhidden, rtol=EPSILON[torch.bfloat16], atol=1e-6)
     for found, expected in zip(alone, (dweight, dbias), strict=True):
@@ -268,9 +274,8 @@ def test_results_do_not_depend_on_how_the_work_is_cut(beta, monkeypatch):
 
     def run() -> tuple[RowLoss, torch.Tensor, torch.Tensor]:
         dhidden, dweight = torch.empty(5, WIDTH), torch.zeros(200, WIDTH)
-        found = stream_divergence(
-            **problem.arguments(options), token_ids=problem.token_ids, dhidden=dhidden, dweight=dweight
-        )
+        rows = problem.rows(options, token_ids=problem.token_ids)
+        found = stream_divergence(rows, problem.heads, options, Gradients(dhidden, dweight))
         return found, dhidden, dweight
 
     first, again = run(), run()
@@ -287,47 +292,47 @@ def test_three_token_tiles():
 
 
 def test_no_tokens():
-    found = stream_divergence(torch.empty(0, 8), torch.empty(0, 8), student_weight=torch.ones(5, 8), options=PLAIN)
-    assert [x.shape for x in found] == [(0,)] * 9
+    found = stream_divergence(rows_of(torch.empty(0, 8), torch.empty(0, 8)), Heads(torch.ones(5, 8)), PLAIN)
+    assert [x.shape for x in found] == [(0,)] * len(RowLoss._fields)
 
 
 def test_token_ids_outside_the_vocabulary_are_nan():
     problem = Problem(4)
     ids = torch.tensor([-1, 99, 100, 2**40])
-    found = stream_divergence(**problem.arguments(PLAIN), token_ids=ids)
+    found = stream_divergence(problem.rows(PLAIN, token_ids=ids), problem.heads, PLAIN)
     assert found.token_logprob.isnan().tolist() == [True, False, True, True]
 
 
 _COUNT = """
 import torch
-from popsd_kernels import aot, streaming_aot, streaming_fold, streaming_plan, streaming_tiles
+from popsd_kernels.aot.report import select_target
 from popsd_kernels.launch import result_rows
-from popsd_kernels.rows import RowOptions, RowStatistics
+from popsd_kernels.rows import Heads, RowLoss, RowOptions, Rows, RowStatistics
+from popsd_kernels.streaming import plan, sums, tiles
 
 kernels = (
-    streaming_tiles.stream_statistics_kernel, streaming_tiles.stream_merge_kernel,
-    streaming_fold.stream_fold_kernel, streaming_fold.stream_finish_kernel,
+    tiles.stream_statistics_kernel, tiles.stream_merge_kernel, sums.stream_fold_kernel, sums.stream_finish_kernel,
 )
 for kernel in kernels:
-    aot.select_target("sm_90", kernel)
+    select_target("sm_90", kernel)
 meta, config = torch.device("meta"), plan.TileConfig(32, 64, 32, 4, 2)
 for rows, first, last, span, number in ((64, 0, 16, 4, 0.5), (63, 1, 7, 3, 0.3), (1, 3, 4, 1, 0.2), (4097, 3, 4, 1, 0.1)):
     options = RowOptions(number, number, number, number, number, number, delta_scale=number)
     hidden, head = (torch.empty(n, 512, dtype=torch.bfloat16, device=meta) for n in (rows, 1000))
     vector, ids = torch.empty(rows, device=meta), torch.empty(rows, dtype=torch.int64, device=meta)
-    streams = plan.make_streams(hidden, hidden, hidden, vector, head, None, None, None, options)
-    call = plan.Call(streams, plan.Shape(rows, 1000, 512, 512), options, 2, True)
-    extent, pitch = streaming_tiles.Extent(rows, first, last, span), (rows + 15) // 16 * 16
-    partial = torch.empty(5, 9, pitch, device=meta)[:, :, :rows]
+    operands = Rows(hidden, base=hidden, difference=hidden, offset=vector, token_ids=ids, row_scale=vector)
+    call = plan.Call(operands, Heads(head), options, True)
+    extent, pitch = tiles.Extent(rows, first, last, span), (rows + 15) // 16 * 16
+    partial = torch.empty(5, sums.SUMS, pitch, device=meta)[:, :, :rows]
     gradient = torch.empty(pitch + 16, 1024, dtype=torch.bfloat16, device=meta)
-    scaling = streaming_fold.Scaling(*result_rows(2, rows, meta))
-    strip = streaming_fold.Strip(gradient, 1024)
+    scaling = sums.Scaling(*result_rows(2, rows, meta))
+    strip = sums.Strip(gradient, 1024)
     statistics = RowStatistics(*result_rows(4, rows, meta))
     for planned in (
         call.statistics(config, extent, partial),
         call.merge(partial, result_rows(4, rows, meta)),
-        call.fold(config, extent, statistics, ids, scaling, plan.parts(partial[first:]), strip),
-        call.finish(statistics, partial, ids, vector, scaling, result_rows(9, rows, meta)),
+        call.fold(config, extent, statistics, scaling, plan.parts(partial[first:]), strip),
+        call.finish(statistics, partial, scaling, result_rows(len(RowLoss._fields), rows, meta)),
     ):
         planned.compile()
 print([len(kernel.device_caches[0][0]) for kernel in kernels])
@@ -358,30 +363,35 @@ def test_tile_spans():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"target": torch.zeros(3, 8)}, ValueError, r"target must have shape \[2, 8\]"),
-        ({"student": torch.zeros(2, 1, 8)}, ValueError, "student must be a matrix"),
-        ({"student_weight": torch.zeros(5, 9)}, ValueError, r"student_weight must have shape \[5, 8\]"),
-        ({"student_weight": torch.zeros(5, 8, dtype=torch.float16)}, TypeError, "student_weight must be torch.float32"),
-        ({"student_weight": torch.zeros(8, 5).T}, ValueError, "student_weight must have rows of unit stride"),
-        ({"frozen_weight": torch.zeros(5, 7)}, ValueError, r"frozen_weight must have shape \[5, 8\]"),
-        ({"delta": torch.zeros(2, 8)}, ValueError, "delta and delta_offset must be given together"),
-        ({"token_ids": torch.zeros(2, dtype=torch.int32)}, TypeError, "token_ids must be one of torch.int64"),
-        ({"row_scale": torch.zeros(3)}, ValueError, r"row_scale must have shape \[2\]"),
-        ({"dhidden": torch.zeros(2, 9)}, ValueError, r"dhidden must have shape \[2, 8\]"),
-        ({"dweight": torch.zeros(5, 8, dtype=torch.bfloat16)}, TypeError, "dweight must be torch.float32"),
-        ({"dbias": torch.zeros(4)}, ValueError, r"dbias must have shape \[5\]"),
+        ({"target": torch.zeros(3, 8)}, ValueError, r"rows\.target must have shape \[2, 8\]"),
+        ({"student": torch.zeros(2, 1, 8)}, ValueError, "rows.student must be a matrix"),
+        ({"heads": Heads(torch.zeros(5, 9))}, ValueError, r"heads\.student must have shape \[5, 8\]"),
+        ({"heads": Heads(torch.zeros(5, 8).half())}, TypeError, r"heads\.student must be torch\.float32, got"),
+        ({"heads": Heads(torch.zeros(8, 5).T)}, ValueError, r"heads\.student must have unit stride"),
+        ({"heads": Heads(torch.zeros(5, 8), torch.zeros(5, 7))}, ValueError, r"heads\.frozen must have shape \[5, 8\]"),
+        ({"difference": torch.zeros(2, 8)}, ValueError, "must be given together, got difference alone"),
+        ({"token_ids": torch.zeros(2, dtype=torch.int32)}, TypeError, r"rows\.token_ids must be torch\.int64"),
+        ({"row_scale": torch.zeros(3)}, ValueError, r"rows\.row_scale must have shape \[2\]"),
+        ({"gradients": Gradients(torch.zeros(2, 9))}, ValueError, r"gradients\.dhidden must have shape \[2, 8\]"),
+        ({"gradients": Gradients(None, torch.zeros(5, 8).half())}, TypeError, r"gradients\.dweight must be torch\.float32"),
+        ({"gradients": Gradients(dbias=torch.zeros(4))}, ValueError, r"gradients\.dbias must have shape \[5\]"),
     ],
-)
+)  # fmt: skip
 def test_refusals(changes, error, message):
-    arguments = {
-        "student": torch.zeros(2, 8), "target": torch.zeros(2, 8), "student_weight": torch.zeros(5, 8),
-        "options": PLAIN, **changes,
-    }  # fmt: skip
+    heads, gradients = changes.pop("heads", Heads(torch.zeros(5, 8))), changes.pop("gradients", Gradients())
+    rows = rows_of(torch.zeros(2, 8), torch.zeros(2, 8))._replace(**changes)
     with pytest.raises(error, match=message):
-        stream_divergence(**arguments)
+        stream_divergence(rows, heads, PLAIN, gradients)
+
+
+def test_rows_too_far_apart_for_32_bit_offsets_are_refused(monkeypatch):
+    monkeypatch.setattr(loss, "MAX_STRIDE", 9)
+    rows = rows_of(torch.zeros(2, 8), torch.zeros(2, 8))
+    with pytest.raises(ValueError, match=r"heads\.student must have rows less than 9 entries apart"):
+        stream_divergence(rows, Heads(torch.zeros(5, 9)[:, :8]), PLAIN)
 
 
 def test_outputs_may_not_be_inputs():
     student = torch.zeros(2, 8)
-    with pytest.raises(ValueError, match="dhidden shares memory with an input"):
-        stream_divergence(student, student, student_weight=torch.zeros(5, 8), options=PLAIN, dhidden=student)
+    with pytest.raises(ValueError, match=r"gradients\.dhidden shares memory with an input"):
+        stream_divergence(rows_of(student, student), Heads(torch.zeros(5, 8)), PLAIN, Gradients(student))

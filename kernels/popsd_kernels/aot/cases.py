@@ -11,8 +11,8 @@ import torch
 
 from popsd_kernels import checks, launch
 from popsd_kernels.aot import streaming_cases
-from popsd_kernels.launch import Launch, LaunchConfig
-from popsd_kernels.rows import LogitTransform, RowOptions, RowStatistics
+from popsd_kernels.launch import Launch, LaunchConfig, Outputs
+from popsd_kernels.rows import MOMENTS, EntryMasks, LogitTransform, RowLoss, RowOptions, Rows, RowStatistics
 from popsd_kernels.sweeps import (
     difference,
     entry_masks,
@@ -24,6 +24,7 @@ from popsd_kernels.sweeps import (
     statistics,
 )
 
+TOKENS = 1024
 VOCABULARY = 151936
 ODD_VOCABULARY = 50257
 
@@ -49,60 +50,58 @@ class Case:
         return launch.TABLES[architecture][key]
 
     def launch(self, config: LaunchConfig, fast: bool) -> Launch:
-        rows, v = 1024, self.vocabulary
+        options = self.options
 
-        def rectangle(dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(rows, v, dtype=dtype, device="meta")
+        def results(count: int) -> torch.Tensor:
+            return launch.result_rows(count, TOKENS, torch.device("meta"))
 
-        meta = torch.device("meta")
-        student, target, vector = rectangle(self.dtype), rectangle(self.dtype), torch.empty(rows, device="meta")
-        bias = torch.empty(v, dtype=torch.bfloat16, device="meta") if self.bias else None
+        def outputs(count: int, matrix: torch.dtype | None) -> Outputs:
+            return Outputs(results(count), None if matrix is None else self._matrix(matrix))
+
+        rows, losses = self._rows(), len(RowLoss._fields)
         if self.kernel == "statistics":
-            delta = rectangle(torch.float32) if self.composed else None
-            return statistics.plan(
-                student, target, delta, vector if self.composed else None, bias, bias, self.options, delta,
-                launch.result_rows(4, rows, meta), config, fast,
-            )  # fmt: skip
+            made = outputs(len(RowStatistics._fields), torch.float32 if self.composed else None)
+            return statistics.plan(rows, options, made, config, fast)
         if self.kernel == "loss_gradient":
-            return loss_gradient.plan(
-                student, rectangle(torch.float32) if self.composed else target, RowStatistics(*[vector] * 4),
-                bias, bias, self.options, self.composed, vector.long(), vector,
-                None if self.gradient is None else rectangle(self.gradient),
-                launch.result_rows(9, rows, meta), config, fast,
-            )  # fmt: skip
+            if self.composed:
+                rows = rows.with_target(self._matrix(torch.float32))
+            normalisers = RowStatistics(*[torch.empty(TOKENS, device="meta")] * len(RowStatistics._fields))
+            return loss_gradient.plan(rows, normalisers, options, outputs(losses, self.gradient), config, fast)
         if self.kernel == "single_read":
-            delta, offset = (rectangle(torch.float32), vector) if self.composed else (None, None)
-            call = row_slices.SliceCall(
-                student, target, delta, offset, vector.long(), vector,
-                None if self.gradient is None else rectangle(self.gradient), launch.result_rows(13, rows, meta),
-                row_slices.partials_for(student, config), self.options, config, fast, bias, bias,
-            )  # fmt: skip
+            made, partials = outputs(row_slices.RESULTS, self.gradient), row_slices.partials_for(rows, config)
+            call = row_slices.SliceCall(rows, options, made, partials, config, fast)
             if self.phase:
                 return few_rows.plan(call, self.phase)
-            counters = torch.empty(rows, 2, dtype=torch.int32, device=meta)
-            return single_read.plan(
-                call, counters, 1, single_read.register_bound(self.options, config) if fast else None
-            )
+            counters = torch.empty(TOKENS, 2, dtype=torch.int32, device="meta")
+            registers = single_read.register_bound(options, config) if fast else None
+            return single_read.plan(call, counters, 1, registers)
+        frozen = self._matrix(self.dtype)
         if self.kernel == "moments":
-            own, delta = (None, rectangle(torch.float32)) if self.composed else (target, None)
-            return moments.plan(
-                student, target, own, delta, bias, bias, self.options, not self.composed,
-                launch.result_rows(moments.MOMENTS, rows, meta), config, fast,
-            )  # fmt: skip
+            rows = rows._replace(reference=frozen, teacher=None if self.composed else frozen)
+            return moments.plan(rows, options, not self.composed, outputs(MOMENTS, None), config, fast)
+        rows = rows._replace(base=frozen, teacher=frozen, reference=frozen)
         if self.kernel == "masks":
-            tail = None if self.composed else target
+            masks = EntryMasks(0.1) if self.composed else EntryMasks(0.1, 0.01, 0.1)
+            thresholds = results(len(entry_masks.Thresholds._fields))
             if self.phase == 0:
-                floors = (-2.3, None if tail is None else -4.6)
-                thresholds = launch.result_rows(3, rows, meta)
-                return entry_masks.plan_thresholds(
-                    (student, tail, tail), bias, self.options, floors, thresholds, config, fast
-                )
-            return entry_masks.plan_masks(
-                rectangle(torch.float32), vector, launch.result_rows(3, rows, meta), student, tail, bias, self.options,
-                None if tail is None else 0.1, config, fast,
-            )  # fmt: skip
-        out = rectangle(torch.float32)
-        return difference.plan(student, target, out, bias, self.options, self.center, vector, config, fast)
+                return entry_masks.plan_thresholds(rows, masks, options, Outputs(thresholds), config, fast)
+            rows = rows._replace(difference=self._matrix(torch.float32), offset=torch.empty(TOKENS, device="meta"))
+            return entry_masks.plan_masks(rows, thresholds, masks, options, config, fast)
+        return difference.plan(rows, options, self.center, outputs(1, torch.float32), config, fast)
+
+    def _rows(self) -> Rows:
+        vector = torch.empty(TOKENS, device="meta")
+        bias = torch.empty(self.vocabulary, dtype=torch.bfloat16, device="meta") if self.bias else None
+        rows = Rows(
+            self._matrix(self.dtype), student_bias=bias, frozen_bias=bias, token_ids=vector.long(), row_scale=vector
+        )  # fmt: skip
+        frozen = self._matrix(self.dtype)
+        if self.composed:
+            return rows._replace(base=frozen, difference=self._matrix(torch.float32), offset=vector)
+        return rows._replace(target=frozen)
+
+    def _matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(TOKENS, self.vocabulary, dtype=dtype, device="meta")
 
 
 PLAIN = RowOptions()
@@ -160,7 +159,7 @@ def shipped_cases() -> list[AnyCase]:
              gradient=torch.float32),
         Case("moments", "teacher as a difference", 12, PLAIN),
         Case("moments", "relative", 12, replace(PLAIN, relative=True)),
-        Case("moments", "teacher apart, softcap", 12, SOFTCAP, composed=False),
+        Case("moments", "teacher projected, softcap", 12, SOFTCAP, composed=False),
         Case("moments", "masked, softcap, bias, bf16, odd V", 6, SOFTCAP, torch.bfloat16, ODD_VOCABULARY, False, True),
         *(Case("masks", f"plausibility, launch {k + 1}", (4, 8)[k], PLAIN, phase=k) for k in (0, 1)),
         *(Case("masks", f"both, softcap, bias, bf16, odd V, launch {k + 1}", (2, 8)[k], SOFTCAP, torch.bfloat16,

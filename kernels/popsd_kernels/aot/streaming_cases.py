@@ -1,4 +1,4 @@
-"""The streaming kernels' cases for the ahead-of-time report (aot.py): one per compile-time flag, as shipped."""
+"""The streaming kernels' cases for the ahead-of-time report: one per compile-time flag, as shipped."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 import triton
 
 from popsd_kernels.launch import Launch
-from popsd_kernels.rows import LogitTransform, RowOptions, RowStatistics
+from popsd_kernels.rows import Heads, LogitTransform, RowOptions, Rows, RowStatistics
 from popsd_kernels.streaming import plan
-from popsd_kernels.streaming.plan import Call, Shape, TileConfig
+from popsd_kernels.streaming.plan import Call, TileConfig
 from popsd_kernels.streaming.sums import SUMS, Scaling, Strip
 from popsd_kernels.streaming.tiles import Extent
 
@@ -46,22 +46,23 @@ class StreamCase:
             self._empty(TOKENS, dtype=torch.float32),
         )
         bias = self._empty(v) if self.worst else None
-        streams = plan.make_streams(
-            hidden, hidden, hidden, vector, head, head if self.worst else None, bias, bias, self.options
-        )
-        call = Call(streams, Shape(TOKENS, v, WIDTH, WIDTH), self.options, self.dtype.itemsize, fast)
+        rows = Rows(
+            hidden, base=hidden, difference=hidden, offset=vector, student_bias=bias, frozen_bias=bias,
+            token_ids=vector.long(),
+        )  # fmt: skip
+        call = Call(rows, Heads(head, head if self.worst else None), self.options, fast)
         extent = Extent(TOKENS, 0, tiles, step)
         partial = self._empty(triton.cdiv(tiles, step), SUMS, TOKENS, dtype=torch.float32)
         if self.table == "statistics":
             return call.statistics(config, extent, partial)
         gradient = self._empty(TOKENS, step * config.vocabulary)
-        strip = Strip(gradient, gradient.stride(0))
+        strip: Strip | None = Strip(gradient, gradient.stride(0))
         sums = plan.parts(partial) if self.table == "sums" else None
-        with_strip = self.with_strip or sums is None
-        return call.fold(
-            config, extent, RowStatistics(*[vector] * 4), None if sums is None else vector.long(),
-            Scaling(vector, vector) if with_strip else None, sums, strip if with_strip else None,
-        )  # fmt: skip
+        scaling: Scaling | None = Scaling(vector, vector)
+        if sums is not None and not self.with_strip:
+            strip = scaling = None
+        statistics = RowStatistics(*[vector] * len(RowStatistics._fields))
+        return call.fold(config, extent, statistics, scaling, sums, strip)
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device="meta")

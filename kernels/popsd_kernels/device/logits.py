@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from popsd_kernels.device.primitives import LOGIT_FLOOR, soft_clip
-from popsd_kernels.rows import LogitTransform, RowOptions
+from popsd_kernels.rows import LogitTransform
 
 
 class Stream(NamedTuple):
@@ -35,11 +35,6 @@ def projection_stream(
     """Raw projections [C, V] that ``transform`` and the temperature turn into logits."""
     cap = None if transform.softcap is None else float(transform.softcap) * float(inv_temperature)
     return Stream(tensor, tensor.stride(0), bias, float(transform.scale) * float(inv_temperature), cap)
-
-
-def target_stream(tensor: torch.Tensor, bias: torch.Tensor | None, options: RowOptions) -> Stream:
-    """Raw projections [C, V] of the base or target stream. A bias cancels in the difference to the student."""
-    return projection_stream(tensor, None if options.relative else bias, options.target, float(options.inv_temperature))
 
 
 def logit_stream(tensor: torch.Tensor) -> Stream:

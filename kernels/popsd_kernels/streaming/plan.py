@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 import triton
 
 from popsd_kernels import launch
 from popsd_kernels.device.divergence import divergence_mode, kernel_beta
-from popsd_kernels.device.logits import projection_stream
-from popsd_kernels.device.targets import Difference
+from popsd_kernels.device.operands import composition, difference_operand, optional, student_operand, target_operand
 from popsd_kernels.launch import Launch, LaunchConfig
-from popsd_kernels.rows import RowOptions, RowStatistics
+from popsd_kernels.rows import Heads, RowOptions, Rows, RowStatistics
 from popsd_kernels.streaming.sums import Scaling, Strip, stream_finish_kernel, stream_fold_kernel
 from popsd_kernels.streaming.tiles import LANES, Extent, Parts, Streams, stream_merge_kernel, stream_statistics_kernel
 
@@ -71,24 +70,42 @@ TABLES: Mapping[str, Mapping[tuple[str, int], TileConfig]] = {
 _ROW = LaunchConfig(LANES, 1, 4)
 
 
-class Shape(NamedTuple):
-    """N, V, D and the frozen head's width."""
-
-    tokens: int
-    vocabulary: int
-    width: int
-    frozen_width: int
-
-
 @dataclass(frozen=True)
 class Call:
-    """What the launches of one call share; builds each of them, unchecked."""
+    """What the launches of one call share; builds each of them, unchecked. rows: hidden states, as in `stream_divergence`."""
 
-    streams: Streams
-    shape: Shape
+    rows: Rows
+    heads: Heads
     options: RowOptions
-    operand_bytes: int
     fast: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.rows.student.shape[0]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.heads.student.shape[0]
+
+    @property
+    def operand_bytes(self) -> int:
+        """Of the wider dtype, where student and frozen streams have different ones."""
+        return max(self.rows.student.element_size(), self.rows.frozen.element_size())
+
+    @cached_property
+    def streams(self) -> Streams:
+        rows, options, (student, frozen) = self.rows, self.options, self.heads
+        return Streams(
+            student_operand(rows, options),
+            target_operand(rows, options),
+            difference_operand(rows, options),
+            rows.offset,
+            *composition(rows, options),
+            student,
+            student.stride(0),
+            frozen,
+            None if frozen is None else frozen.stride(0),
+        )
 
     def statistics(self, config: TileConfig, extent: Extent, out: torch.Tensor) -> Launch:
         """Pass 1. out: [parts, 4, N] float32."""
@@ -101,73 +118,62 @@ class Call:
             "part_count": partial.shape[0],
             "out_ptr": out,
             "out_row_stride": out.stride(0),
-            "V": self.shape.vocabulary,
+            "V": self.vocabulary,
             "LANES": LANES,
         }
-        return Launch(stream_merge_kernel, self.shape.tokens, arguments, _ROW)
+        return Launch(stream_merge_kernel, self.tokens, arguments, _ROW)
 
     def fold(
         self,
         config: TileConfig,
         extent: Extent,
         statistics: RowStatistics,
-        token_ids: torch.Tensor | None,
         scaling: Scaling | None,
         sums: Parts | None,
         strip: Strip | None,
     ) -> Launch:
         """Pass 2 (``sums``), pass 3 over the tiles of ``extent`` (``scaling`` and ``strip``), or both in one."""
-        entry_clip = self.options.entry_clip
         arguments = {
             "streams": self.streams,
             "statistics": tuple(statistics),
-            "token_ids_ptr": token_ids,
+            "token_ids_ptr": None if sums is None else self.rows.token_ids,
             "scaling": scaling,
             "sums_out": sums,
             "strip": strip or Strip(*[None] * len(Strip._fields)),
             "beta": kernel_beta(self.options.beta),
-            "entry_clip": None if entry_clip is None else float(entry_clip),
+            "entry_clip": optional(self.options.entry_clip),
             "MODE": divergence_mode(self.options.beta),
         }
         return self._tiles(stream_fold_kernel, config, extent, arguments)
 
-    def finish(
-        self,
-        statistics: RowStatistics,
-        partial: torch.Tensor,
-        token_ids: torch.Tensor | None,
-        row_scale: torch.Tensor | None,
-        scaling: Scaling,
-        out: torch.Tensor,
-    ) -> Launch:
+    def finish(self, statistics: RowStatistics, partial: torch.Tensor, scaling: Scaling, out: torch.Tensor) -> Launch:
         """partial: pass 2's [parts, SUMS, N], out: [9, N] float32 from `result_rows`; writes ``scaling`` too."""
-        entry_clip, token_clip = self.options.entry_clip, self.options.token_clip
         arguments = {
             "statistics": tuple(statistics),
             "partial": parts(partial),
             "part_count": partial.shape[0],
-            "token_ids_ptr": token_ids,
-            "row_scale_ptr": row_scale,
+            "token_ids_ptr": self.rows.token_ids,
+            "row_scale_ptr": self.rows.row_scale,
             "scaling": scaling,
             "out_ptr": out,
             "out_row_stride": out.stride(0),
             "beta": kernel_beta(self.options.beta),
-            "entry_clip": None if entry_clip is None else float(entry_clip),
-            "token_clip": None if token_clip is None else float(token_clip),
-            "V": self.shape.vocabulary,
+            "entry_clip": optional(self.options.entry_clip),
+            "token_clip": optional(self.options.token_clip),
+            "V": self.vocabulary,
             "LANES": LANES,
             "MODE": divergence_mode(self.options.beta),
             "FAST": self.fast,
         }
-        return Launch(stream_finish_kernel, self.shape.tokens, arguments, _ROW)
+        return Launch(stream_finish_kernel, self.tokens, arguments, _ROW)
 
     def _tiles(self, kernel: Any, config: TileConfig, extent: Extent, arguments: dict[str, Any]) -> Launch:
-        programs = triton.cdiv(self.shape.tokens, config.tokens) * triton.cdiv(extent.last - extent.first, extent.span)
+        programs = triton.cdiv(self.tokens, config.tokens) * triton.cdiv(extent.last - extent.first, extent.span)
         shared = {
             **extent._asdict(),
-            "V": self.shape.vocabulary,
-            "D": self.shape.width,
-            "FROZEN_D": self.shape.frozen_width,
+            "V": self.vocabulary,
+            "D": self.rows.student.shape[1],
+            "FROZEN_D": self.rows.frozen.shape[1],
             "BLOCK_M": config.tokens,
             "BLOCK_V": config.vocabulary,
             "BLOCK_D": config.width,
@@ -175,35 +181,6 @@ class Call:
             "FAST": self.fast,
         }
         return Launch(kernel, programs, {**arguments, **shared}, LaunchConfig(config.vocabulary, 1, config.num_warps))
-
-
-def make_streams(
-    student: torch.Tensor,
-    target: torch.Tensor,
-    delta: torch.Tensor | None,
-    delta_offset: torch.Tensor | None,
-    student_weight: torch.Tensor,
-    frozen_weight: torch.Tensor | None,
-    student_bias: torch.Tensor | None,
-    target_bias: torch.Tensor | None,
-    options: RowOptions,
-) -> Streams:
-    inv_temperature = float(options.inv_temperature)
-    difference = None
-    if delta is not None:
-        difference = Difference(delta, delta.stride(0), float(options.delta_scale) * inv_temperature)
-    return Streams(
-        projection_stream(student, student_bias, options.student, inv_temperature),
-        projection_stream(target, target_bias, options.target, inv_temperature),
-        difference,
-        delta_offset,
-        None if delta is None else float(options.pmi_beta),
-        None if delta is None or options.pmi_clip is None else float(options.pmi_clip),
-        student_weight,
-        student_weight.stride(0),
-        frozen_weight,
-        None if frozen_weight is None else frozen_weight.stride(0),
-    )
 
 
 def parts(tensor: torch.Tensor) -> Parts:

@@ -12,10 +12,13 @@ import triton.language as tl
 from popsd_kernels.device.primitives import LN2, LOGIT_FLOOR
 from popsd_kernels.device.probabilities import entries_from, exact_logarithms, row_scalars
 from popsd_kernels.device.row_loss import Sums, accumulate, finish_row, projection_gradient
-from popsd_kernels.streaming.tiles import Extent, load_offsets, program_share, project, quarter_columns, tile_logits
+from popsd_kernels.rows import RowLoss
+from popsd_kernels.streaming.tiles import QUARTERS, Extent, load_offsets, program_share, project, quarter_logits
 
-SUMS = 9
+TOKEN_LOGIT = tl.constexpr(len(Sums._fields))
+SUMS = TOKEN_LOGIT.value + 1
 """Rows of a part of the second pass: the fields of Sums, then the sampled token's logit."""
+TOKEN_LOGPROB = tl.constexpr(RowLoss._fields.index("token_logprob"))
 
 
 class Strip(NamedTuple):
@@ -114,12 +117,9 @@ def stream_fold_kernel(
         if scaling.scale_ptr is not None:
             scale = tl.load(scaling.scale_ptr + rows)[:, None]
     for tile in range(begin, end):
-        raw_s, raw_u, raw_delta = project(streams, tokens, token_tile, tile, V, D, FROZEN_D, BLOCK_M, BLOCK_V, BLOCK_D)
-        for quarter in tl.static_range(4):
-            columns = quarter_columns(tile, quarter, BLOCK_V)
-            s, u = tile_logits(
-                streams, raw_s[quarter], raw_u[quarter], raw_delta[quarter], columns, offset, V, MASKED, FAST
-            )  # fmt: skip
+        projected = project(streams, tokens, token_tile, tile, V, D, FROZEN_D, BLOCK_M, BLOCK_V, BLOCK_D)
+        for quarter in tl.static_range(QUARTERS):
+            columns, s, u = quarter_logits(streams, projected, tile, offset, quarter, V, BLOCK_V, FAST)
             entries = entries_from(s, u, scalars, columns[None, :], V, MASKED, 1.0, exact)
             if sums_out is not None:
                 sums = _add_tile(sums, entries, beta, entry_clip, MODE, FAST)
@@ -131,9 +131,9 @@ def stream_fold_kernel(
     if sums_out is not None:
         pointers = sums_out.ptr + part.to(tl.int64) * sums_out.part_stride + row
         inside = row < tokens
-        for i in tl.static_range(8):
+        for i in tl.static_range(TOKEN_LOGIT):
             tl.store(pointers + i * sums_out.row_stride, sums[i], mask=inside)
-        tl.store(pointers + 8 * sums_out.row_stride, token_logit, mask=inside)
+        tl.store(pointers + TOKEN_LOGIT * sums_out.row_stride, token_logit, mask=inside)
 
 
 @triton.jit
@@ -190,8 +190,10 @@ def stream_finish_kernel(
     )  # fmt: skip
     if token_ids_ptr is not None:
         token = tl.load(token_ids_ptr + row)
-        logit = tl.sum(tl.load(pointers + 8 * step, mask=given, other=0.0), axis=0)
+        logit = tl.sum(tl.load(pointers + TOKEN_LOGIT * step, mask=given, other=0.0), axis=0)
         log_p = (logit - scalars.student_max) - scalars.student_log2sum * LN2
-        tl.store(out_ptr + 8 * out_row_stride + row, tl.where((token >= 0) & (token < V), log_p, float("nan")))
+        tl.store(
+            out_ptr + TOKEN_LOGPROB * out_row_stride + row, tl.where((token >= 0) & (token < V), log_p, float("nan"))
+        )
     tl.store(scaling.slope_sum_ptr + row, slope_sum)
     tl.store(scaling.scale_ptr + row, row_scale)

@@ -1,11 +1,11 @@
-"""A tile of logits is projected from hidden states, folded, and forgotten: the projection, and the normalisers (pass 1).
+"""A tile of logits is projected from hidden states, summed, and forgotten: the projection, and the normalisers (pass 1).
 
 A program owns BLOCK_M tokens and walks over vocabulary tiles. One tile of W, loaded once, serves three accumulators:
 
     [student; base; teacher - reference] (BLOCK_M x D each)  .  W_tile^T (D x BLOCK_V)  ->  3 x [BLOCK_M, BLOCK_V]
 
 in registers, where the formulas of the row sweeps take over. Nothing of it is stored but per-token sums and, for the
-gradient, a strip of d loss / d logit in the operands' dtype that a matrix product consumes at once (streaming.py).
+gradient, a strip of d loss / d logit in the operands' dtype that a matmul consumes at once (loss.py).
 
 Partial results of several programs over one token are [parts, results, N] and merged in a fixed order: no atomics, so
 a result does not change from run to run.
@@ -28,6 +28,8 @@ from popsd_kernels.device.targets import Difference, purified_logit
 UPCAST = tl.constexpr(launch.INTERPRETED)
 """The interpreter's tl.dot multiplies the raw bits of bfloat16 (Triton 3.6-3.9), so there operands become float32."""
 
+QUARTERS = tl.constexpr(4)
+"""Pieces of a tile that its formulas take one after the other: see `_quarters`."""
 LANES = 1024
 """Most parts that the merging kernels read: vocabulary splits times strips."""
 
@@ -151,7 +153,7 @@ def project(
 
 @triton.jit
 def _quarters(x):
-    """[BLOCK_M, BLOCK_V] -> four [BLOCK_M, BLOCK_V // 4], by bits 4 and 5 of the column.
+    """[BLOCK_M, BLOCK_V] -> four [BLOCK_M, BLOCK_V // QUARTERS], by bits 4 and 5 of the column.
 
     The epilogue takes the quarters one after the other: all at once, its intermediates spill (pass 2 with both clips,
     64x128 tiles, Triton 3.7.1: 327 spill instructions on sm_90, 331 on sm_80; with quarters 0 and 12). On sm_90 those
@@ -171,21 +173,21 @@ def _flat(x):
 
 
 @triton.jit
-def quarter_columns(tile, quarter, BLOCK_V: tl.constexpr):
-    """Vocabulary entries of a quarter of a tile, [BLOCK_V // 4]."""
-    lane = tl.arange(0, BLOCK_V // 4)
-    return tile * BLOCK_V + lane // 16 * 64 + quarter * 16 + lane % 16
-
-
-@triton.jit
-def tile_logits(streams, s, u, delta, columns, offset, V: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr):
-    """Tempered, floored logits of student and target from raw projections; LOGIT_FLOOR beyond the vocabulary."""
+def quarter_logits(
+    streams, projected, tile, offset, QUARTER: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, FAST: tl.constexpr
+):
+    """A quarter of the tile that `project` made: its vocabulary entries [BLOCK_V // QUARTERS], and tempered, floored logits of
+    student and target there; LOGIT_FLOOR beyond the vocabulary."""
+    MASKED: tl.constexpr = V % BLOCK_V != 0
+    lane = tl.arange(0, BLOCK_V // QUARTERS)
+    columns = tile * BLOCK_V + lane // 16 * 64 + QUARTER * 16 + lane % 16
+    s, u, delta = projected[0][QUARTER], projected[1][QUARTER], projected[2][QUARTER]
     s = temper(streams.student, s, columns[None, :], V, MASKED, FAST) * stream_gain(streams.student)
     u = temper(streams.target, u, columns[None, :], V, MASKED, FAST) * stream_gain(streams.target)
     if streams.difference is not None:
         gain, pmi_beta = tl.cast(streams.difference.gain, tl.float32), tl.cast(streams.pmi_beta, tl.float32)
         u = purified_logit(u, delta, offset, gain, pmi_beta, streams.pmi_clip, FAST)
-    return floor_logit(s, columns[None, :], V, MASKED), floor_logit(u, columns[None, :], V, MASKED)
+    return columns, floor_logit(s, columns[None, :], V, MASKED), floor_logit(u, columns[None, :], V, MASKED)
 
 
 @triton.jit(do_not_specialize=["tokens", "first", "last", "span"])
@@ -213,20 +215,18 @@ def stream_statistics_kernel(
     offset = load_offsets(streams, rows)
     student_top, student_total = tl.full([BLOCK_M], NOTHING, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     target_top, target_total = tl.full([BLOCK_M], NOTHING, tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    width: tl.constexpr = BLOCK_V // QUARTERS
     for tile in range(begin, end):
-        raw_s, raw_u, raw_delta = project(streams, tokens, token_tile, tile, V, D, FROZEN_D, BLOCK_M, BLOCK_V, BLOCK_D)
-        for quarter in tl.static_range(4):
-            columns = quarter_columns(tile, quarter, BLOCK_V)
-            s, u = tile_logits(
-                streams, raw_s[quarter], raw_u[quarter], raw_delta[quarter], columns, offset, V, MASKED, FAST
-            )  # fmt: skip
+        projected = project(streams, tokens, token_tile, tile, V, D, FROZEN_D, BLOCK_M, BLOCK_V, BLOCK_D)
+        for quarter in tl.static_range(QUARTERS):
+            columns, s, u = quarter_logits(streams, projected, tile, offset, quarter, V, BLOCK_V, FAST)
             if MASKED:
                 s = tl.where(columns[None, :] < V, s, float("-inf"))
                 u = tl.where(columns[None, :] < V, u, float("-inf"))
-            # an accumulator per token: a quarter is BLOCK_M runs of BLOCK_V // 4 neighbours
-            s, u = tl.reshape(s, [BLOCK_M * BLOCK_V // 4]), tl.reshape(u, [BLOCK_M * BLOCK_V // 4])
-            student_top, student_total = lse_fold(s, student_top, student_total, BLOCK_V // 4)
-            target_top, target_total = lse_fold(u, target_top, target_total, BLOCK_V // 4)
+            # an accumulator per token: a quarter is BLOCK_M runs of ``width`` neighbours
+            s, u = tl.reshape(s, [BLOCK_M * width]), tl.reshape(u, [BLOCK_M * width])
+            student_top, student_total = lse_fold(s, student_top, student_total, width)
+            target_top, target_total = lse_fold(u, target_top, target_total, width)
     pointers = out.ptr + part.to(tl.int64) * out.part_stride + row
     inside = row < tokens
     tl.store(pointers, student_top, mask=inside)

@@ -4,6 +4,7 @@
 # Triton evaluates annotations: only constexpr parameters may carry one.
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,80 +12,55 @@ import triton
 import triton.language as tl
 
 from popsd_kernels import launch
-from popsd_kernels.checks import (
-    FLOATING,
-    check_device,
-    check_matrix_shape,
-    check_no_reinterpretation,
-    check_rows,
-    check_vector,
-)
-from popsd_kernels.device.logits import load_logit, projection_stream
+from popsd_kernels.checks import FLOAT32, check_not_relative, check_output, check_rows
+from popsd_kernels.device.logits import load_logit
+from popsd_kernels.device.operands import frozen_operand
 from popsd_kernels.device.primitives import LOGIT_FLOOR, NOTHING, lane_sum, lse_finish, lse_fold
-from popsd_kernels.launch import Launch, LaunchConfig, fast_instructions, result_rows
-from popsd_kernels.rows import RowOptions
+from popsd_kernels.launch import Launch, LaunchConfig, Outputs, fast_instructions, result_rows
+from popsd_kernels.rows import RowOptions, Rows
+
+_NAME = "logit_difference"
 
 
-def logit_difference(
-    teacher: torch.Tensor,
-    reference: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    options: RowOptions,
-    center: bool,
-) -> torch.Tensor:
+def logit_difference(rows: Rows, options: RowOptions, *, center: bool, out: torch.Tensor) -> torch.Tensor:
     """out = cap(scale * (teacher + bias)) - cap(scale * (reference + bias)), untempered; returns its offset [C].
 
-    teacher, reference: [C, V] raw projections, float32, bfloat16 or float16, unit stride along V. bias: [V].
-    out: [C, V] float32, may be ``teacher`` or ``reference`` itself. ``options.target`` has scale and soft cap.
-    The offset is float32 and tempered, for `row_statistics` with ``delta_scale=1``: inv_temperature times the mean of
-    out (center, Eq. 14), or the difference of the two log-sum-exps of the tempered logits.
-    Where teacher or reference is -inf (or LOGIT_FLOOR) there is no difference: such entries leave the mean, and ``out``
-    gets offset / inv_temperature there, so that the centred difference is 0 as the oracle has it.
+    rows: teacher and reference, read only but for the aliasing below; ``rows.frozen_bias`` is the bias, ``options.target`` has
+        scale and soft cap. Of the student only the shape counts.
+    out: [C, V] float32, may be ``rows.teacher`` or ``rows.reference`` itself. ``rows._replace(difference=out, offset=offset)``
+        is then what `row_statistics` composes a target of, with ``delta_scale=1``.
+    The offset is float32 and tempered: inv_temperature times the mean of out (center, Eq. 14), or the difference of the two
+    log-sum-exps of the tempered logits. Where teacher or reference is -inf (or LOGIT_FLOOR) there is no difference: such
+    entries leave the mean, and ``out`` gets offset / inv_temperature there, so that the centred difference is 0.
     Raises ValueError, TypeError or RuntimeError before any launch.
     """
-    check_matrix_shape("logit_difference", "teacher", teacher)
-    check_device("logit_difference", "teacher", teacher)
-    (rows, vocabulary), device = teacher.shape, teacher.device
-    check_rows(
-        "logit_difference", teacher.shape, device, {"teacher": teacher, "reference": reference, "out": out}
-    )  # fmt: skip
-    check_vector("logit_difference", "bias", bias, vocabulary, device, FLOATING)
-    if out.dtype != torch.float32:
-        raise TypeError(f"logit_difference: out must be torch.float32, got {out.dtype}; a difference cancels")
-    check_no_reinterpretation("logit_difference", "out", out, teacher=teacher, reference=reference)
-    offset = result_rows(1, rows, device)[0]
-    if rows == 0:
-        return offset
-    config, fast = launch.shipped_config("difference", device), fast_instructions(device)
-    plan(teacher, reference, out, bias, options, center, offset, config, fast).run(device)
-    return offset
+    check_rows(_NAME, rows, needed=("teacher", "reference"))
+    check_not_relative(_NAME, options)
+    check_output(_NAME, "out", out, rows, dtypes=FLOAT32, replaceable=("teacher", "reference"))
+    tokens, device = rows.student.shape[0], rows.student.device
+    offset = result_rows(1, tokens, device)
+    if tokens:
+        config, fast = launch.shipped_config("difference", device), fast_instructions(device)
+        plan(rows, options, center, Outputs(offset, out), config, fast).run(device)
+    return offset[0]
 
 
-def plan(
-    teacher: torch.Tensor,
-    reference: torch.Tensor,
-    out: torch.Tensor,
-    bias: torch.Tensor | None,
-    options: RowOptions,
-    center: bool,
-    offset: torch.Tensor,
-    config: LaunchConfig,
-    fast: bool,
-) -> Launch:
-    """The launch that `logit_difference` makes, unchecked."""
+def plan(rows: Rows, options: RowOptions, center: bool, outputs: Outputs, config: LaunchConfig, fast: bool) -> Launch:
+    """The launch that `logit_difference` makes, unchecked. outputs: the offset [1, C], and ``out``."""
+    offset, out = outputs
+    assert rows.teacher is not None and rows.reference is not None and out is not None
+    untempered = replace(options, inv_temperature=1.0)
     return Launch(
         logit_difference_kernel,
-        teacher.shape[0],
+        rows.student.shape[0],
         {
-            "teacher": projection_stream(teacher, bias, options.target, 1.0),
-            "reference": projection_stream(reference, bias, options.target, 1.0),
+            "teacher": frozen_operand(rows.teacher, rows, untempered),
+            "reference": frozen_operand(rows.reference, rows, untempered),
             "out_ptr": out,
             "out_row_stride": out.stride(0),
             "offset_ptr": offset,
             "inv_temperature": float(options.inv_temperature),
-            "V": teacher.shape[1],
+            "V": rows.student.shape[1],
             "BLOCK": config.block,
             "VEC": config.vec,
             "CENTER": center,

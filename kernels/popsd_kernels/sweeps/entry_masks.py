@@ -1,7 +1,7 @@
 """Entries of the purified target that must not move, or not far: edits of the difference teacher − reference in place.
 
-An entry that must stay gets the value that makes its Δ̄ zero, one that may move little is clamped about it; the sweeps need no
-option for that. 4 bytes per entry of each stream that has a threshold to find, then 12 to 16 to apply them.
+An entry that must stay gets the value that makes its Δ̄ zero. One that may move little is clamped about that value. So the
+sweeps need no option for masks. Thresholds read 4 bytes per entry of each stream that has one; applying them moves 12 to 16.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -9,6 +9,7 @@ option for that. 4 bytes per entry of each stream that has a threshold to find, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,120 +17,99 @@ import triton
 import triton.language as tl
 
 from popsd_kernels import launch
-from popsd_kernels.checks import FLOATING, check_device, check_matrix_shape, check_rows, check_vector
-from popsd_kernels.device.logits import floor_logit, load_logit, projection_stream
+from popsd_kernels.checks import FLOAT32, check_not_relative, check_output, check_rows, check_vector
+from popsd_kernels.device.logits import Stream, floor_logit, load_logit
+from popsd_kernels.device.operands import frozen_operand
 from popsd_kernels.device.primitives import LOGIT_FLOOR, NOTHING, lane_max, lse_finish, lse_fold
-from popsd_kernels.launch import Launch, LaunchConfig, fast_instructions, result_rows
-from popsd_kernels.rows import RowOptions
-
-Streams = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+from popsd_kernels.launch import Launch, LaunchConfig, Outputs, fast_instructions, result_rows
+from popsd_kernels.rows import EntryMasks, RowOptions, Rows
 
 
-def entry_thresholds(
-    base: torch.Tensor | None,
-    teacher: torch.Tensor | None,
-    reference: torch.Tensor | None,
-    *,
-    bias: torch.Tensor | None = None,
-    options: RowOptions,
-    plausibility: float | None = None,
-    tail_floor: float | None = None,
-) -> torch.Tensor:
+class Thresholds(NamedTuple):
+    """Of a row, as `entry_thresholds` has them."""
+
+    implausible: Any
+    faint_teacher: Any
+    faint_reference: Any
+
+
+def entry_thresholds(rows: Rows, masks: EntryMasks, options: RowOptions) -> torch.Tensor:
     """Tempered logits below which an entry is implausible or faint: [3, C] float32, −inf where nothing is asked.
 
-    First row: the largest of ``base`` plus log plausibility, None both or given both. Second and third: of ``teacher`` and
-    ``reference``, their log-normaliser plus log tail_floor, all three or none of them.
-    base, teacher, reference: [C, V] raw projections, float32, bfloat16 or float16, unit stride along V. bias: [V], of them all.
+    First row: the largest of ``rows.base`` plus log plausibility. Second and third: of ``rows.teacher`` and
+    ``rows.reference``, their log-normaliser plus log tail_floor. A stream without a mask is not read.
     Raises ValueError, TypeError or RuntimeError before any launch. Not yet run on a GPU.
     """
-    name, streams = "entry_thresholds", {"base": base, "teacher": teacher, "reference": reference}
-    if (base is None) != (plausibility is None) or len({x is None for x in (teacher, reference, tail_floor)}) > 1:
-        raise ValueError(
-            f"{name}: base goes with plausibility, and teacher and reference with tail_floor, got "
-            f"{[x for x, value in streams.items() if value is not None]} with plausibility={plausibility} and "
-            f"tail_floor={tail_floor}; leave out the streams that have no threshold"
-        )
-    if base is None and teacher is None:
-        raise ValueError(f"{name}: a stream with its threshold must be given, got none; without masks do not call it")
-    given = _checked(name, "teacher" if base is None else "base", streams, bias)
-    out = result_rows(3, given.shape[0], given.device).fill_(-torch.inf)
-    if given.shape[0]:
-        floors = tuple(None if x is None else math.log(x) for x in (plausibility, tail_floor))
-        config, fast = launch.shipped_config("masks", given.device), fast_instructions(given.device)
-        plan_thresholds((base, teacher, reference), bias, options, floors, out, config, fast).run(given.device)
+    name = "entry_thresholds"
+    tail = () if masks.tail_floor is None else ("teacher", "reference")
+    _check(name, rows, masks, options, tail)
+    tokens, device = rows.student.shape[0], rows.student.device
+    out = result_rows(len(Thresholds._fields), tokens, device).fill_(-torch.inf)
+    if tokens:
+        config, fast = launch.shipped_config("masks", device), fast_instructions(device)
+        plan_thresholds(rows, masks, options, Outputs(out), config, fast).run(device)
     return out
 
 
-def mask_entries(
-    delta: torch.Tensor,
-    offset: torch.Tensor,
-    thresholds: torch.Tensor,
-    base: torch.Tensor | None,
-    reference: torch.Tensor | None,
-    *,
-    bias: torch.Tensor | None = None,
-    options: RowOptions,
-    tail_reach: float | None = None,
-) -> None:
-    """Edits ``delta`` [C, V] float32 in place, Δ̄ = inv_temperature · delta_scale · delta − offset, offset [C] float32.
+def mask_entries(rows: Rows, thresholds: torch.Tensor, masks: EntryMasks, options: RowOptions) -> None:
+    """Edits ``rows.difference`` [C, V] float32 in place, Δ̄ = inv_temperature · delta_scale · difference − rows.offset.
 
-    Where the tempered logits of ``reference`` and of the teacher, which is reference plus difference, are below ``thresholds``,
-    |Δ̄| ≤ tail_reach; then, where those of ``base`` are, Δ̄ = 0. None leaves a mask out. thresholds: `entry_thresholds`.
-    base, reference, bias, options: as there. Raises ValueError, TypeError or RuntimeError before any launch.
+    Where the tempered logits of ``rows.reference`` and of the teacher, which is reference plus difference, are below
+    ``thresholds``, |Δ̄| ≤ tail_reach; then, where those of ``rows.base`` are, Δ̄ = 0. ``rows.teacher`` is not read, so the
+    difference may have taken its memory.
+    thresholds: [3, C], what `entry_thresholds` returned for the same masks and options.
+    Raises ValueError, TypeError or RuntimeError before any launch.
     """
     name = "mask_entries"
-    _checked(name, "delta", {"delta": delta, "base": base, "reference": reference}, bias)
-    check_vector(name, "offset", offset, delta.shape[0], delta.device, (torch.float32,))
-    for row in range(3):
-        check_vector(name, f"thresholds[{row}]", thresholds[row], delta.shape[0], delta.device, (torch.float32,))
-    if delta.dtype != torch.float32:
-        raise TypeError(f"{name}: delta must be torch.float32, got {delta.dtype}; the difference is composed in it")
-    if (reference is None) != (tail_reach is None):
-        raise ValueError(f"{name}: reference and tail_reach must be given together, got tail_reach={tail_reach}")
-    if delta.shape[0]:
-        config, fast = launch.shipped_config("masks", delta.device), fast_instructions(delta.device)
-        plan_masks(
-            delta, offset, thresholds, base, reference, bias, options, tail_reach, config, fast
-        ).run(delta.device)  # fmt: skip
+    tail = () if masks.tail_floor is None else ("reference",)
+    _check(name, rows, masks, options, (*tail, "difference", "offset"))
+    tokens, device = rows.student.shape[0], rows.student.device
+    if thresholds.dim() != 2 or thresholds.shape[0] != len(Thresholds._fields):
+        raise ValueError(
+            f"{name}: thresholds must be [{len(Thresholds._fields)}, tokens], got {list(thresholds.shape)}; pass what "
+            "entry_thresholds returned"
+        )
+    for field, row in zip(Thresholds._fields, thresholds, strict=True):
+        check_vector(name, f"thresholds.{field}", row, tokens, device, FLOAT32)
+    read = ("reference",) * bool(tail) + ("base",) * (masks.plausibility is not None)
+    check_output(name, "rows.difference", rows.difference, rows, dtypes=FLOAT32, untouchable=read)
+    if tokens:
+        config, fast = launch.shipped_config("masks", device), fast_instructions(device)
+        plan_masks(rows, thresholds, masks, options, config, fast).run(device)
 
 
-def _checked(
-    function: str, first: str, streams: dict[str, torch.Tensor | None], bias: torch.Tensor | None
-) -> torch.Tensor:
-    """The stream named ``first``, which fixes C and V for the others and the bias."""
-    given = streams[first]
-    assert given is not None
-    check_matrix_shape(function, first, given)
-    check_device(function, first, given)
-    check_rows(function, given.shape, given.device, streams)
-    check_vector(function, "bias", bias, given.shape[1], given.device, FLOATING)
-    return given
+def _check(function: str, rows: Rows, masks: EntryMasks, options: RowOptions, needed: Sequence[str]) -> None:
+    if masks.plausibility is None and masks.tail_floor is None:
+        raise ValueError(
+            f"{function}: masks must have a plausibility or a tail_floor, got neither; without do not call it"
+        )
+    if (masks.tail_floor is None) != (masks.tail_reach is None):
+        raise ValueError(
+            f"{function}: masks.tail_floor and masks.tail_reach must be given together, got tail_floor={masks.tail_floor} and "
+            f"tail_reach={masks.tail_reach}; leave both out for no mask on the tail"
+        )
+    check_not_relative(function, options)
+    check_rows(function, rows, needed=(*needed, *(("base",) if masks.plausibility is not None else ())))
 
 
 def plan_thresholds(
-    streams: Streams,
-    bias: torch.Tensor | None,
-    options: RowOptions,
-    floors: tuple[float | None, ...],
-    out: torch.Tensor,
-    config: LaunchConfig,
-    fast: bool,
+    rows: Rows, masks: EntryMasks, options: RowOptions, outputs: Outputs, config: LaunchConfig, fast: bool
 ) -> Launch:
-    """The launch that `entry_thresholds` makes, unchecked. floors: logarithms of plausibility and tail_floor."""
-    base, teacher, reference = (_stream(x, bias, options) for x in streams)
-    given = next(x for x in streams if x is not None)
+    """The launch that `entry_thresholds` makes, unchecked. outputs: [3, C]."""
+    floors = [None if x is None else math.log(x) for x in (masks.plausibility, masks.tail_floor)]
+    tail = masks.tail_floor is not None
     return Launch(
         entry_thresholds_kernel,
-        given.shape[0],
+        rows.student.shape[0],
         {
-            "base": base,
-            "teacher": teacher,
-            "reference": reference,
+            "base": _stream(rows.base, rows, options, masks.plausibility is not None),
+            "teacher": _stream(rows.teacher, rows, options, tail),
+            "reference": _stream(rows.reference, rows, options, tail),
             "plausibility": floors[0],
             "tail": floors[1],
-            "out_ptr": out,
-            "out_row_stride": out.stride(0),
-            "V": given.shape[1],
+            "out_ptr": outputs.results,
+            "out_row_stride": outputs.results.stride(0),
+            "V": rows.student.shape[1],
             "BLOCK": config.block,
             "VEC": config.vec,
             "FAST": fast,
@@ -139,33 +119,25 @@ def plan_thresholds(
 
 
 def plan_masks(
-    delta: torch.Tensor,
-    offset: torch.Tensor,
-    thresholds: torch.Tensor,
-    base: torch.Tensor | None,
-    reference: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    options: RowOptions,
-    tail_reach: float | None,
-    config: LaunchConfig,
-    fast: bool,
+    rows: Rows, thresholds: torch.Tensor, masks: EntryMasks, options: RowOptions, config: LaunchConfig, fast: bool
 ) -> Launch:
     """The launch that `mask_entries` makes, unchecked."""
+    assert rows.difference is not None
     return Launch(
         mask_entries_kernel,
-        delta.shape[0],
+        rows.student.shape[0],
         {
-            "delta_ptr": delta,
-            "delta_row_stride": delta.stride(0),
-            "offset_ptr": offset,
+            "delta_ptr": rows.difference,
+            "delta_row_stride": rows.difference.stride(0),
+            "offset_ptr": rows.offset,
             "threshold_ptr": thresholds,
             "threshold_row_stride": thresholds.stride(0),
-            "base": _stream(base, bias, options),
-            "reference": _stream(reference, bias, options),
+            "base": _stream(rows.base, rows, options, masks.plausibility is not None),
+            "reference": _stream(rows.reference, rows, options, masks.tail_floor is not None),
             "gain": float(options.delta_scale) * float(options.inv_temperature),
-            "reach": tail_reach,
-            "PLAUSIBLE": base is not None,
-            "V": delta.shape[1],
+            "reach": masks.tail_reach,
+            "PLAUSIBLE": masks.plausibility is not None,
+            "V": rows.student.shape[1],
             "BLOCK": config.block,
             "FAST": fast,
         },
@@ -173,16 +145,8 @@ def plan_masks(
     )
 
 
-def _stream(tensor: torch.Tensor | None, bias: torch.Tensor | None, options: RowOptions) -> object:
-    return None if tensor is None else projection_stream(tensor, bias, options.target, float(options.inv_temperature))
-
-
-class Thresholds(NamedTuple):
-    """Of a row, as `entry_thresholds` has them."""
-
-    implausible: Any
-    faint_teacher: Any
-    faint_reference: Any
+def _stream(tensor: torch.Tensor | None, rows: Rows, options: RowOptions, wanted: bool) -> Stream | None:
+    return frozen_operand(tensor, rows, options) if wanted and tensor is not None else None
 
 
 @triton.jit(do_not_specialize=["out_row_stride"])

@@ -12,63 +12,47 @@ import torch
 import triton
 import triton.language as tl
 
-from popsd_kernels.checks import FLOATING, check_vector
-from popsd_kernels.launch import Launch, fast_instructions, result_rows, shipped_config
-from popsd_kernels.rows import RowLoss, RowOptions, RowStatistics
+from popsd_kernels.launch import Launch, Outputs, fast_instructions, result_rows, shipped_config
+from popsd_kernels.rows import RowLoss, RowOptions, Rows
 from popsd_kernels.sweeps.row_slices import (
+    NORMALISERS,
     RESULTS,
     Exchange,
     SliceCall,
     Vectors,
-    check_slice_inputs,
+    check_slices,
     partials_for,
     row_slice,
 )
 
+_NAME = "row_split_sweeps"
 
-def row_split_sweeps(
-    student: torch.Tensor,
-    target: torch.Tensor,
-    delta: torch.Tensor | None = None,
-    delta_offset: torch.Tensor | None = None,
-    *,
-    student_bias: torch.Tensor | None = None,
-    target_bias: torch.Tensor | None = None,
-    options: RowOptions,
-    token_ids: torch.Tensor | None = None,
-    row_scale: torch.Tensor | None = None,
-    gradient: torch.Tensor | None = None,
-) -> RowLoss:
-    """The results of `row_statistics` and `row_loss_gradient` for few tokens, with their arguments; nothing else is written.
 
-    gradient: [C, V], or None for no gradient work. It may be ``target`` or ``delta`` itself (same memory, dtype size and
-        strides): a slice of either is read for the last time by the program that writes the gradient there. Any other
-        memory in common with them, and any with ``student``, is refused: another program of the row may still read it.
+def row_split_sweeps(rows: Rows, options: RowOptions, *, gradient: torch.Tensor | None = None) -> RowLoss:
+    """The results of `row_statistics` and `row_loss_gradient` for few tokens; a composed target's logits are not written.
+
+    rows: as in `row_statistics`; read only, but for the aliasing below.
+    gradient: [C, V], or None for no gradient work. It may be ``rows.base``, ``rows.target`` or ``rows.difference`` itself
+        (same memory, dtype size and strides): a slice of each is read for the last time by the program that writes the gradient
+        there. Any other memory in common with them, and any with ``rows.student``, is refused: another program of the row may
+        still read it.
     A NaN anywhere in a row makes that row's losses and gradient NaN and no other's; row_scale 0 gives a gradient of zeros.
     Raises ValueError, TypeError or RuntimeError before any launch.
     """
-    name = "row_split_sweeps"
-    check_slice_inputs(name, student, target, delta, delta_offset, options, token_ids, row_scale, gradient)
-    (rows, vocabulary), device = student.shape, student.device
-    check_vector(name, "student_bias", student_bias, vocabulary, device, FLOATING)
-    check_vector(name, "target_bias", target_bias, vocabulary, device, FLOATING)
-    if (delta is None) != (delta_offset is None):
-        raise ValueError(f"{name}: delta and delta_offset must be given together or not at all; got one of them")
-    out = result_rows(RESULTS, rows, device)
-    if rows:
-        config = shipped_config("single_read", device)
-        call = SliceCall(
-            student, target, delta, delta_offset, token_ids, row_scale, gradient, out, partials_for(student, config),
-            options, config, fast_instructions(device), student_bias, target_bias,
-        )  # fmt: skip
+    check_slices(_NAME, rows, options, gradient)
+    tokens, device = rows.student.shape[0], rows.student.device
+    results = result_rows(RESULTS, tokens, device)
+    if tokens:
+        config, fast = shipped_config("single_read", device), fast_instructions(device)
+        call = SliceCall(rows, options, Outputs(results, gradient), partials_for(rows, config), config, fast)
         for phase in (1, 2, 3):
             plan(call, phase).run(device)
-    return RowLoss(*out[len(RowStatistics._fields) :])
+    return RowLoss(*results[NORMALISERS.value :])
 
 
 def plan(call: SliceCall, phase: int) -> Launch:
     """One of the three launches, phases 1, 2 and 3."""
-    return Launch(row_split_kernel, call.rows * call.slices, {**call.arguments(), "PHASE": phase}, call.config)
+    return Launch(row_split_kernel, call.tokens * call.slices, {**call.arguments(), "PHASE": phase}, call.config)
 
 
 @triton.jit(

@@ -1,8 +1,9 @@
-"""Sweep 2: per-token loss and telemetry, and the gradient of the student's raw projections.
+"""Sweep 2: per-token loss, KLs and entropies, and the gradient of the student's raw projections.
 
 The gradient of an entry needs sums over the whole row (divergence.py), so the row is read twice: 8 bytes per entry for
-the sums, 8 again for the gradient, 2 written in bfloat16. Forward KL without clipping needs no such sum: one read, but where
-the target is relative to the student and rounding is all that is left to be wrong, Σ(p − q), which should be 0, is taken out.
+the sums, 8 again for the gradient, 2 written in bfloat16. Forward KL without clips needs no such sum, so one read does. Where
+the target is given as its difference to the student there are two reads: what rounding left of Σ(p − q), which is 0, is taken
+out.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -14,19 +15,11 @@ import triton
 import triton.language as tl
 
 from popsd_kernels import launch
-from popsd_kernels.checks import (
-    FLOATING,
-    check_device,
-    check_matrix_shape,
-    check_no_reinterpretation,
-    check_rows,
-    check_vector,
-)
+from popsd_kernels.checks import FLOAT32, check_output, check_rows, check_target, check_vector
 from popsd_kernels.device.divergence import FORWARD, JENSEN_SHANNON, REVERSE, divergence_mode, kernel_beta
-from popsd_kernels.device.logits import logit_stream, projection_stream, target_stream
+from popsd_kernels.device.operands import gradient_operand, optional, student_operand, target_operand
 from popsd_kernels.device.probabilities import exact_logarithms, row_entries, row_scalars
 from popsd_kernels.device.row_loss import (
-    Gradient,
     accumulate,
     finish_row,
     load_token_logit,
@@ -34,59 +27,49 @@ from popsd_kernels.device.row_loss import (
     store_gradient,
     zero_sums,
 )
-from popsd_kernels.launch import Launch, LaunchConfig, fast_instructions, result_rows
-from popsd_kernels.rows import RowLoss, RowOptions, RowStatistics
+from popsd_kernels.launch import Launch, LaunchConfig, Outputs, fast_instructions, result_rows
+from popsd_kernels.rows import RowLoss, RowOptions, Rows, RowStatistics
+
+_NAME = "row_loss_gradient"
 
 
 def row_loss_gradient(
-    student: torch.Tensor,
-    target: torch.Tensor,
-    statistics: RowStatistics,
-    *,
-    student_bias: torch.Tensor | None = None,
-    target_bias: torch.Tensor | None = None,
-    options: RowOptions,
-    purified: bool,
-    token_ids: torch.Tensor | None = None,
-    row_scale: torch.Tensor | None = None,
-    gradient: torch.Tensor | None = None,
+    rows: Rows, statistics: RowStatistics, options: RowOptions, *, gradient: torch.Tensor | None = None
 ) -> RowLoss:
-    """Per-token divergence (Eq. 12, 18) and telemetry; into ``gradient``, d divergence / d student raw projection.
+    """Sweep 2: per-token divergence (Eq. 12, 18), KLs, entropies; into ``gradient``, d divergence / d student raw projection.
 
-    student: [C, V] raw projections as in sweep 1. target: [C, V]; with ``purified`` the logits that sweep 1 left in
-        ``target_out``, else raw projections. Both float32, bfloat16 or float16, unit stride along V; read only.
-    statistics: sweep 1's, four [C] float32. Biases: [V], contiguous.
-    token_ids: [C] int64, the sampled tokens; an id outside [0, V) gives NaN. row_scale: [C] float32 multiplies the
-        gradient only; where it is 0 the gradient row is exactly 0, whatever the row holds.
+    rows: those of sweep 1; where it composed the target, ``rows.with_target(target_out)``. Read only.
+    statistics: what sweep 1 returned, four [C] float32.
     gradient: None (no gradient work), or [C, V] of any of the three dtypes, every entry of which is overwritten: times
-        row_scale, through temperature, scale and soft cap, 0 where token_clip capped. It may take the difference
-        logits' memory as another dtype (they are no longer read), but not the student's or target's unless the element
-        size and the row stride are the same; ``token_logprob`` is then still the student's.
+        row_scale, through temperature, scale and soft cap, 0 where token_clip capped. It may be ``rows.student`` or
+        ``rows.target`` itself (same memory, dtype size and row stride); ``token_logprob`` is then still the student's. It may
+        also lie over what the target was composed of, which nothing reads any more.
     Returns nine [C] float32 tensors in nats. ``argmax_agreement`` is up to float32 rounding of the two largest logits. A NaN in
     a row makes its divergence, whatever follows from the stream that holds it, and its gradient NaN, clips or not; shares and
     flags (clip_fraction, token_clipped, argmax_agreement) count comparisons, which no NaN passes. Other rows are unmoved.
     Raises ValueError, TypeError or RuntimeError before any launch.
+
+    >>> import torch
+    >>> from popsd_kernels import RowOptions, Rows, row_loss_gradient, row_statistics
+    >>> device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU with TRITON_INTERPRET=1
+    >>> student, target = torch.randn(2, 4, 1000, device=device)
+    >>> rows, options = Rows(student, target=target), RowOptions(beta=0.0)
+    >>> gradient = torch.empty_like(student)
+    >>> loss = row_loss_gradient(rows, row_statistics(rows, options), options, gradient=gradient)
+    >>> bool(torch.allclose(gradient, student.softmax(dim=1) - target.softmax(dim=1), atol=1e-6))
+    True
     """
-    check_matrix_shape("row_loss_gradient", "student", student)
-    check_device("row_loss_gradient", "student", student)
-    (rows, vocabulary), device = student.shape, student.device
-    check_rows("row_loss_gradient", student.shape, device, {"student": student, "target": target, "gradient": gradient})
-    check_vector("row_loss_gradient", "student_bias", student_bias, vocabulary, device, FLOATING)
-    check_vector("row_loss_gradient", "target_bias", target_bias, vocabulary, device, FLOATING)
-    check_vector("row_loss_gradient", "token_ids", token_ids, rows, device, (torch.int64,))
-    check_vector("row_loss_gradient", "row_scale", row_scale, rows, device, (torch.float32,))
+    check_rows(_NAME, rows)
+    check_target(_NAME, rows, composed=False, finished=True)
+    count, device = rows.student.shape[0], rows.student.device
     for name, tensor in zip(RowStatistics._fields, statistics, strict=True):
-        check_vector("row_loss_gradient", f"statistics.{name}", tensor, rows, device, (torch.float32,))
-    check_no_reinterpretation("row_loss_gradient", "gradient", gradient, student=student, target=target)
-    out = result_rows(len(RowLoss._fields), rows, device)
-    if rows == 0:
-        return RowLoss(*out)
-    config, fast = launch.shipped_config(table_key(options), device), fast_instructions(device)
-    plan(
-        student, target, statistics, student_bias, target_bias, options, purified, token_ids, row_scale, gradient,
-        out, config, fast,
-    ).run(device)  # fmt: skip
-    return RowLoss(*out)
+        check_vector(_NAME, f"statistics.{name}", tensor, count, device, FLOAT32)
+    check_output(_NAME, "gradient", gradient, rows, replaceable=("student", "target"))
+    results = result_rows(len(RowLoss._fields), count, device)
+    if count:
+        config, fast = launch.shipped_config(table_key(options), device), fast_instructions(device)
+        plan(rows, statistics, options, Outputs(results, gradient), config, fast).run(device)
+    return RowLoss(*results)
 
 
 def table_key(options: RowOptions) -> str:
@@ -95,41 +78,26 @@ def table_key(options: RowOptions) -> str:
 
 
 def plan(
-    student: torch.Tensor,
-    target: torch.Tensor,
-    statistics: RowStatistics,
-    student_bias: torch.Tensor | None,
-    target_bias: torch.Tensor | None,
-    options: RowOptions,
-    purified: bool,
-    token_ids: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-    gradient: torch.Tensor | None,
-    out: torch.Tensor,
-    config: LaunchConfig,
-    fast: bool,
+    rows: Rows, statistics: RowStatistics, options: RowOptions, outputs: Outputs, config: LaunchConfig, fast: bool
 ) -> Launch:
-    """The launch that `row_loss_gradient` makes, unchecked. out: [9, C] float32 from `result_rows`."""
-    inv_temperature = float(options.inv_temperature)
-    finished = logit_stream(target)
-    if not purified:
-        finished = target_stream(target, target_bias, options)
+    """The launch that `row_loss_gradient` makes, unchecked. outputs: [9, C], and the gradient."""
+    results, gradient = outputs
     return Launch(
         row_loss_gradient_kernel,
-        student.shape[0],
+        rows.student.shape[0],
         {
-            "student": projection_stream(student, student_bias, options.student, inv_temperature),
-            "target": finished,
+            "student": student_operand(rows, options),
+            "target": target_operand(rows, options),
             "statistics": tuple(statistics),
-            "token_ids_ptr": token_ids,
-            "row_scale_ptr": row_scale,
-            "gradient": None if gradient is None else Gradient(gradient, gradient.stride(0)),
-            "out_ptr": out,
-            "out_row_stride": out.stride(0),
+            "token_ids_ptr": rows.token_ids,
+            "row_scale_ptr": rows.row_scale,
+            "gradient": gradient_operand(gradient),
+            "out_ptr": results,
+            "out_row_stride": results.stride(0),
             "beta": kernel_beta(options.beta),
-            "entry_clip": None if options.entry_clip is None else float(options.entry_clip),
-            "token_clip": None if options.token_clip is None else float(options.token_clip),
-            "V": student.shape[1],
+            "entry_clip": optional(options.entry_clip),
+            "token_clip": optional(options.token_clip),
+            "V": rows.student.shape[1],
             "BLOCK": config.block,
             "VEC": config.vec,
             "MODE": divergence_mode(options.beta),
@@ -175,7 +143,8 @@ def row_loss_gradient_kernel(
     width: tl.constexpr = (
         None if one_read else VEC
     )  # one_read has no instructions left for it: 21.9 become 22.9 per entry
-    unroll: tl.constexpr = 2 if entry_clip is None and (MODE == REVERSE or MODE == JENSEN_SHANNON) else 1  # more spills
+    # Triton 3.6 has no `in` for constexprs; under entry_clip it would spill
+    unroll: tl.constexpr = 2 if entry_clip is None and (MODE == REVERSE or MODE == JENSEN_SHANNON) else 1  # noqa: SIM109
     exact: tl.constexpr = exact_logarithms(MODE, entry_clip)
     token_logit = None
     if one_read and token_ids_ptr is not None:  # the gradient, stored from here on, may lie over the student's rows

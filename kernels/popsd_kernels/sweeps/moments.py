@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 
 from popsd_kernels import launch
-from popsd_kernels.checks import FLOATING, check_device, check_matrix_shape, check_rows, check_vector
-from popsd_kernels.device.logits import floor_logit, load_entries, load_logit, projection_stream, target_stream
+from popsd_kernels.checks import check_rows
+from popsd_kernels.device.logits import floor_logit, load_entries, load_logit
+from popsd_kernels.device.operands import difference_operand, frozen_operand, student_operand
 from popsd_kernels.device.primitives import (
     LOG2E,
     NOTHING,
@@ -31,88 +32,56 @@ from popsd_kernels.device.primitives import (
     negative,
     rounded_product,
 )
-from popsd_kernels.device.targets import Difference
-from popsd_kernels.launch import Launch, LaunchConfig, fast_instructions, result_rows
-from popsd_kernels.rows import RowOptions
+from popsd_kernels.launch import Launch, LaunchConfig, Outputs, fast_instructions, result_rows
+from popsd_kernels.rows import MOMENTS, RowOptions, Rows
 
-MOMENTS = 13
 _NAME = "row_moments"
 
 
-def row_moments(
-    student: torch.Tensor,
-    reference: torch.Tensor,
-    *,
-    teacher: torch.Tensor | None = None,
-    delta: torch.Tensor | None = None,
-    student_bias: torch.Tensor | None = None,
-    target_bias: torch.Tensor | None = None,
-    options: RowOptions,
-    masked: bool = True,
-) -> torch.Tensor:
+def row_moments(rows: Rows, options: RowOptions, *, masked: bool = True) -> torch.Tensor:
     """Moments of Δ_total = log π_T − log π_θ, Δ_ref = log π_ref − log π_θ and Δ_it = log π_T − log π_ref per token.
 
-    student, reference, and teacher or delta: [C, V] raw projections, float32, bfloat16 or float16, unit stride along V, any
-        row stride; read only. With ``delta`` (teacher − reference) the teacher's logits are the reference's plus
-        inv_temperature · delta_scale · delta. Biases: [V], contiguous; ``target_bias`` is teacher's and reference's.
-    options: logit transforms, temperature and ``relative``, with which ``reference`` holds its difference to the student
-        (and ``delta`` is needed); nothing else of it is used.
+    rows: student, reference, and either teacher or difference (teacher − reference), with which the teacher's logits are the
+        reference's plus inv_temperature · delta_scale · difference. Read only; no other stream is used.
+    options: logit transforms, temperature and ``relative``, with which ``rows.reference`` holds its difference to the student
+        (and ``rows.difference`` is needed); nothing else of it is used.
     masked: whether a logit may be −inf (or LOGIT_FLOOR). Such entries leave every sum; False saves looking for them.
     Returns [13, C] float32: ‖Δ_total‖², ‖Δ_ref‖², ‖Δ_it‖², Δ_total·Δ_ref, Δ_total·Δ_it of the log-ratios less their means
     over the vocabulary; the same five of the log-ratios themselves, each entry weighted by π_θ; mean Δ_total, mean Δ_ref;
     the number of entries. Raises ValueError, TypeError or RuntimeError before any launch. Not yet run on a GPU.
     """
-    check_matrix_shape(_NAME, "student", student)
-    check_device(_NAME, "student", student)
-    (rows, vocabulary), device = student.shape, student.device
-    matrices = {"student": student, "reference": reference, "teacher": teacher, "delta": delta}
-    check_rows(_NAME, student.shape, device, matrices)
-    check_vector(_NAME, "student_bias", student_bias, vocabulary, device, FLOATING)
-    check_vector(_NAME, "target_bias", target_bias, vocabulary, device, FLOATING)
-    if (teacher is None) == (delta is None):
-        given = "both" if delta is not None else "neither"
-        raise ValueError(f"{_NAME}: one of teacher and delta must be given, got {given}; leave the other out")
-    if options.relative and delta is None:
+    check_rows(_NAME, rows, needed=("reference",))
+    if (rows.teacher is None) == (rows.difference is None):
+        given = "both" if rows.teacher is not None else "neither"
         raise ValueError(
-            f"{_NAME}: delta must be given where options.relative is True, got teacher; pass their difference"
+            f"{_NAME}: one of rows.teacher and rows.difference must be given, got {given}; leave the other out"
         )
-    out = result_rows(MOMENTS, rows, device)
-    if rows:
-        tensors = (student, reference, teacher, delta, student_bias, target_bias)
+    if options.relative and rows.difference is None:
+        raise ValueError(
+            f"{_NAME}: rows.difference must be given where options.relative is True, got rows.teacher; pass their difference"
+        )
+    tokens, device = rows.student.shape[0], rows.student.device
+    out = result_rows(MOMENTS, tokens, device)
+    if tokens:
         config = launch.shipped_config("moments", device)
-        plan(*tensors, options, masked, out, config, fast_instructions(device)).run(device)
+        plan(rows, options, masked, Outputs(out), config, fast_instructions(device)).run(device)
     return out
 
 
-def plan(
-    student: torch.Tensor,
-    reference: torch.Tensor,
-    teacher: torch.Tensor | None,
-    delta: torch.Tensor | None,
-    student_bias: torch.Tensor | None,
-    target_bias: torch.Tensor | None,
-    options: RowOptions,
-    masked: bool,
-    out: torch.Tensor,
-    config: LaunchConfig,
-    fast: bool,
-) -> Launch:
-    """The launch that `row_moments` makes, unchecked. out: [13, C] float32 from `result_rows`."""
-    tau = float(options.inv_temperature)
-    own = None if teacher is None else projection_stream(teacher, target_bias, options.target, tau)
+def plan(rows: Rows, options: RowOptions, masked: bool, outputs: Outputs, config: LaunchConfig, fast: bool) -> Launch:
+    """The launch that `row_moments` makes, unchecked. outputs: [13, C]."""
+    assert rows.reference is not None
     return Launch(
         row_moments_kernel,
-        student.shape[0],
+        rows.student.shape[0],
         {
-            "student": projection_stream(student, student_bias, options.student, tau),
-            "reference": target_stream(reference, target_bias, options),
-            "teacher": own,
-            "difference": None
-            if delta is None
-            else Difference(delta, delta.stride(0), float(options.delta_scale) * tau),
-            "out_ptr": out,
-            "out_row_stride": out.stride(0),
-            "V": student.shape[1],
+            "student": student_operand(rows, options),
+            "reference": frozen_operand(rows.reference, rows, options),
+            "teacher": None if rows.teacher is None else frozen_operand(rows.teacher, rows, options),
+            "difference": difference_operand(rows, options),
+            "out_ptr": outputs.results,
+            "out_row_stride": outputs.results.stride(0),
+            "V": rows.student.shape[1],
             "BLOCK": config.block,
             "VEC": config.vec,
             "MASKED": masked,

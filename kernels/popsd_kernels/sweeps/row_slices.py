@@ -16,154 +16,96 @@ import torch
 import triton
 import triton.language as tl
 
-from popsd_kernels.checks import check_device, check_matrix_shape, check_not_relative, check_rows, check_vector
+from popsd_kernels.checks import check_not_relative, check_output, check_rows, check_target
 from popsd_kernels.device.divergence import divergence_mode, kernel_beta
-from popsd_kernels.device.logits import floor_logit, load_logit, projection_stream
+from popsd_kernels.device.logits import floor_logit, load_logit
+from popsd_kernels.device.operands import (
+    composition,
+    difference_operand,
+    gradient_operand,
+    optional,
+    student_operand,
+    target_operand,
+)
 from popsd_kernels.device.primitives import LOG2E, LOGIT_FLOOR, NOTHING, fma, lse_finish
 from popsd_kernels.device.probabilities import entries_from, exact_logarithms, scalars_from
-from popsd_kernels.device.row_loss import (
-    Gradient,
-    Sums,
-    accumulate,
-    finish_row,
-    projection_gradient,
-    store_block,
-    zero_sums,
-)
-from popsd_kernels.device.targets import Difference, load_target_logit, target_gain
-from popsd_kernels.launch import LaunchConfig
-from popsd_kernels.rows import RowLoss, RowOptions, RowStatistics
+from popsd_kernels.device.row_loss import Sums, accumulate, finish_row, projection_gradient, store_block, zero_sums
+from popsd_kernels.device.targets import load_target_logit, target_gain
+from popsd_kernels.launch import LaunchConfig, Outputs
+from popsd_kernels.rows import RowLoss, RowOptions, Rows, RowStatistics
 
-RESULTS = len(RowStatistics._fields) + len(RowLoss._fields)
+NORMALISERS = tl.constexpr(len(RowStatistics._fields))
+RESULTS = NORMALISERS.value + len(RowLoss._fields)
 """Vectors that a call leaves, [13, C]: the normalisers, then the losses."""
-PARTIALS = 12
-"""Scalars that a program leaves for its siblings: 4 normalisers, 8 sums."""
+PARTIALS = tl.constexpr(NORMALISERS.value + len(Sums._fields))
+"""Scalars that a program leaves for its siblings: normalisers, then sums."""
+VEC = tl.constexpr(4)
+"""Neighbours that share an accumulator, all in one thread."""
 
 
 @dataclass(frozen=True)
 class SliceCall:
-    """The tensors of one call, unchecked. out: [13, C] from `result_rows`; partials: from `partials_for`."""
+    """The tensors of one call, unchecked. outputs: [13, C], and the gradient. partials: from `partials_for`."""
 
-    student: torch.Tensor
-    target: torch.Tensor
-    delta: torch.Tensor | None
-    delta_offset: torch.Tensor | None
-    token_ids: torch.Tensor | None
-    row_scale: torch.Tensor | None
-    gradient: torch.Tensor | None
-    out: torch.Tensor
-    partials: torch.Tensor
+    rows: Rows
     options: RowOptions
+    outputs: Outputs
+    partials: torch.Tensor
     config: LaunchConfig
     fast: bool
-    student_bias: torch.Tensor | None = None
-    target_bias: torch.Tensor | None = None
 
     @property
-    def rows(self) -> int:
-        return self.student.shape[0]
+    def tokens(self) -> int:
+        return self.rows.student.shape[0]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.rows.student.shape[1]
 
     @property
     def slices(self) -> int:
         """Programs of a row."""
-        return -(-self.student.shape[1] // self.config.block)
+        return -(-self.vocabulary // self.config.block)
 
     def arguments(self) -> dict[str, Any]:
         """What both kernels take."""
-        options, gradient = self.options, self.gradient
-        tau = float(options.inv_temperature)
-        difference: Difference | None = None
-        pmi: tuple[float | None, float | None] = (None, None)
-        if self.delta is not None:
-            difference = Difference(self.delta, self.delta.stride(0), float(options.delta_scale) * tau)
-            pmi = (float(options.pmi_beta), None if options.pmi_clip is None else float(options.pmi_clip))
+        rows, options, results = self.rows, self.options, self.outputs.results
         return {
-            "student": projection_stream(self.student, self.student_bias, options.student, tau),
-            "target": projection_stream(self.target, self.target_bias, options.target, tau),
-            "difference": difference,
-            "offset_ptr": self.delta_offset,
-            "token_ids_ptr": self.token_ids,
-            "row_scale_ptr": self.row_scale,
-            "gradient": None if gradient is None else Gradient(gradient, gradient.stride(0)),
-            "out_ptr": self.out,
-            "out_row_stride": self.out.stride(0),
+            "student": student_operand(rows, options),
+            "target": target_operand(rows, options),
+            "difference": difference_operand(rows, options),
+            "offset_ptr": rows.offset,
+            "token_ids_ptr": rows.token_ids,
+            "row_scale_ptr": rows.row_scale,
+            "gradient": gradient_operand(self.outputs.matrix),
+            "out_ptr": results,
+            "out_row_stride": results.stride(0),
             "partials_ptr": self.partials,
-            "pmi": pmi,
-            "clips": tuple(None if x is None else float(x) for x in (options.entry_clip, options.token_clip)),
+            "pmi": composition(rows, options),
+            "clips": (optional(options.entry_clip), optional(options.token_clip)),
             "beta": kernel_beta(options.beta),
-            "V": self.student.shape[1],
+            "V": self.vocabulary,
             "SLICE": self.config.block,
             "MODE": divergence_mode(options.beta),
             "FAST": self.fast,
         }
 
 
-def partials_for(student: torch.Tensor, config: LaunchConfig) -> torch.Tensor:
-    """[C, 12, slices]: a row's own, so that no program writes what a slower sibling of another row still reads."""
-    rows, vocabulary = student.shape
+def partials_for(rows: Rows, config: LaunchConfig) -> torch.Tensor:
+    """[C, PARTIALS, slices]: a row's own, so that no program writes what a slower sibling of another row still reads."""
+    tokens, vocabulary = rows.student.shape
     slices = -(-vocabulary // config.block)
-    return torch.empty(rows, PARTIALS, slices, dtype=torch.float32, device=student.device)
+    return torch.empty(tokens, PARTIALS.value, slices, dtype=torch.float32, device=rows.student.device)
 
 
-def check_slice_inputs(
-    name: str,
-    student: torch.Tensor,
-    target: torch.Tensor,
-    delta: torch.Tensor | None,
-    delta_offset: torch.Tensor | None,
-    options: RowOptions,
-    token_ids: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-    gradient: torch.Tensor | None,
-) -> None:
-    """What both launchers ask of their arguments."""
-    check_matrix_shape(name, "student", student)
-    check_device(name, "student", student)
-    check_not_relative(name, options.relative)
-    rows, device = student.shape[0], student.device
-    matrices = {"student": student, "target": target, "delta": delta, "gradient": gradient}
-    check_rows(name, student.shape, device, matrices)
-    check_vector(name, "delta_offset", delta_offset, rows, device, (torch.float32,))
-    check_vector(name, "token_ids", token_ids, rows, device, (torch.int64,))
-    check_vector(name, "row_scale", row_scale, rows, device, (torch.float32,))
-    if gradient is None:
-        return
-    if share_memory(gradient, student):
-        raise ValueError(
-            f"{name}: gradient must not share memory with student, which other programs of its row may still read; got a "
-            "gradient in the student's memory; pass other memory, or target or delta themselves"
-        )
-    for read, tensor in (("target", target), ("delta", delta)):
-        if tensor is not None and share_memory(gradient, tensor) and not _same_layout(gradient, tensor):
-            raise ValueError(
-                f"{name}: gradient must be {read} itself or share no memory with it, got {gradient.dtype} with row stride "
-                f"{gradient.stride(0)} in the memory of {tensor.dtype} with row stride {tensor.stride(0)}; pass other memory"
-            )
-
-
-def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether any byte belongs to both of two [C, V] tensors of unit inner stride, which may be views of one buffer."""
-    if 0 in (one.numel(), other.numel()) or one.device != other.device:
-        return False
-    sizes = [x.element_size() for x in (one, other)]
-    pitches = [x.stride(0) * size for x, size in zip((one, other), sizes, strict=True)]
-    widths = [x.shape[1] * size for x, size in zip((one, other), sizes, strict=True)]
-    apart = other.data_ptr() - one.data_ptr()
-    ends = [(one.shape[0] - 1) * pitch + width for pitch, width in zip(pitches, widths, strict=True)]
-    if apart >= ends[0] or -apart >= ends[1]:
-        return False
-    if one.shape[0] == 1 or pitches[0] != pitches[1] or pitches[0] == 0:
-        return True
-    apart %= pitches[0]  # columns of one buffer
-    return apart < widths[0] or apart + widths[1] > pitches[0]
-
-
-def _same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return (
-        one.data_ptr() == other.data_ptr()
-        and one.element_size() == other.element_size()
-        and (one.shape[0] == 1 or one.stride(0) == other.stride(0))
-    )
+def check_slices(function: str, rows: Rows, options: RowOptions, gradient: torch.Tensor | None) -> None:
+    """What both launchers ask of their arguments. Programs of one row may read the student's slices of their siblings."""
+    check_rows(function, rows)
+    check_target(function, rows)
+    check_not_relative(function, options)
+    check_output(
+        function, "gradient", gradient, rows, replaceable=("target", "base", "difference"), untouchable=("student",)
+    )  # fmt: skip
 
 
 class Vectors(NamedTuple):
@@ -206,7 +148,7 @@ def row_slice(
     slices: tl.constexpr = (V + SLICE - 1) // SLICE
     MASKED: tl.constexpr = V % SLICE != 0
     columns = part * SLICE + tl.arange(0, SLICE)
-    partials = exchange.partials_ptr + row.to(tl.int64) * (12 * slices)
+    partials = exchange.partials_ptr + row.to(tl.int64) * (PARTIALS * slices)
     out_ptr, out_row_stride = exchange.out_ptr + row, exchange.out_row_stride
     offset = 0.0
     if difference is not None:
@@ -224,17 +166,17 @@ def row_slice(
         scalars = _merge_normalisers(partials, out_ptr, out_row_stride, V, slices)
         entries = entries_from(s, u, scalars, columns, V, MASKED, 1.0, exact_logarithms(MODE, clips[0]))
         if PHASE != 3:
-            sums = accumulate(zero_sums(SLICE // 4), entries, beta, clips[0], 4, MODE, FAST)
-            _store_sums(partials + part + 4 * slices, sums, slices)
+            sums = accumulate(zero_sums(SLICE // VEC), entries, beta, clips[0], VEC, MODE, FAST)
+            _store_sums(partials + part + NORMALISERS * slices, sums, slices)
             if PHASE == 0:
                 _arrive_and_wait(exchange.counters_ptr + 2 * row + 1, slices)
         if PHASE != 2:
             row_scale = 1.0
             if vectors.row_scale_ptr is not None:
                 row_scale = tl.load(vectors.row_scale_ptr + row)
-            sums = _load_sums(partials + 4 * slices, slices)
+            sums = _load_sums(partials + NORMALISERS * slices, slices)
             slope_sum, row_scale = finish_row(
-                sums, student, scalars, vectors.token_ids_ptr, exchange.out_ptr + 4 * out_row_stride, out_row_stride,
+                sums, student, scalars, vectors.token_ids_ptr, exchange.out_ptr + NORMALISERS * out_row_stride, out_row_stride,
                 row, row_scale, beta, clips[0], clips[1], V, MODE, FAST,
             )  # fmt: skip
             if gradient is not None:

@@ -22,17 +22,19 @@ from popsd_kernels.launch import (
     INTERPRETED,
     Launch,
     LaunchConfig,
+    Outputs,
     fast_instructions,
     result_rows,
     shipped_config,
 )
-from popsd_kernels.rows import RowLoss, RowOptions, RowStatistics
+from popsd_kernels.rows import RowLoss, RowOptions, Rows, RowStatistics
 from popsd_kernels.sweeps.row_slices import (
+    NORMALISERS,
     RESULTS,
     Exchange,
     SliceCall,
     Vectors,
-    check_slice_inputs,
+    check_slices,
     partials_for,
     row_slice,
 )
@@ -42,51 +44,38 @@ REGISTERS = 65536
 """Of a multiprocessor, on every NVIDIA GPU since compute capability 5.0."""
 
 
-def row_single_read(
-    student: torch.Tensor,
-    target: torch.Tensor,
-    delta: torch.Tensor,
-    delta_offset: torch.Tensor,
-    *,
-    options: RowOptions,
-    token_ids: torch.Tensor | None = None,
-    row_scale: torch.Tensor | None = None,
-    gradient: torch.Tensor,
-) -> tuple[RowStatistics, RowLoss]:
-    """`row_statistics` and `row_loss_gradient` at once, with the same tensors and results, without biases.
+def row_single_read(rows: Rows, options: RowOptions, *, gradient: torch.Tensor) -> tuple[RowStatistics, RowLoss]:
+    """`row_statistics` and `row_loss_gradient` at once; a composed target's logits are not written.
 
-    student, target, delta: [C, V] raw projections, read once. gradient: [C, V]; it may be ``target`` or ``delta`` itself
-        (same memory, dtype size and strides), no other memory of theirs and none of ``student``.
+    rows: as in `row_statistics`; each matrix is read once.
+    gradient: [C, V]; it may be ``rows.base``, ``rows.target`` or ``rows.difference`` itself (same memory, dtype size and
+        strides), no other memory of theirs and none of ``rows.student``.
     A NaN anywhere in a row makes that row's losses and gradient NaN and no other's; row_scale 0 gives a gradient of zeros.
     Raises ValueError, TypeError or RuntimeError before the launch, among others where the GPU does not hold all programs
     of one row at once. Can be captured in a CUDA graph after one call outside of it. Not yet run on a GPU.
     """
-    check_slice_inputs(_NAME, student, target, delta, delta_offset, options, token_ids, row_scale, gradient)
-    rows, device = student.shape[0], student.device
-    out = result_rows(RESULTS, rows, device)
-    if rows:
-        config = shipped_config("single_read", device)
-        call = SliceCall(
-            student, target, delta, delta_offset, token_ids, row_scale, gradient, out, partials_for(student, config),
-            options, config, fast_instructions(device),
-        )  # fmt: skip
-        launch(call, device)
-    return RowStatistics(*out[:4]), RowLoss(*out[4:])
+    check_slices(_NAME, rows, options, gradient)
+    tokens, device = rows.student.shape[0], rows.student.device
+    results = result_rows(RESULTS, tokens, device)
+    if tokens:
+        config, fast = shipped_config("single_read", device), fast_instructions(device)
+        launch(SliceCall(rows, options, Outputs(results, gradient), partials_for(rows, config), config, fast), device)
+    return RowStatistics(*results[: NORMALISERS.value]), RowLoss(*results[NORMALISERS.value :])
 
 
 def launch(call: SliceCall, device: torch.device) -> None:
     """The whole of ``call`` in one launch, or in the interpreter in three."""
-    counters = torch.zeros(call.rows, 2, dtype=torch.int32, device=device)
+    counters = torch.zeros(call.tokens, 2, dtype=torch.int32, device=device)
     if INTERPRETED:
         for phase in (1, 2, 3):
             plan(call, counters, 1, phase=phase).run(device)
         return
     registers = register_bound(call.options, call.config) if torch.version.hip is None else None
     resident = resident_programs(call.config.num_warps, registers, device)
-    groups = min(resident // call.slices, call.rows)
+    groups = min(resident // call.slices, call.tokens)
     if groups == 0:
         raise RuntimeError(
-            f"{_NAME}: student has {call.student.shape[1]} columns, so a row needs {call.slices} programs at once; expected at "
+            f"{_NAME}: rows.student has {call.vocabulary} columns, so a row needs {call.slices} programs at once; expected at "
             f"most the {resident} that {device} holds; use row_statistics and row_loss_gradient"
         )
     plan(call, counters, groups, registers).run(device)
@@ -98,7 +87,7 @@ def plan(call: SliceCall, counters: torch.Tensor, groups: int, registers: int | 
     counters: [C, 2] int32, zeros. registers: None, or how many the compiler may give a thread. phase: 0 to wait for one
     another; 1, 2, 3 in turn not to.
     """
-    arguments = {**call.arguments(), "counters_ptr": counters, "rows": call.rows, "PHASE": phase}
+    arguments = {**call.arguments(), "counters_ptr": counters, "rows": call.tokens, "PHASE": phase}
     if phase == 0:
         arguments["launch_cooperative_grid"] = True
     if registers is not None:
@@ -125,7 +114,7 @@ def resident_programs(num_warps: int, registers: int | None, device: torch.devic
     most, limits nothing. Without a bound (AMD): one per multiprocessor, which fits wherever the kernel runs at all.
     """
     if device.type != "cuda":
-        raise RuntimeError(f"{_NAME}: student must be on a CUDA or ROCm GPU, got {device}; use impl='torch'")
+        raise RuntimeError(f"{_NAME}: rows.student must be on a CUDA or ROCm GPU, got {device}; use impl='torch'")
     properties, threads = torch.cuda.get_device_properties(device), 32 * num_warps
     held = 1
     if registers is not None:

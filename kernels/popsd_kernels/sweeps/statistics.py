@@ -13,105 +13,77 @@ import triton
 import triton.language as tl
 
 from popsd_kernels import launch
-from popsd_kernels.checks import (
-    FLOATING,
-    check_device,
-    check_matrix_shape,
-    check_no_reinterpretation,
-    check_rows,
-    check_vector,
-)
-from popsd_kernels.device.logits import load_scaled, projection_stream, stream_gain, target_stream
+from popsd_kernels.checks import FLOAT32, check_output, check_rows, check_target
+from popsd_kernels.device.logits import load_scaled, stream_gain
+from popsd_kernels.device.operands import composition, difference_operand, student_operand, target_operand
 from popsd_kernels.device.primitives import NOTHING, lse_finish, lse_fold, lse_fold_sum
-from popsd_kernels.device.targets import Difference, load_target_logit, target_gain
-from popsd_kernels.launch import Launch, LaunchConfig, fast_instructions, result_rows
-from popsd_kernels.rows import RowOptions, RowStatistics
+from popsd_kernels.device.targets import load_target_logit, target_gain
+from popsd_kernels.launch import Launch, LaunchConfig, Outputs, fast_instructions, result_rows
+from popsd_kernels.rows import RowOptions, Rows, RowStatistics
+
+_NAME = "row_statistics"
 
 
-def row_statistics(
-    student: torch.Tensor,
-    target: torch.Tensor,
-    delta: torch.Tensor | None = None,
-    delta_offset: torch.Tensor | None = None,
-    *,
-    student_bias: torch.Tensor | None = None,
-    target_bias: torch.Tensor | None = None,
-    options: RowOptions,
-    target_out: torch.Tensor | None = None,
-) -> RowStatistics:
-    """(max, log-sum) of student and target per token, and with ``delta`` the purified target's logits (Eq. 13-17).
+def row_statistics(rows: Rows, options: RowOptions, *, target_out: torch.Tensor | None = None) -> RowStatistics:
+    """Sweep 1: (max, log-sum) of student and target per token and, where it is composed, the target's logits (Eq. 13-17).
 
-    student, target: [C, V] raw projections, float32, bfloat16 or float16, unit stride along V, any row stride; read
-        only, but for the aliasing below. Biases: [V], contiguous, any of those dtypes.
-    delta: None, and ``target`` is the target; or [C, V] raw teacher - reference projections, and ``target`` is the base
-        policy. delta_offset: [C] float32, subtracted from inv_temperature * delta_scale * delta.
-    target_out: with ``delta`` only, [C, V] float32: base + clip(...) / pmi_beta, tempered, floored at LOGIT_FLOOR; less the
-        student where ``options.relative``. May be ``target`` or ``delta`` itself (same dtype and strides).
+    rows: raw projections; read only, but for the aliasing below. token_ids and row_scale are not used.
+    target_out: [C, V] float32, needed exactly where the target is composed: base + clip(difference) / pmi_beta, tempered,
+        floored at LOGIT_FLOOR; less the student where ``options.relative``. It may be ``rows.base`` or
+        ``rows.difference`` itself.
     Returns four [C] float32 tensors in nats. A NaN anywhere in a row makes that row's normalisers NaN.
     Raises ValueError, TypeError or RuntimeError before any launch. Rows that start at multiples of 16 bytes load as 128-bit
     vectors.
+
+    >>> import torch
+    >>> from popsd_kernels import RowOptions, Rows, row_loss_gradient, row_statistics
+    >>> device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU with TRITON_INTERPRET=1
+    >>> student, base, difference = torch.randn(3, 4, 1000, device=device)
+    >>> rows = Rows(student, base=base, difference=difference, offset=difference.mean(dim=1))
+    >>> statistics = row_statistics(rows, RowOptions(), target_out=difference)
+    >>> log_p = student - (statistics.student_max + statistics.student_logsum)[:, None]
+    >>> bool(torch.allclose(log_p, student.log_softmax(dim=1), atol=1e-5))
+    True
+    >>> loss = row_loss_gradient(rows.with_target(difference), statistics, RowOptions())
     """
-    check_matrix_shape("row_statistics", "student", student)
-    check_device("row_statistics", "student", student)
-    (rows, vocabulary), device = student.shape, student.device
-    check_rows("row_statistics", student.shape, device, {"student": student, "target": target, "delta": delta})
-    check_rows("row_statistics", student.shape, device, {"target_out": target_out})
-    check_vector("row_statistics", "student_bias", student_bias, vocabulary, device, FLOATING)
-    check_vector("row_statistics", "target_bias", target_bias, vocabulary, device, FLOATING)
-    check_vector("row_statistics", "delta_offset", delta_offset, rows, device, (torch.float32,))
-    if (delta is None) != (delta_offset is None) or (delta is None) != (target_out is None):
-        given = [delta is not None, delta_offset is not None, target_out is not None]
+    check_rows(_NAME, rows)
+    check_target(_NAME, rows)
+    check_output(
+        _NAME, "target_out", target_out, rows, dtypes=FLOAT32, replaceable=("base", "difference"), untouchable=("student",)
+    )  # fmt: skip
+    if (rows.difference is None) != (target_out is None):
+        given = "rows.difference" if target_out is None else "target_out"
         raise ValueError(
-            f"row_statistics: delta, delta_offset and target_out must be given together or not at all, got {given}; "
-            "for two distributions leave all three out"
+            f"{_NAME}: rows.difference and target_out must be given together, got {given} alone; a composed target needs a "
+            "place for its logits, rows.target needs none"
         )
-    if target_out is not None and target_out.dtype != torch.float32:
-        raise TypeError(f"row_statistics: target_out must be torch.float32, got {target_out.dtype}; logits need it")
-    if target_out is not None and rows and target_out.data_ptr() == student.data_ptr():
-        raise ValueError("row_statistics: target_out must not be student, which sweep 2 reads; use target or delta")
-    check_no_reinterpretation("row_statistics", "target_out", target_out, target=target, delta=delta)
-    out = result_rows(4, rows, device)
-    if rows == 0:
-        return RowStatistics(*out)
-    tensors = (student, target, delta, delta_offset, student_bias, target_bias)
-    config = launch.shipped_config("statistics", device)
-    plan(*tensors, options, target_out, out, config, fast_instructions(device)).run(device)
-    return RowStatistics(*out)
+    count, device = rows.student.shape[0], rows.student.device
+    results = result_rows(len(RowStatistics._fields), count, device)
+    if count:
+        config = launch.shipped_config("statistics", device)
+        plan(rows, options, Outputs(results, target_out), config, fast_instructions(device)).run(device)
+    return RowStatistics(*results)
 
 
-def plan(
-    student: torch.Tensor,
-    target: torch.Tensor,
-    delta: torch.Tensor | None,
-    delta_offset: torch.Tensor | None,
-    student_bias: torch.Tensor | None,
-    target_bias: torch.Tensor | None,
-    options: RowOptions,
-    target_out: torch.Tensor | None,
-    out: torch.Tensor,
-    config: LaunchConfig,
-    fast: bool,
-) -> Launch:
-    """The launch that `row_statistics` makes, unchecked. out: [4, C] float32 from `result_rows`."""
-    inv_temperature = float(options.inv_temperature)
-    difference = None
-    if delta is not None:
-        difference = Difference(delta, delta.stride(0), float(options.delta_scale) * inv_temperature)
+def plan(rows: Rows, options: RowOptions, outputs: Outputs, config: LaunchConfig, fast: bool) -> Launch:
+    """The launch that `row_statistics` makes, unchecked. outputs: [4, C], and ``target_out``."""
+    results, target_out = outputs
+    pmi_beta, pmi_clip = composition(rows, options)
     return Launch(
         row_statistics_kernel,
-        student.shape[0],
+        rows.student.shape[0],
         {
-            "student": projection_stream(student, student_bias, options.student, inv_temperature),
-            "target": target_stream(target, target_bias, options),
-            "difference": difference,
-            "offset_ptr": delta_offset,
+            "student": student_operand(rows, options),
+            "target": target_operand(rows, options),
+            "difference": difference_operand(rows, options),
+            "offset_ptr": rows.offset,
             "target_out_ptr": target_out,
             "target_out_row_stride": None if target_out is None else target_out.stride(0),
-            "pmi_beta": None if delta is None else float(options.pmi_beta),
-            "pmi_clip": None if delta is None or options.pmi_clip is None else float(options.pmi_clip),
-            "out_ptr": out,
-            "out_row_stride": out.stride(0),
-            "V": student.shape[1],
+            "pmi_beta": pmi_beta,
+            "pmi_clip": pmi_clip,
+            "out_ptr": results,
+            "out_row_stride": results.stride(0),
+            "V": rows.student.shape[1],
             "BLOCK": config.block,
             "VEC": config.vec,
             "RELATIVE": options.relative,

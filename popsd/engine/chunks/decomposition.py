@@ -12,35 +12,24 @@ log-normalisers; those weighted by π_θ need the logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from popsd.engine.backends import Bodies
+from popsd.engine.backends import Backend
 from popsd.engine.problem import Problem
-from popsd.engine.sources import Chunk
 from popsd.engine.workspace import slices
 from popsd.head import Head, centred_gram, mean_row
 from popsd.outputs import FAMILY, Decomposition
+from popsd_kernels.rows import Rows
 
 DIAGNOSTIC_ELEMENTS = 1 << 24
 """Elements per stream that a diagnostic in plain torch sees at once: 64 MiB per temporary, beside the workspace."""
 
 
-def moment_rows(problem: Problem, backend: Bodies, chunk: Chunk, shared: dict[str, Any]) -> torch.Tensor:
-    """What `fields_of` takes, [13, n] float32. The chunk has the reference, and teacher or difference."""
-    tensors = problem.tensors
-    return backend.row_moments(
-        chunk.student,
-        chunk.reference,
-        teacher=chunk.teacher,
-        delta=chunk.difference if chunk.teacher is None else None,
-        student_bias=chunk.student_bias,
-        target_bias=chunk.frozen_bias,
-        options=problem.row_options,
-        masked=tensors.student_weight is None or chunk.student_bias is not None or chunk.frozen_bias is not None,
-        **shared,
-    )
+def moment_rows(problem: Problem, backend: Backend, rows: Rows) -> torch.Tensor:
+    """What `fields_of` takes, [13, n] float32. The rows have the reference, and teacher or difference."""
+    biased = rows.student_bias is not None or rows.frozen_bias is not None
+    return backend.moments(rows, problem.row_options, masked=problem.tensors.student_weight is None or biased)
 
 
 def by_gram(problem: Problem) -> Decomposition:

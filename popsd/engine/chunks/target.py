@@ -1,4 +1,4 @@
-"""The purified target of a block of tokens: its difference, the masks on its entries, its finished logits."""
+"""The purified target of some rows: its difference, the masks on its entries, its finished logits."""
 
 from __future__ import annotations
 
@@ -7,56 +7,42 @@ from collections.abc import Callable
 import torch
 
 from popsd.config import Impl
-from popsd.engine.backends import Bodies, bodies_for, resolve_impl
+from popsd.engine.backends import Backend, backend_for
 from popsd.engine.problem import Problem
-from popsd.engine.sources import Chunk, GivenLogits
-from popsd.engine.torch_backend import entry_masks
+from popsd.engine.sources import GivenLogits, Source
+from popsd.engine.torch_backend.entry_masks import tail_reach
+from popsd_kernels.rows import EntryMasks, Rows
 
 
-def form_difference(problem: Problem, backend: Bodies, chunk: Chunk) -> torch.Tensor | None:
-    """Finishes ``chunk.difference``, masks on its entries applied; returns its offset [n]. Nothing with two distributions."""
-    offset = chunk.offset
-    if chunk.difference is None:
-        return offset
-    mask = entry_mask(problem, backend, chunk)  # before the difference takes the place of a stream
+def with_difference(problem: Problem, source: Source, backend: Backend, rows: Rows) -> Rows:
+    """The rows with their finished difference, masks on its entries applied. With two distributions they stay as they are."""
+    if not problem.is_purified or rows.target is not None:
+        return rows
+    mask = entry_mask(problem, backend, rows)  # before the difference takes the place of a stream
     if problem.needs_separate_logits:
-        offset = backend.logit_difference(
-            chunk.teacher,
-            chunk.reference,
-            out=chunk.difference,
-            bias=chunk.frozen_bias,
-            options=problem.row_options,
-            center=problem.options.center,
-        )
-    mask(chunk.difference, offset)
-    return offset
+        out = source.difference_of(rows)
+        offset = backend.logit_difference(rows, problem.row_options, center=problem.options.center, out=out)
+        rows = rows._replace(difference=out, offset=offset)
+    mask(rows)
+    return rows
 
 
-def entry_mask(problem: Problem, backend: Bodies, chunk: Chunk) -> Callable[[torch.Tensor, torch.Tensor | None], None]:
-    """Applies plausibility and the tail cap, as far as there are any, to a difference [n, V] with its offset [n]."""
-    options, common = problem.options, {"bias": chunk.frozen_bias, "options": problem.row_options}
+def entry_mask(problem: Problem, backend: Backend, rows: Rows) -> Callable[[Rows], None]:
+    """Applies plausibility and the tail cap, as far as there are any, to the finished difference of the same rows."""
+    options, row_options = problem.options, problem.row_options
     if not problem.masks_entries:
-        return lambda difference, offset: None
-    base = None if options.plausibility is None else chunk.base
-    teacher, reference = (None, None) if options.tail_floor is None else (chunk.teacher, chunk.reference)
-    thresholds = backend.entry_thresholds(
-        base, teacher, reference, plausibility=options.plausibility, tail_floor=options.tail_floor, **common
-    )
-    reach = entry_masks.tail_reach(options.tail_cap, options.pmi_clip)
-    return lambda difference, offset: backend.mask_entries(
-        difference, offset, thresholds, base, reference, tail_reach=reach, **common
-    )
+        return lambda finished: None
+    masks = EntryMasks(options.plausibility, options.tail_floor, tail_reach(options.tail_cap, options.pmi_clip))
+    thresholds = backend.entry_thresholds(rows, masks, row_options)
+    return lambda finished: backend.mask_entries(finished, thresholds, masks, row_options)
 
 
 def target_logits(problem: Problem) -> torch.Tensor:
     """Finished logits of the purified target over all tokens at once, [N, V] float32, from given logits."""
-    backend = bodies_for(resolve_impl(Impl(problem.options.impl), problem.tensors.student.device))
+    backend = backend_for(Impl(problem.options.impl), problem.tensors.student.device)
     source = GivenLogits(problem)
     source.allocate(problem.tokens, 0)
-    chunk = source.load(slice(0, problem.tokens))
-    assert chunk.base is not None and chunk.difference is not None
-    offset, difference = form_difference(problem, backend, chunk), chunk.difference
-    backend.row_statistics(
-        chunk.student, chunk.base, difference, offset, options=problem.row_options, target_out=difference
-    )
-    return difference
+    rows = with_difference(problem, source, backend, source.load(slice(0, problem.tokens)))
+    assert rows.difference is not None
+    backend.statistics(rows, problem.row_options, target_out=rows.difference)
+    return rows.difference

@@ -1,1 +1,1 @@
-"""The sweeps in plain torch, with the arguments and semantics of the Triton launchers."""
+"""The sweeps in plain torch, with the arguments and meaning of the Triton launchers."""

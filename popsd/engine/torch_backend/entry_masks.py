@@ -12,56 +12,39 @@ import torch
 from popsd.engine.torch_backend.scratch import scratch
 from popsd.engine.torch_backend.sweeps import normaliser
 from popsd.engine.torch_backend.targets import tempered_logits
-from popsd_kernels.rows import RowOptions
+from popsd_kernels.rows import EntryMasks, RowOptions, Rows
 
 
-def entry_thresholds(
-    base: torch.Tensor | None,
-    teacher: torch.Tensor | None,
-    reference: torch.Tensor | None,
-    *,
-    bias: torch.Tensor | None = None,
-    options: RowOptions,
-    plausibility: float | None = None,
-    tail_floor: float | None = None,
-) -> torch.Tensor:
-    """The torch body of ``popsd_kernels.entry_thresholds``: [3, C] tempered logits below which a mask applies."""
-    like = base if base is not None else teacher
-    assert like is not None
-    out = like.new_full((3, like.shape[0]), -torch.inf, dtype=torch.float32)
-    z, free = scratch(like, 2)
-    if base is not None and plausibility is not None:
-        out[0] = tempered_logits(base, bias, options.target, options, out=z).amax(dim=1) + math.log(plausibility)
-    for row, stream in ((1, teacher), (2, reference)):
-        if stream is not None and tail_floor is not None:
-            maximum, logsum = normaliser(tempered_logits(stream, bias, options.target, options, out=z), free)
-            out[row] = maximum + logsum + math.log(tail_floor)
+def entry_thresholds(rows: Rows, masks: EntryMasks, options: RowOptions) -> torch.Tensor:
+    """As ``popsd_kernels.entry_thresholds``: [3, C] tempered logits below which a mask applies."""
+    out = rows.student.new_full((3, rows.student.shape[0]), -torch.inf, dtype=torch.float32)
+    z, free = scratch(rows.student, 2)
+    if rows.base is not None and masks.plausibility is not None:
+        base = tempered_logits(rows.base, rows.frozen_bias, options.target, options, out=z)
+        out[0] = base.amax(dim=1) + math.log(masks.plausibility)
+    for row, stream in ((1, rows.teacher), (2, rows.reference)):
+        if stream is not None and masks.tail_floor is not None:
+            tempered_logits(stream, rows.frozen_bias, options.target, options, out=z)
+            maximum, logsum = normaliser(z, free)
+            out[row] = maximum + logsum + math.log(masks.tail_floor)
     return out
 
 
-def mask_entries(
-    delta: torch.Tensor,
-    offset: torch.Tensor,
-    thresholds: torch.Tensor,
-    base: torch.Tensor | None,
-    reference: torch.Tensor | None,
-    *,
-    bias: torch.Tensor | None = None,
-    options: RowOptions,
-    tail_reach: float | None = None,
-) -> None:
-    """The torch body of ``popsd_kernels.mask_entries``: edits raw differences [C, V] in place."""
+def mask_entries(rows: Rows, thresholds: torch.Tensor, masks: EntryMasks, options: RowOptions) -> None:
+    """As ``popsd_kernels.mask_entries``: edits ``rows.difference`` [C, V] in place."""
+    delta, offset = rows.difference, rows.offset
+    assert delta is not None and offset is not None
     gain = options.delta_scale * options.inv_temperature
     still, (implausible, faint_teacher, faint) = (offset / gain)[:, None], thresholds[:, :, None]
     z, free = scratch(delta, 2)
-    if reference is not None and tail_reach is not None:
-        tempered_logits(reference, bias, options.target, options, out=z)
+    if rows.reference is not None and masks.tail_reach is not None:
+        tempered_logits(rows.reference, rows.frozen_bias, options.target, options, out=z)
         both = z < faint
         both &= z.add_(delta, alpha=gain) < faint_teacher
-        reach = tail_reach / gain
+        reach = masks.tail_reach / gain
         torch.where(both, torch.clamp(delta, still - reach, still + reach, out=free), delta, out=delta)
-    if base is not None:
-        below = tempered_logits(base, bias, options.target, options, out=z) < implausible
+    if rows.base is not None and masks.plausibility is not None:
+        below = tempered_logits(rows.base, rows.frozen_bias, options.target, options, out=z) < implausible
         torch.where(below, still, delta, out=delta)
 
 

@@ -7,53 +7,47 @@ import torch
 from popsd.engine.torch_backend.scratch import scratch
 from popsd.engine.torch_backend.sweeps import LN2, LOG2E, StudentRows, student_rows
 from popsd.engine.torch_backend.targets import tempered_logits
-from popsd_kernels.rows import LOGIT_FLOOR, RowOptions
+from popsd_kernels.rows import LOGIT_FLOOR, RowOptions, Rows
 
 Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """‖Δ_total‖², ‖Δ_ref‖², ‖Δ_it‖², Δ_total·Δ_ref, Δ_total·Δ_it, [C] each."""
 
 
 def row_moments(
-    student: torch.Tensor,
-    reference: torch.Tensor,
-    *,
-    teacher: torch.Tensor | None = None,
-    delta: torch.Tensor | None = None,
-    student_bias: torch.Tensor | None = None,
-    target_bias: torch.Tensor | None = None,
-    options: RowOptions,
-    masked: bool = True,
-    rows: StudentRows | None = None,
+    rows: Rows, options: RowOptions, *, masked: bool = True, student: StudentRows | None = None
 ) -> torch.Tensor:
-    """The torch body of ``popsd_kernels.row_moments``: [13, C] moments, see `fields_of`, from raw projections [C, V].
+    """As ``popsd_kernels.row_moments``: [13, C] moments, see `fields_of`, of student, reference and teacher.
 
-    With ``delta`` the teacher is the reference plus its multiple. masked: whether a logit may be -inf.
-    rows: `student_rows` of the same arguments where somebody has them already.
+    Without a teacher it is the reference plus a multiple of ``rows.difference``. masked: whether a logit may be -inf.
+    student: `student_rows` of the same arguments where they exist already.
     """
-    rows = rows or student_rows(student, student_bias, options)
-    total, induced, free = scratch(student, 3)
-    bias = None if options.relative else target_bias
+    assert rows.reference is not None
+    student = student or student_rows(rows, options)
+    total, induced, free = scratch(rows.student, 3)
+    bias = None if options.relative else rows.frozen_bias
     finite = options.relative or not masked
-    other = tempered_logits(reference, bias, options.target, options, out=induced, finite=finite)
-    if teacher is None:
-        assert delta is not None
-        own = torch.add(other, delta, alpha=options.delta_scale * options.inv_temperature, out=total)
+    other = tempered_logits(rows.reference, bias, options.target, options, out=induced, finite=finite)
+    if rows.teacher is None:
+        assert rows.difference is not None
+        own = torch.add(other, rows.difference, alpha=options.delta_scale * options.inv_temperature, out=total)
     else:
-        own = tempered_logits(teacher, bias, options.target, options, out=total, finite=finite)
-    outside, count = None, torch.full_like(rows.maximum[:, 0], student.shape[1])
+        own = tempered_logits(rows.teacher, bias, options.target, options, out=total, finite=finite)
+    outside, count = None, torch.full_like(student.maximum[:, 0], rows.student.shape[1])
     if masked:
-        least = rows.logits
+        least = student.logits
         if not options.relative:
             least = torch.minimum(least, torch.minimum(own, other, out=free), out=free)
         outside = least < 1e-6 * LOGIT_FLOOR  # whatever scale or temperature the floor went through
         count -= outside.sum(dim=1)
-    shifts = [_log_normaliser_ratio(_bits(z, rows, relative=options.relative, out=free), rows) for z in (own, other)]
+    shifts = [
+        _log_normaliser_ratio(_bits(z, student, relative=options.relative, out=free), student) for z in (own, other)
+    ]
     if not options.relative:
-        own, other = torch.sub(own, rows.logits, out=total), torch.sub(other, rows.logits, out=induced)
+        own, other = torch.sub(own, student.logits, out=total), torch.sub(other, student.logits, out=induced)
     means = [_centre(x, outside, count, out) for x, out in ((own, total), (other, induced))]
     a, b = (mean - shift for mean, shift in zip(means, shifts, strict=True))
     centred = _products(total, induced, free)
-    root = torch.sqrt(rows.probabilities, out=free)
+    root = torch.sqrt(student.probabilities, out=free)
     if outside is not None:
         root.masked_fill_(outside, 0.0)
     total.add_(a[:, None]).mul_(root)
@@ -62,22 +56,22 @@ def row_moments(
     return torch.stack([*centred, *weighted, a, b, count])
 
 
-def _bits(z: torch.Tensor, rows: StudentRows, *, relative: bool, out: torch.Tensor) -> torch.Tensor:
+def _bits(z: torch.Tensor, student: StudentRows, *, relative: bool, out: torch.Tensor) -> torch.Tensor:
     """Logits less the student's maximum, in bits; ``relative``: z is what they are more than the student's."""
     if relative:
-        return torch.add(rows.bits, z, alpha=LOG2E, out=out)
-    return torch.sub(z, rows.maximum, out=out).mul_(LOG2E)
+        return torch.add(student.bits, z, alpha=LOG2E, out=out)
+    return torch.sub(z, student.maximum, out=out).mul_(LOG2E)
 
 
-def _log_normaliser_ratio(bits: torch.Tensor, rows: StudentRows) -> torch.Tensor:
+def _log_normaliser_ratio(bits: torch.Tensor, student: StudentRows) -> torch.Tensor:
     """log Z / Z_θ of logits from `_bits`, [C]; overwrites them.
 
-    By the arithmetic of the student's own normaliser, so that equal policies give exactly 0; maximum and log-sum apart,
-    whose sum would round at the size of a logit.
+    By the arithmetic of the student's own normaliser, so that equal policies give exactly 0. Maxima and log-sums are subtracted
+    separately: their sum would round at the size of a logit.
     """
     top = bits.amax(dim=1, keepdim=True)
     logsum = bits.sub_(top).exp2_().sum(dim=1, keepdim=True).log_()
-    return (LN2 * top + (logsum - rows.logsum))[:, 0]
+    return (LN2 * top + (logsum - student.logsum))[:, 0]
 
 
 def _centre(x: torch.Tensor, outside: torch.Tensor | None, count: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Torch bodies of the row sweeps, with the arguments of the launchers in `popsd_kernels`: for CPU, MPS, or without Triton.
+"""The row sweeps in torch, with the arguments of the launchers in `popsd_kernels`: for CPU, MPS, or without Triton.
 
-They see a few rows at a time (`tiling.py` decides how many, so that temporaries stay in cache) and compute in float32.
+They see a few rows at a time, so that temporaries stay in cache (`TorchBackend.block_rows`), and compute in float32.
 The derivation is in kernels/README.md; the mathematics they must reproduce is `oracle.py`.
 """
 
@@ -13,15 +13,15 @@ from typing import NamedTuple
 import torch
 
 from popsd.engine.torch_backend.scratch import HELD, scratch
-from popsd.engine.torch_backend.targets import _target_logits, tempered_logits
-from popsd_kernels.rows import RowLoss, RowOptions, RowStatistics
+from popsd.engine.torch_backend.targets import target_logits, tempered_logits
+from popsd_kernels.rows import RowLoss, RowOptions, Rows, RowStatistics
 
 LN2 = math.log(2.0)
 LOG2E = 1.0 / LN2
 
 
 class StudentRows(NamedTuple):
-    """What loss and decomposition both read of the student, in buffers that `scratch` holds for it until the next block."""
+    """What loss and decomposition both read of the student, in buffers that `scratch` keeps until the next block of rows."""
 
     logits: torch.Tensor
     """Tempered, [C, V] float32; the raw projections themselves where nothing is to be done to them."""
@@ -34,69 +34,49 @@ class StudentRows(NamedTuple):
     """log Σ exp(logits − maximum), [C, 1]."""
 
 
-def student_rows(student: torch.Tensor, bias: torch.Tensor | None, options: RowOptions) -> StudentRows:
-    """From raw projections [C, V]."""
-    own, bits, p = scratch(student, HELD, held=0)
-    logits = tempered_logits(student, bias, options.student, options, out=own, finite=options.relative)
+def student_rows(rows: Rows, options: RowOptions) -> StudentRows:
+    own, bits, p = scratch(rows.student, HELD, held=0)
+    logits = tempered_logits(
+        rows.student, rows.student_bias, options.student, options, out=own, finite=options.relative
+    )
     maximum = logits.amax(dim=1, keepdim=True)
     torch.sub(logits, maximum, out=bits).mul_(LOG2E)
     logsum = torch.exp2(bits, out=p).sum(dim=1, keepdim=True).log_()
     return StudentRows(logits, maximum, bits, p.mul_(torch.exp(-logsum)), logsum)
 
 
-def row_statistics(
-    student: torch.Tensor,
-    target: torch.Tensor,
-    delta: torch.Tensor | None = None,
-    delta_offset: torch.Tensor | None = None,
-    *,
-    student_bias: torch.Tensor | None = None,
-    target_bias: torch.Tensor | None = None,
-    options: RowOptions,
-    target_out: torch.Tensor | None = None,
-) -> RowStatistics:
-    """Sweep 1: normalisers of student and target, and the target's logits where they are composed.
+def row_statistics(rows: Rows, options: RowOptions, *, target_out: torch.Tensor | None = None) -> RowStatistics:
+    """As ``popsd_kernels.row_statistics``: normalisers [C], and a composed target's logits into ``target_out`` [C, V] float32.
 
-    student, target: [C, V] raw projections, any floating dtype. With ``delta`` [C, V] and ``delta_offset`` [C] float32 the
-    target stream is the base policy, and the purified logits b + Δ̃/pmi_beta (Eq. 13-17) go to ``target_out`` [C, V]
-    float32, which may be ``target`` or ``delta`` itself; the target's difference to the student where ``options.relative``.
-    Returns four [C] float32 normalisers.
+    ``target_out`` may be ``rows.base`` or ``rows.difference`` itself, and may be left out.
     """
-    s, u, free = scratch(student, 3)
-    own = tempered_logits(student, student_bias, options.student, options, out=s, finite=options.relative)
-    composed = _target_logits(target, target_bias, delta, delta_offset, options, u, free)
+    s, u, free = scratch(rows.student, 3)
+    own = tempered_logits(rows.student, rows.student_bias, options.student, options, out=s, finite=options.relative)
+    target = target_logits(rows, options, u, free)
     if target_out is not None:
-        target_out.copy_(composed)
+        target_out.copy_(target)
     if options.relative:
-        composed = torch.add(composed, own, out=u)
-    return RowStatistics(*normaliser(own, free), *normaliser(composed, free))
+        target = torch.add(target, own, out=u)
+    return RowStatistics(*normaliser(own, free), *normaliser(target, free))
 
 
 def row_sweeps(
-    student: torch.Tensor,
-    target: torch.Tensor,
-    delta: torch.Tensor | None = None,
-    delta_offset: torch.Tensor | None = None,
-    *,
-    student_bias: torch.Tensor | None = None,
-    target_bias: torch.Tensor | None = None,
+    rows: Rows,
     options: RowOptions,
-    token_ids: torch.Tensor | None = None,
-    row_scale: torch.Tensor | None = None,
+    *,
     gradient: torch.Tensor | None = None,
-    rows: StudentRows | None = None,
+    student: StudentRows | None = None,
 ) -> RowLoss:
-    """Both sweeps: per-token results and, into ``gradient``, d divergence / d student raw projection times ``row_scale``.
+    """Both sweeps: per-token results and, into ``gradient``, d divergence / d student raw projection times ``rows.row_scale``.
 
-    The first four arguments are those of `row_statistics`. Rows that fit a cache need no second read, and one exponential
-    per entry and stream serves the normaliser and the probability.
-    token_ids: [C] int64, -1 for none. row_scale: [C]; a row of scale 0 gets an exactly zero gradient.
-    gradient: [C, V] of any floating dtype, or None for no gradient work; it may share memory with ``target``.
-    rows: `student_rows` of the same arguments where somebody has them already; used up.
+    Rows that fit a cache need no second read. One exponential per entry and stream serves normaliser and probability.
+    gradient: [C, V] of any floating dtype, or None for no gradient work; it may share memory with the base or the target.
+    student: `student_rows` of the same arguments where they exist already; overwritten.
     """
-    own, student_max, s, p, student_logsum = rows or student_rows(student, student_bias, options)
-    u, t, q, free, more = scratch(student, 5)
-    target = _target_logits(target, target_bias, delta, delta_offset, options, t if options.relative else u, free)
+    token_ids, row_scale = rows.token_ids, rows.row_scale
+    own, student_max, s, p, student_logsum = student or student_rows(rows, options)
+    u, t, q, free, more = scratch(rows.student, 5)
+    target = target_logits(rows, options, t if options.relative else u, free)
     # through the logits: log_q - log_p would round at |log p| where the two nearly agree
     ratio = target if options.relative else torch.sub(target, own, out=t)
     # u: the target's logits less their maximum, in bits
@@ -158,8 +138,8 @@ def _divergence(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Callable[[], torch.Tensor], float]:
     """Generalised JSD from p, q and t = log q − log p, [C, V]: (divergence, KL(p‖m), KL(q‖m), clip share, gradient, factor).
 
-    f are the contributions per entry and f' = ∂f/∂log p; the gradient over the logits is f' − p·Σf' (METHOD.md): the factor
-    times what the callable forms when called for. All tensors handed in are overwritten.
+    f are the contributions per entry and f' = ∂f/∂log p; the gradient over the logits is f' − p·Σf': the factor times
+    what the callable forms when called for. All tensors handed in are overwritten.
     """
     beta = options.beta
 

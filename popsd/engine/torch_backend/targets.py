@@ -5,30 +5,23 @@ from __future__ import annotations
 import torch
 
 from popsd.engine.torch_backend.scratch import DIFFERENCE, scratch
-from popsd_kernels.rows import LOGIT_FLOOR, LogitTransform, RowOptions
+from popsd_kernels.rows import LOGIT_FLOOR, LogitTransform, RowOptions, Rows
 
 SIGMOID_CLIP = 32.0
 """The largest ``pmi_clip`` whose tanh may be formed as 2c·σ − c, which rounds at 6e-8·c whatever the size of Δ̃: at a KL of
 1e-3 gradients are off by 5e-6 at c = 10, 1.4e-5 at 32, 3e-5 at 64 and 5e-3 at 1e4 (float32 is documented with 2e-5)."""
 
 
-def logit_difference(
-    teacher: torch.Tensor,
-    reference: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    options: RowOptions,
-    center: bool,
-) -> torch.Tensor:
-    """Eq. 13 from two raw projections [C, V]: their logits' difference into ``out`` float32, and its offset [C] float32.
+def logit_difference(rows: Rows, options: RowOptions, *, center: bool, out: torch.Tensor) -> torch.Tensor:
+    """Eq. 13: teacher's logits less the reference's into ``out`` [C, V] float32, and their offset [C] float32.
 
     Δ̄ = inv_temperature · out − offset, with the offset the vocabulary mean (Eq. 14) or, uncentred, the difference of the
     log-normalisers. Entries outside the support of either get the value that makes Δ̄ zero. ``out`` may be either input.
     """
-    z_teacher, z_reference, free = scratch(teacher, DIFFERENCE)
-    tempered_logits(teacher, bias, options.target, options, out=z_teacher)
-    tempered_logits(reference, bias, options.target, options, out=z_reference)
+    assert rows.teacher is not None and rows.reference is not None
+    z_teacher, z_reference, free = scratch(rows.teacher, DIFFERENCE)
+    for raw, z in ((rows.teacher, z_teacher), (rows.reference, z_reference)):
+        tempered_logits(raw, rows.frozen_bias, options.target, options, out=z)
     floor = 0.5 * LOGIT_FLOOR * options.target.scale * options.inv_temperature
     outside = torch.minimum(z_teacher, z_reference, out=free) <= floor
     offset = None if center else torch.logsumexp(z_teacher, dim=1) - torch.logsumexp(z_reference, dim=1)
@@ -69,23 +62,15 @@ def tempered_logits(
     return z
 
 
-def _target_logits(
-    target: torch.Tensor,
-    bias: torch.Tensor | None,
-    delta: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    options: RowOptions,
-    out: torch.Tensor,
-    free: torch.Tensor,
-) -> torch.Tensor:
-    """The target's tempered logits: its own or, with ``delta`` and ``offset``, composed on the base's. Where
-    ``options.relative``, less the student's."""
-    bias = None if options.relative else bias
-    own = tempered_logits(target, bias, options.target, options, out=out, finite=options.relative)
-    if delta is None:
+def target_logits(rows: Rows, options: RowOptions, out: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+    """The target's tempered logits [C, V]: its own or, with a difference, composed on the base's. Where ``options.relative``,
+    less the student's. In ``out``, or ``rows.target`` itself; ``free`` is overwritten."""
+    bias = None if options.relative else rows.frozen_bias
+    own = tempered_logits(rows.frozen, bias, options.target, options, out=out, finite=options.relative)
+    if rows.difference is None:
         return own
-    assert offset is not None
-    return torch.add(own, purified_shift(delta, offset, options, out=free), out=out)
+    assert rows.offset is not None
+    return torch.add(own, purified_shift(rows.difference, rows.offset, options, out=free), out=out)
 
 
 def purified_shift(

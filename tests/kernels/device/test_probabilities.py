@@ -8,7 +8,7 @@ from kernel_helpers import interpreted, oracle_target, small_blocks  # noqa: F40
 
 import triton.language as tl  # isort: skip
 
-from popsd_kernels import LogitTransform, RowOptions, row_statistics
+from popsd_kernels import LogitTransform, RowOptions, Rows, row_statistics
 from popsd_kernels.device.logits import projection_stream
 from popsd_kernels.device.probabilities import row_entries, row_scalars
 
@@ -32,7 +32,7 @@ def test_entries(gap):
     torch.manual_seed(0)
     student = torch.randn(2, 200) * 5 + 20
     target = student + gap * torch.randn(2, 200)
-    statistics = row_statistics(student, target, options=RowOptions())
+    statistics = row_statistics(Rows(student, target=target), RowOptions())
     out = torch.full((2, 5, 256), float("nan"))
     streams = [projection_stream(x, None, LogitTransform(), 1.0) for x in (student, target)]
     interpreted(_probe)[(2,)](*streams, tuple(statistics), out, V=200, N=256)
@@ -47,7 +47,7 @@ def test_entries(gap):
 
 def test_all_impossible_entries_are_uniform():
     impossible = torch.full((1, 200), float("-inf"))
-    statistics = row_statistics(impossible, impossible, options=RowOptions())
+    statistics = row_statistics(Rows(impossible, target=impossible), RowOptions())
     out = torch.full((1, 5, 256), float("nan"))
     stream = projection_stream(impossible, None, LogitTransform(), 1.0)
     interpreted(_probe)[(1,)](stream, stream, tuple(statistics), out, V=200, N=256)

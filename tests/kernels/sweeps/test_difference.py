@@ -14,11 +14,12 @@ from kernel_helpers import (  # first: switches the interpreter on
     oracle_logits,
     poisoned,
     relative_error,
+    rows_of,
     small_blocks,  # noqa: F401
 )
 
 from popsd import oracle
-from popsd_kernels import LogitTransform, RowOptions, logit_difference, row_statistics
+from popsd_kernels import LogitTransform, RowOptions, Rows, logit_difference, row_statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -30,6 +31,11 @@ def _pair(rows: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> lis
     torch.manual_seed(rows * vocabulary)
     teacher = torch.randn(rows, vocabulary) * 4 + 3
     return [x.to(dtype) for x in (teacher, teacher + torch.randn(rows, vocabulary))]
+
+
+def _difference(teacher, reference, out, bias=None, *, options, center) -> torch.Tensor:
+    rows = Rows(teacher, teacher=teacher, reference=reference, frozen_bias=bias)
+    return logit_difference(rows, options, center=center, out=out)
 
 
 def _centred_delta(options: RowOptions, teacher, reference, center: bool, bias=None) -> torch.Tensor:
@@ -49,7 +55,7 @@ def _centred_delta(options: RowOptions, teacher, reference, center: bool, bias=N
 def test_difference_and_offset(shape, options, center):
     pair = [Guarded(x) for x in _pair(*shape)]
     out = poisoned(*shape)
-    offset = logit_difference(*(x.view for x in pair), out.view, options=options, center=center)
+    offset = _difference(*(x.view for x in pair), out.view, options=options, center=center)
     for x in pair:
         x.assert_unchanged()
     out.assert_intact()
@@ -65,7 +71,7 @@ def test_dtypes_and_bias(dtype):
     pair = _pair(2, 300, dtype)
     bias = torch.randn(300).to(dtype)
     out = torch.empty(2, 300)
-    offset = logit_difference(*pair, out, bias=bias, options=OPTIONS, center=True)
+    offset = _difference(*pair, out, bias, options=OPTIONS, center=True)
     expected = _centred_delta(OPTIONS, *pair, True, bias)
     assert relative_error(OPTIONS.inv_temperature * out - offset[:, None], expected) < 1e-5
 
@@ -76,7 +82,7 @@ def test_outside_the_support_there_is_no_signal(center, dtype):
     teacher, reference = _pair(3, 300, dtype)
     teacher[0, ::7], reference[0, 3], reference[1, -1] = float("-inf"), float("-inf"), float("-inf")
     out = poisoned(3, 300)
-    offset = logit_difference(teacher, reference, out.view, options=NO_CAP, center=center)
+    offset = _difference(teacher, reference, out.view, options=NO_CAP, center=center)
     out.assert_intact()
     found = NO_CAP.inv_temperature * out.view.double() - offset.double()[:, None]
     outside = (teacher == float("-inf")) | (reference == float("-inf"))
@@ -84,7 +90,8 @@ def test_outside_the_support_there_is_no_signal(center, dtype):
     assert (found - _centred_delta(NO_CAP, teacher, reference, center)).abs().max() < 1e-5
     target = torch.empty(3, 300)
     base = torch.randn(3, 300)
-    row_statistics(base, base, out.view, offset, options=replace(NO_CAP, target=LogitTransform()), target_out=target)
+    rows = rows_of(base, base, out.view, offset)
+    row_statistics(rows, replace(NO_CAP, target=LogitTransform()), target_out=target)
     config = oracle_config(NO_CAP, center)
     logits = [oracle_logits(x.nan_to_num(neginf=0.0), NO_CAP.target) for x in (teacher, reference)]
     logits = [z.masked_fill(x == float("-inf"), x.min()) for z, x in zip(logits, (teacher, reference), strict=True)]
@@ -96,11 +103,11 @@ def test_outside_the_support_there_is_no_signal(center, dtype):
 @pytest.mark.parametrize("other", [0.0, float("-inf")])
 def test_nan_is_not_taken_for_a_missing_entry(center, other):
     teacher, reference = _pair(3, 300)
-    expected = logit_difference(teacher, reference, torch.empty(3, 300), options=NO_CAP, center=center)[2]
+    expected = _difference(teacher, reference, torch.empty(3, 300), options=NO_CAP, center=center)[2]
     teacher[0, 5], reference[0, 5] = float("nan"), other
     teacher[1, 299], reference[1, 299] = other, float("nan")
     out = torch.empty(3, 300)
-    offset = logit_difference(teacher, reference, out, options=NO_CAP, center=center)
+    offset = _difference(teacher, reference, out, options=NO_CAP, center=center)
     assert offset[:2].isnan().all() and out[0, 5].isnan() and out[1, 299].isnan()
     torch.testing.assert_close(offset[2], expected, rtol=1e-6, atol=1e-7)
     assert out[2].isfinite().all()
@@ -111,8 +118,8 @@ def test_out_may_be_an_input(alias):
     pair = _pair(2, 300)
     pair[0][1, 7] = float("-inf")
     apart = torch.empty(2, 300)
-    expected = logit_difference(*pair, apart, options=NO_CAP, center=True)
-    found = logit_difference(*pair, pair[alias], options=NO_CAP, center=True)
+    expected = _difference(*pair, apart, options=NO_CAP, center=True)
+    found = _difference(*pair, pair[alias], options=NO_CAP, center=True)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(pair[alias], apart, rtol=1e-6, atol=1e-6)
 
@@ -120,7 +127,11 @@ def test_out_may_be_an_input(alias):
 def test_refusals():
     pair = _pair(2, 8)
     with pytest.raises(TypeError, match=r"out must be torch\.float32"):
-        logit_difference(*pair, torch.empty(2, 8, dtype=torch.float16), options=OPTIONS, center=True)
+        _difference(*pair, torch.empty(2, 8, dtype=torch.float16), options=OPTIONS, center=True)
     with pytest.raises(ValueError, match=r"reference must have shape \[2, 8\]"):
-        logit_difference(pair[0], pair[1][:1], torch.empty(2, 8), options=OPTIONS, center=True)
-    assert logit_difference(*[torch.empty(0, 8)] * 3, options=OPTIONS, center=True).shape == (0,)
+        _difference(pair[0], pair[1][:1], torch.empty(2, 8), options=OPTIONS, center=True)
+    with pytest.raises(ValueError, match=r"rows\.reference must be given, got None"):
+        _difference(pair[0], None, torch.empty(2, 8), options=OPTIONS, center=True)
+    with pytest.raises(ValueError, match=r"out must be rows\.teacher itself or share no memory with it"):
+        _difference(*pair, pair[0].expand(2, 8).as_strided((2, 8), (4, 1)), options=OPTIONS, center=True)
+    assert _difference(*[torch.empty(0, 8)] * 3, options=OPTIONS, center=True).shape == (0,)

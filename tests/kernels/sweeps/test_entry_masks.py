@@ -1,4 +1,4 @@
-"""Masks on the target's entries in the interpreter, against their torch bodies and, composed, against the oracle."""
+"""Masks on the target's entries in the interpreter, against the torch backend's and, composed, against the oracle."""
 
 from __future__ import annotations
 
@@ -17,13 +17,21 @@ from kernel_helpers import (  # noqa: F401  (first: switches the interpreter on)
 from popsd import oracle
 from popsd.config import PurifiedConfig
 from popsd.engine.torch_backend import entry_masks
-from popsd_kernels import LogitTransform, RowOptions, entry_thresholds, logit_difference, mask_entries
+from popsd_kernels import (
+    EntryMasks,
+    LogitTransform,
+    RowOptions,
+    Rows,
+    entry_thresholds,
+    logit_difference,
+    mask_entries,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 OPTIONS = RowOptions(inv_temperature=0.8, target=LogitTransform(1.3, 12.0))
 PLAIN = RowOptions()
-ASKED = {"plausibility": 0.05, "tail_floor": 0.02}
+ASKED = EntryMasks(plausibility=0.05, tail_floor=0.02, tail_reach=0.1)
 
 
 def streams(vocabulary: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -33,26 +41,31 @@ def streams(vocabulary: int, dtype: torch.dtype = torch.float32) -> list[torch.T
     return [(base + 0.7 * torch.randn(3, vocabulary)).to(dtype) for _ in range(3)]
 
 
+def given(base, teacher, reference, bias=None) -> Rows:
+    return Rows(base, base=base, teacher=teacher, reference=reference, frozen_bias=bias)
+
+
 @pytest.mark.parametrize("options", [OPTIONS, PLAIN], ids=["softcap, scale, temperature", "plain"])
 @pytest.mark.parametrize("vocabulary", [1, 97, BLOCK, 2 * BLOCK + 1])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_thresholds_and_masks(options, vocabulary, dtype, with_bias):
     raw, bias = streams(vocabulary, dtype), torch.randn(vocabulary) if with_bias else None
-    guarded, common = [Guarded(x) for x in raw], {"bias": bias, "options": options}
-    base, teacher, reference = (x.view for x in guarded)
-    thresholds = entry_thresholds(base, teacher, reference, **ASKED, **common)
+    guarded = [Guarded(x) for x in raw]
+    rows = given(*(x.view for x in guarded), bias)
+    thresholds = entry_thresholds(rows, ASKED, options)
     z_base, z_teacher, z_reference = (oracle_logits(x, options.target, bias) * options.inv_temperature for x in raw)
     assert (thresholds[0] - (z_base.amax(1) + math.log(0.05))).abs().max() < 1e-5
     for found, z in ((thresholds[1], z_teacher), (thresholds[2], z_reference)):
         assert (found - (z.logsumexp(1) + math.log(0.02))).abs().max() < 1e-5
-    torch.testing.assert_close(thresholds, entry_masks.entry_thresholds(*raw, **ASKED, **common), rtol=1e-6, atol=1e-5)
+    same = entry_masks.entry_thresholds(given(*raw, bias), ASKED, options)
+    torch.testing.assert_close(thresholds, same, rtol=1e-6, atol=1e-5)
     delta = torch.empty(3, vocabulary)
-    offset = logit_difference(teacher, reference, delta, bias=bias, options=options, center=True)
+    offset = logit_difference(rows, options, center=True, out=delta)
     results = []
-    for body in (mask_entries, entry_masks.mask_entries):
+    for function in (mask_entries, entry_masks.mask_entries):
         edited = Guarded(delta)
-        body(edited.view, offset, thresholds, base, reference, tail_reach=0.1, **common)
+        function(rows._replace(difference=edited.view, offset=offset), thresholds, ASKED, options)
         results.append(edited.view.clone())
     for x in guarded:
         x.assert_unchanged()
@@ -70,11 +83,14 @@ def test_thresholds_and_masks(options, vocabulary, dtype, with_bias):
 def test_the_masked_target_is_the_oracles():
     raw = streams(300)
     config = PurifiedConfig(plausibility=0.05, tail_floor=0.02, tail_cap=0.3)
-    thresholds = entry_thresholds(*raw, **ASKED, options=PLAIN)
-    delta = torch.empty(3, 300)
-    offset = logit_difference(*raw[1:], delta, options=PLAIN, center=True)
-    reach = entry_masks.tail_reach(config.tail_cap, config.pmi_clip)
-    mask_entries(delta, offset, thresholds, raw[0], raw[2], options=PLAIN, tail_reach=reach)
+    rows, masks, delta = (
+        given(*raw),
+        EntryMasks(0.05, 0.02, entry_masks.tail_reach(0.3, config.pmi_clip)),
+        torch.empty(3, 300),
+    )
+    thresholds = entry_thresholds(rows, masks, PLAIN)
+    offset = logit_difference(rows, PLAIN, center=True, out=delta)
+    mask_entries(rows._replace(difference=delta, offset=offset), thresholds, masks, PLAIN)
     target = raw[0] + 10.0 * torch.tanh((delta - offset[:, None]) / 10.0)
     exact = oracle.purified_target_logits(*raw, config)
     assert (target.log_softmax(1) - exact.log_softmax(1)).abs().max() < 1e-5
@@ -83,15 +99,17 @@ def test_the_masked_target_is_the_oracles():
 def test_one_mask_alone_reads_its_streams_alone():
     base, teacher, reference = streams(97)
     delta, offset = teacher - reference, torch.zeros(3)
-    plausible = entry_thresholds(base, None, None, plausibility=0.05, options=PLAIN)
+    masks, first = EntryMasks(plausibility=0.05), delta.clone()
+    rows = Rows(base, base=base, difference=first, offset=offset)
+    plausible = entry_thresholds(rows, masks, PLAIN)
     assert (plausible[1:] == -torch.inf).all()
-    first = delta.clone()
-    mask_entries(first, offset, plausible, base, None, options=PLAIN)
+    mask_entries(rows, plausible, masks, PLAIN)
     assert torch.equal(first != delta, base < plausible[0][:, None])
-    faint = entry_thresholds(None, teacher, reference, tail_floor=0.02, options=PLAIN)
+    masks, second = EntryMasks(tail_floor=0.02, tail_reach=0.1), delta.clone()
+    rows = Rows(base, teacher=teacher, reference=reference, difference=second, offset=offset)
+    faint = entry_thresholds(rows, masks, PLAIN)
     assert (faint[0] == -torch.inf).all()
-    second = delta.clone()
-    mask_entries(second, offset, faint, None, reference, options=PLAIN, tail_reach=0.1)
+    mask_entries(rows, faint, masks, PLAIN)
     assert 0 < (second != delta).sum() < delta.numel() and second[second != delta].abs().max() <= 0.1
 
 
@@ -100,11 +118,12 @@ def test_a_nan_is_not_masked_away(which):
     """An implausible entry's difference gets a finite value, but not where it, or what is compared, is NaN: it must show."""
     base, teacher, reference = streams(300)
     offset = torch.zeros(3)
-    thresholds = entry_thresholds(base, teacher, reference, **ASKED, options=PLAIN)
+    rows = given(base, teacher, reference)
+    thresholds = entry_thresholds(rows, ASKED, PLAIN)
     implausible = int((base[1] < thresholds[0, 1]).nonzero()[-1])
     {"delta": teacher, "base": base, "reference": reference}[which][1, implausible] = float("nan")
-    thresholds, delta = entry_thresholds(base, teacher, reference, **ASKED, options=PLAIN), teacher - reference
-    mask_entries(delta, offset, thresholds, base, reference, options=PLAIN, tail_reach=0.1)
+    thresholds, delta = entry_thresholds(rows, ASKED, PLAIN), teacher - reference
+    mask_entries(rows._replace(difference=delta, offset=offset), thresholds, ASKED, PLAIN)
     assert (base + delta).isnan().sum(1).tolist() == [0, 1, 0]
 
 
@@ -112,28 +131,34 @@ def test_nothing_is_less_plausible_than_the_likeliest():
     base, teacher, reference = streams(97)
     delta = teacher - reference
     offset = 0.5 + torch.arange(3.0)
-    thresholds = entry_thresholds(base, None, None, plausibility=1.0, options=PLAIN)
-    edited = delta.clone()
-    mask_entries(edited, offset, thresholds, base, None, options=PLAIN)
+    masks, edited = EntryMasks(plausibility=1.0), delta.clone()
+    rows = Rows(base, base=base, difference=edited, offset=offset)
+    mask_entries(rows, entry_thresholds(rows, masks, PLAIN), masks, PLAIN)
     likeliest = torch.nn.functional.one_hot(base.argmax(1), 97).bool()
     torch.testing.assert_close(edited, torch.where(likeliest, delta, offset[:, None]), rtol=1e-6, atol=0)
 
 
 def test_bad_arguments_and_no_rows():
     base, teacher, reference = streams(97)
-    with pytest.raises(ValueError, match="base goes with plausibility, and teacher and reference with tail_floor, got"):
-        entry_thresholds(base, None, None, tail_floor=0.1, options=PLAIN)
-    with pytest.raises(ValueError, match="a stream with its threshold must be given, got none"):
-        entry_thresholds(None, None, None, options=PLAIN)
-    with pytest.raises(ValueError, match=r"teacher must have shape \[3, 97\]"):
-        entry_thresholds(base, teacher[:, :90], reference, **ASKED, options=PLAIN)
-    thresholds, offset = entry_thresholds(base, teacher, reference, **ASKED, options=PLAIN), torch.zeros(3)
-    with pytest.raises(ValueError, match="reference and tail_reach must be given together"):
-        mask_entries(teacher - reference, offset, thresholds, base, reference, options=PLAIN)
-    with pytest.raises(TypeError, match=r"delta must be torch\.float32, got torch\.bfloat16"):
-        mask_entries(base.bfloat16(), offset, thresholds, base, None, options=PLAIN)
-    with pytest.raises(ValueError, match=r"thresholds\[0\] must have shape \[3\]"):
-        mask_entries(teacher - reference, offset, thresholds[:, :2], base, None, options=PLAIN)
-    empty = [x[:0] for x in (base, teacher, reference)]
-    assert entry_thresholds(*empty, **ASKED, options=PLAIN).shape == (3, 0)
-    mask_entries(empty[0], offset[:0], thresholds[:, :0], empty[1], None, options=PLAIN)
+    rows = given(base, teacher, reference)
+    with pytest.raises(ValueError, match=r"rows\.teacher must be given, got None"):
+        entry_thresholds(Rows(base, base=base), ASKED, PLAIN)
+    with pytest.raises(ValueError, match=r"masks must have a plausibility or a tail_floor, got neither"):
+        entry_thresholds(rows, EntryMasks(), PLAIN)
+    with pytest.raises(ValueError, match=r"masks\.tail_floor and masks\.tail_reach must be given together"):
+        entry_thresholds(rows, EntryMasks(tail_floor=0.1), PLAIN)
+    with pytest.raises(ValueError, match=r"rows\.teacher must have shape \[3, 97\]"):
+        entry_thresholds(rows._replace(teacher=teacher[:, :90]), ASKED, PLAIN)
+    thresholds = entry_thresholds(rows, ASKED, PLAIN)
+    rows = rows._replace(difference=teacher - reference, offset=torch.zeros(3))
+    with pytest.raises(TypeError, match=r"rows\.difference must be torch\.float32, got torch\.bfloat16"):
+        mask_entries(rows._replace(difference=base.bfloat16()), thresholds, ASKED, PLAIN)
+    with pytest.raises(ValueError, match=r"rows\.difference must not share memory with rows\.base"):
+        mask_entries(rows._replace(difference=base), thresholds, ASKED, PLAIN)
+    with pytest.raises(ValueError, match=r"thresholds must be \[3, tokens\]"):
+        mask_entries(rows, thresholds[:2], ASKED, PLAIN)
+    with pytest.raises(ValueError, match=r"thresholds\.implausible must have shape \[3\]"):
+        mask_entries(rows, thresholds[:, :2], ASKED, PLAIN)
+    empty = given(*(x[:0] for x in (base, teacher, reference)))
+    assert entry_thresholds(empty, ASKED, PLAIN).shape == (3, 0)
+    mask_entries(empty._replace(difference=base[:0], offset=torch.zeros(0)), thresholds[:, :0], ASKED, PLAIN)

@@ -14,12 +14,12 @@ from kernel_helpers import (  # first: switches the interpreter on
     oracle_target,
     poisoned,
     relative_error,
+    rows_of,
     small_blocks,  # noqa: F401
 )
 
 import popsd
 from popsd import oracle
-from popsd.engine.backends import sweep_bytes
 from popsd_kernels import LogitTransform, RowOptions, launch, row_single_read, row_split_sweeps
 from popsd_kernels.sweeps import few_rows
 
@@ -43,7 +43,11 @@ def _streams(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return student, student + torch.randn(3, vocabulary), torch.randn(3, vocabulary)
 
 
-MATRIX = [(PLAIN, True, 97), (PLAIN, False, BLOCK), *((o, two, 2 * BLOCK + 1) for o in (PLAIN, HARD) for two in (True, False))]
+MATRIX = [
+    (PLAIN, True, 97),
+    (PLAIN, False, BLOCK),
+    *((o, two, 2 * BLOCK + 1) for o in (PLAIN, HARD) for two in (True, False)),
+]
 """A masked slice alone; a full one alone; both kinds of slices with all options."""
 
 
@@ -59,10 +63,10 @@ def test_matches_the_oracle(options, purified, beta, vocabulary):
     biases = (torch.randn(vocabulary), torch.randn(vocabulary)) if options is not PLAIN else (None, None)
     row_scale, token_ids = torch.tensor([1.5, 1.0, 0.0]), torch.tensor([3, -1, 7])
     inputs, gradient = [Guarded(x) for x in (student, base)], poisoned(3, vocabulary)
-    common = {"student_bias": biases[0], "target_bias": biases[1], "options": options, "token_ids": token_ids}
-    found = row_split_sweeps(
-        inputs[0].view, inputs[1].view, delta, offset, **common, row_scale=row_scale, gradient=gradient.view
-    )
+    rows = rows_of(
+        inputs[0].view, inputs[1].view, delta, offset, student_bias=biases[0], frozen_bias=biases[1], token_ids=token_ids
+    )  # fmt: skip
+    found = row_split_sweeps(rows._replace(row_scale=row_scale), options, gradient=gradient.view)
     for x in inputs:
         x.assert_unchanged()
     gradient.assert_intact()
@@ -76,7 +80,7 @@ def test_matches_the_oracle(options, purified, beta, vocabulary):
     assert found.token_logprob[1].isnan()
     assert relative_error(gradient.view, expected.gradient) < 2e-5
     assert (gradient.view[2] == 0).all()
-    bare = row_split_sweeps(student, base, delta, offset, **common)
+    bare = row_split_sweeps(rows, options)
     for a, b in zip(bare[:-1], found[:-1], strict=True):  # another kernel to the compiler: the same to rounding
         torch.testing.assert_close(a, b, **close, msg="the gradient changes no result")
 
@@ -86,15 +90,8 @@ def test_impossible_entries_and_a_masked_row_of_nan():
     student[0, 128:140] = base[0, 128:140] = float("-inf")
     student[1] = float("nan")
     gradient = poisoned(3, 300, torch.bfloat16)
-    found = row_split_sweeps(
-        student,
-        base,
-        delta,
-        delta.mean(1),
-        options=PLAIN,
-        row_scale=torch.tensor([1.0, 0.0, 1.0]),
-        gradient=gradient.view,
-    )
+    rows = rows_of(student, base, delta, delta.mean(1), row_scale=torch.tensor([1.0, 0.0, 1.0]))
+    found = row_split_sweeps(rows, PLAIN, gradient=gradient.view)
     rest = torch.ones(300, dtype=torch.bool)
     rest[128:140] = False
     expected = oracle_rows(PLAIN, student[:1, rest], oracle_target(PLAIN, base[:1], delta[:1])[:, rest])
@@ -105,10 +102,10 @@ def test_impossible_entries_and_a_masked_row_of_nan():
 @pytest.mark.parametrize("stream", [1, 2])
 def test_the_gradient_may_take_the_place_of_target_or_difference(stream):
     streams, expected, ids = list(_streams(300)), torch.empty(3, 300), torch.tensor([3, -1, 7])
-    arguments = {"delta_offset": streams[2].mean(1), "options": PLAIN, "token_ids": ids}
-    separate = row_split_sweeps(*streams, **arguments, gradient=expected)
+    vectors = {"offset": streams[2].mean(1), "token_ids": ids}
+    separate = row_split_sweeps(rows_of(*streams, **vectors), PLAIN, gradient=expected)
     place = streams[stream] = streams[stream].clone()
-    in_place = row_split_sweeps(*streams, **arguments, gradient=place)
+    in_place = row_split_sweeps(rows_of(*streams, **vectors), PLAIN, gradient=place)
     assert relative_error(place, expected) < 1e-6
     torch.testing.assert_close(in_place.token_logprob, separate.token_logprob, rtol=1e-6, atol=1e-6, equal_nan=True)
 
@@ -139,7 +136,8 @@ def test_the_tile_loop_uses_it(two, monkeypatch):
         assert bool(calls) == few
     torch.testing.assert_close(results[1].loss, results[0].loss, rtol=1e-5, atol=1e-6)
     assert relative_error(leaves[1].grad, leaves[0].grad) < 1e-5
-    assert sweep_bytes(PLAIN, True, True) == (34, 38) and sweep_bytes(replace(PLAIN, beta=0.0), False, True) == (18, 26)
+    assert launch.sweep_bytes(PLAIN, True, True) == (34, 38)
+    assert launch.sweep_bytes(replace(PLAIN, beta=0.0), False, True) == (18, 26)
 
 
 @pytest.mark.parametrize("launcher", [row_split_sweeps, row_single_read])
@@ -147,4 +145,4 @@ def test_a_target_relative_to_the_student_is_refused(launcher):
     student, base, delta = _streams(97)
     options = replace(PLAIN, relative=True)
     with pytest.raises(ValueError, match="relative must be False, got True"):
-        launcher(student, base, delta, delta.mean(1), options=options, gradient=torch.empty(3, 97))
+        launcher(rows_of(student, base, delta, delta.mean(1)), options, gradient=torch.empty(3, 97))

@@ -17,11 +17,12 @@ from kernel_helpers import (  # first: switches the interpreter on
     oracle_target,
     poisoned,
     relative_error,
+    rows_of,
     small_blocks,  # noqa: F401
 )
 
 from popsd import oracle
-from popsd_kernels import LogitTransform, RowLoss, RowOptions, launch, row_loss_gradient, row_statistics
+from popsd_kernels import LogitTransform, RowLoss, RowOptions, RowStatistics, launch, row_loss_gradient, row_statistics
 from popsd_kernels.sweeps import loss_gradient
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -40,17 +41,19 @@ def _streams(rows: int, vocabulary: int, dtype: torch.dtype = torch.float32, gap
     return [x.to(dtype) for x in (student, base, gap * torch.randn(rows, vocabulary))]
 
 
-def _sweeps(options, student, base, delta=None, student_bias=None, target_bias=None, **second) -> RowLoss:
+def _sweeps(
+    options, student, base, delta=None, student_bias=None, target_bias=None, gradient=None, **vectors
+) -> RowLoss:
     """Both sweeps; with ``delta`` the purified target, composed into a buffer of its own."""
-    biases = {"student_bias": student_bias, "target_bias": target_bias}
+    vectors |= {"student_bias": student_bias, "frozen_bias": target_bias}
     if delta is None:
-        statistics = row_statistics(student, base, **biases, options=options)
-        return row_loss_gradient(student, base, statistics, **biases, options=options, purified=False, **second)
+        rows = rows_of(student, base, **vectors)
+        return row_loss_gradient(rows, row_statistics(rows, options), options, gradient=gradient)
     offset = (options.delta_scale * options.inv_temperature * delta.double()).mean(1).float()
-    target = torch.empty_like(delta, dtype=torch.float32)
-    statistics = row_statistics(student, base, delta, offset, **biases, options=options, target_out=target)
+    rows, target = rows_of(student, base, delta, offset, **vectors), torch.empty_like(delta, dtype=torch.float32)
+    statistics = row_statistics(rows, options, target_out=target)
     guarded = Guarded(target)
-    found = row_loss_gradient(student, guarded.view, statistics, **biases, options=options, purified=True, **second)
+    found = row_loss_gradient(rows.with_target(guarded.view), statistics, options, gradient=gradient)
     guarded.assert_unchanged()
     return found
 
@@ -229,11 +232,11 @@ def test_gradient_may_take_the_differences_memory():
     student, base, delta = _streams(3, 300)
     expected = torch.empty(3, 300, dtype=torch.bfloat16)
     _sweeps(PLAIN, student, base, delta, gradient=expected)
-    target, statistics = torch.empty(3, 300), None
-    statistics = row_statistics(student, base, delta, delta.mean(1), options=PLAIN, target_out=target)
+    rows, target = rows_of(student, base, delta, delta.mean(1)), torch.empty(3, 300)
+    statistics = row_statistics(rows, PLAIN, target_out=target)
     over = delta.view(torch.bfloat16)[:, :300]
     assert over.stride(0) == 600
-    row_loss_gradient(student, target, statistics, options=PLAIN, purified=True, gradient=over)
+    row_loss_gradient(rows.with_target(target), statistics, PLAIN, gradient=over)
     assert relative_error(over, expected) < 1e-6 + EPSILON[torch.bfloat16]
 
 
@@ -307,9 +310,9 @@ def test_token_ids_outside_the_vocabulary_are_nan():
 
 
 def test_no_rows():
-    empty = torch.empty(0, 5)
-    found = row_loss_gradient(empty, empty, row_statistics(empty, empty, options=PLAIN), options=PLAIN, purified=False)
-    assert [x.shape for x in found] == [(0,)] * 9
+    rows = rows_of(torch.empty(0, 5), torch.empty(0, 5))
+    found = row_loss_gradient(rows, row_statistics(rows, PLAIN), PLAIN)
+    assert [x.shape for x in found] == [(0,)] * len(RowLoss._fields)
 
 
 def test_row_offsets_are_64_bit():
@@ -321,9 +324,10 @@ def test_row_offsets_are_64_bit():
     student, base, _ = _streams(3, vocabulary)
     expected = torch.empty(3, vocabulary, dtype=torch.float16)
     _sweeps(PLAIN, student, base, gradient=expected)
+    operands, results = rows_of(student, base), launch.result_rows(len(RowLoss._fields), 3, torch.device("cpu"))
     planned = loss_gradient.plan(
-        student, base, row_statistics(student, base, options=PLAIN), None, None, PLAIN, False, None, None, rows[0][None],
-        launch.result_rows(9, 3, torch.device("cpu")), launch.LaunchConfig(BLOCK, 4, 4), False,
+        operands, row_statistics(operands, PLAIN), PLAIN, launch.Outputs(results, rows[0][None]),
+        launch.LaunchConfig(BLOCK, 4, 4), False,
     )  # fmt: skip
     planned.arguments["gradient"] = planned.arguments["gradient"]._replace(row_stride=stride)
     planned.run(torch.device("cpu"))
@@ -333,29 +337,37 @@ def test_row_offsets_are_64_bit():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"target": torch.zeros(3, 8)}, ValueError, r"target must have shape \[2, 8\]"),
+        ({"target": torch.zeros(3, 8)}, ValueError, r"rows\.target must have shape \[2, 8\]"),
         ({"gradient": torch.zeros(8, 2).T}, ValueError, "gradient must have unit stride"),
-        ({"gradient": torch.zeros(2, 8, dtype=torch.float64)}, TypeError, "gradient must be one of"),
-        ({"token_ids": torch.zeros(2, dtype=torch.int32)}, TypeError, "token_ids must be one of torch.int64"),
+        (
+            {"gradient": torch.zeros(2, 8, dtype=torch.float64)},
+            TypeError,
+            r"gradient must be torch\.float32 or torch\.bfloat16 or torch\.float16",
+        ),
+        ({"token_ids": torch.zeros(2, dtype=torch.int32)}, TypeError, "token_ids must be torch.int64"),
         ({"row_scale": torch.zeros(3)}, ValueError, r"row_scale must have shape \[2\]"),
         ({"statistics": (torch.zeros(2),) * 3 + (torch.zeros(1),)}, ValueError, "statistics.target_logsum"),
         ({"student_bias": torch.zeros(8, dtype=torch.int64)}, TypeError, "student_bias"),
     ],
 )
 def test_refusals(changes, error, message):
-    arguments = {
-        "student": torch.zeros(2, 8), "target": torch.zeros(2, 8), "statistics": (torch.zeros(2),) * 4,
-        "options": PLAIN, "purified": False, **changes,
-    }  # fmt: skip
+    statistics, gradient = changes.pop("statistics", (torch.zeros(2),) * 4), changes.pop("gradient", None)
+    rows = rows_of(torch.zeros(2, 8), torch.zeros(2, 8))._replace(**changes)
     with pytest.raises(error, match=message):
-        row_loss_gradient(**arguments)
+        row_loss_gradient(rows, RowStatistics(*statistics), PLAIN, gradient=gradient)
+
+
+def test_a_target_still_to_be_composed_is_refused():
+    matrix, vector = torch.zeros(2, 8), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"rows\.target must be given.*pass rows\.with_target\(logits\)"):
+        row_loss_gradient(rows_of(matrix, matrix, matrix, vector), RowStatistics(*[vector] * 4), PLAIN)
 
 
 def test_gradient_may_not_reinterpret_what_is_still_read():
     student = torch.zeros(2, 8)
     half = student.view(torch.bfloat16)[:, :8]
-    with pytest.raises(ValueError, match="gradient shares memory with student"):
-        row_loss_gradient(student, student, (torch.zeros(2),) * 4, options=PLAIN, purified=False, gradient=half)
+    with pytest.raises(ValueError, match=r"gradient must be rows\.student itself or share no memory with it"):
+        row_loss_gradient(rows_of(student, student), RowStatistics(*[torch.zeros(2)] * 4), PLAIN, gradient=half)
 
 
 def test_helpers_agree_with_the_oracle():

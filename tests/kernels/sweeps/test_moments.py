@@ -1,4 +1,4 @@
-"""The moments of Eq. 4 against the oracle's decomposition, and against the torch body."""
+"""The moments of Eq. 4 against the oracle's decomposition, and against the torch backend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from popsd import Decomposition, Head, HiddenStates, PurifiedConfig, oracle
 from popsd.engine.chunks.decomposition import fields_of
 from popsd.engine.torch_backend.moments import row_moments as torch_moments
 from popsd.testing import make_head, make_hidden, relative_l2
-from popsd_kernels import LogitTransform, RowOptions, row_moments
+from popsd_kernels import LogitTransform, RowOptions, Rows, row_moments
+from popsd_kernels.rows import MOMENTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -28,6 +29,10 @@ def streams(vocabulary: int, apart: float = 1.0, impossible: bool = False) -> li
     if impossible:
         result[0][:, 5], result[1][1, :40], result[2][2, -3:] = -torch.inf, -torch.inf, -torch.inf
     return result
+
+
+def given(raw: list[torch.Tensor]) -> Rows:
+    return Rows(raw[0], reference=raw[1], teacher=raw[2])
 
 
 def truth(raw: list[torch.Tensor], options: RowOptions, biases: list[torch.Tensor | None]) -> Decomposition:
@@ -57,20 +62,21 @@ def test_matches_the_oracle(options, vocabulary):
     biases = [None] * 3 if options is PLAIN else [torch.randn(vocabulary)] + [torch.randn(vocabulary)] * 2
     guarded = [Guarded(x) for x in raw]
     student, reference, teacher = (x.view for x in guarded)
-    common = {"student_bias": biases[0], "target_bias": biases[1], "options": options}
-    moments = row_moments(student, reference, teacher=teacher, **common)
+    rows = Rows(student, reference=reference, teacher=teacher, student_bias=biases[0], frozen_bias=biases[1])
+    moments = row_moments(rows, options)
     for x in guarded:
         x.assert_unchanged()
     assert_close(fields_of(moments), truth(raw, options, biases), 1e-5, 1e-5)
     assert (moments[12] == vocabulary).all()
-    torch.testing.assert_close(moments, torch_moments(*raw[:2], teacher=raw[2], **common), rtol=2e-4, atol=1e-4)
+    torch.testing.assert_close(moments, torch_moments(rows, options), rtol=2e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_teacher_given_as_its_difference(masked):
     student, reference, teacher = streams(300)
     options = RowOptions(delta_scale=0.5, inv_temperature=1.0)
-    moments = row_moments(student, reference, delta=2.0 * (teacher - reference), options=options, masked=masked)
+    rows = Rows(student, reference=reference, difference=2.0 * (teacher - reference))
+    moments = row_moments(rows, options, masked=masked)
     assert_close(fields_of(moments), truth([student, reference, teacher], options, [None] * 3), 1e-5, 1e-5)
 
 
@@ -83,7 +89,7 @@ def test_likely_tokens_that_agree_beside_unlikely_ones_that_do_not():
     for ratio in ratios:
         ratio[:, likely] = 0.01 * torch.randn(3, 30)
     raw = [student, student + ratios[0], student + ratios[1]]
-    moments = row_moments(raw[0], raw[1], teacher=raw[2], options=PLAIN)
+    moments = row_moments(given(raw), PLAIN)
     assert_close(fields_of(moments), truth(raw, PLAIN, [None] * 3), 2e-5, 2e-5)
 
 
@@ -91,7 +97,7 @@ def test_streams_a_constant_apart_differ_in_nothing_but_rounding():
     """Σx² about the mean is then a difference of sums that may fall below 0, which has no root."""
     student = streams(1000)[0]
     for k in (0, 3, 7, 13):
-        moments = row_moments(student, student + 0.1 * k, teacher=student - 0.3 * k, options=PLAIN)
+        moments = row_moments(given([student, student + 0.1 * k, student - 0.3 * k]), PLAIN)
         for name, field in fields_of(moments)._asdict().items():
             assert torch.isfinite(field).all(), name
             if "norm" in name:
@@ -104,23 +110,26 @@ def test_a_reference_given_as_its_difference_to_the_student(apart):
     ones, which need the log-normalisers' difference, 6e-5 instead of 2e-4. Impossible tokens stay out."""
     student, induced, delta = streams(300)[0], apart * torch.randn(3, 300), apart * torch.randn(3, 300)
     bias = torch.randn(300).index_fill(0, torch.tensor([5, 40]), -torch.inf)
-    options, common = RowOptions(relative=True, inv_temperature=0.8), {"delta": delta, "student_bias": bias}
+    options = RowOptions(relative=True, inv_temperature=0.8)
+    rows = Rows(student, reference=induced, difference=delta, student_bias=bias)
     truths = [student.double() + bias, student.double() + bias + induced, student.double() + bias + induced + delta]
     expected = oracle.decompose(*(0.8 * truths[k] for k in (0, 2, 1)), PurifiedConfig())
-    for body in (row_moments, torch_moments):
-        moments = body(student, induced, **common, options=options)
+    for function in (row_moments, torch_moments):
+        moments = function(rows, options)
         found = fields_of(moments)
         assert_close(found, expected, 1e-4, 2e-4)
         for name in Decomposition._fields[6:]:
             assert relative_l2(getattr(found, name), getattr(expected, name)) < 2e-6, name
         assert moments[12].tolist() == [298.0] * 3
-    with pytest.raises(ValueError, match=r"delta must be given where options\.relative is True, got teacher"):
-        row_moments(student, induced, teacher=student, options=options)
+    with pytest.raises(
+        ValueError, match=r"rows\.difference must be given where options\.relative is True, got rows\.teacher"
+    ):
+        row_moments(given([student, induced, student]), options)
 
 
 def test_impossible_entries_leave_every_sum():
     raw = streams(300, impossible=True)
-    moments = row_moments(raw[0], raw[1], teacher=raw[2], options=PLAIN)
+    moments = row_moments(given(raw), PLAIN)
     assert moments[12].tolist() == [299.0, 260.0, 296.0]
     assert_close(fields_of(moments), truth(raw, PLAIN, [None] * 3), 1e-5, 1e-5)
 
@@ -130,11 +139,11 @@ def test_impossible_entries_leave_every_sum():
 def test_a_nan_reaches_the_fields_that_depend_on_its_stream(stream, masked):
     """Also where another stream says that the entry is impossible, and would leave it out."""
     raw = streams(300)
-    expected = row_moments(raw[0], raw[1], teacher=raw[2], options=PLAIN, masked=masked)
+    expected = row_moments(given(raw), PLAIN, masked=masked)
     raw[stream][1, 200] = float("nan")
     if masked:
         raw[(stream + 1) % 3][1, 200] = -torch.inf
-    moments = row_moments(raw[0], raw[1], teacher=raw[2], options=PLAIN, masked=masked)
+    moments = row_moments(given(raw), PLAIN, masked=masked)
     nan = moments.isnan()[:, 1].tolist()
     total, reference, transferable = stream != 1, stream != 2, stream != 0
     assert nan[10] >= total and nan[11] >= reference
@@ -147,13 +156,13 @@ def test_a_nan_reaches_the_fields_that_depend_on_its_stream(stream, masked):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_inputs(dtype):
     raw = [x.to(dtype) for x in streams(300)]
-    moments = row_moments(raw[0], raw[1], teacher=raw[2], options=PLAIN)
+    moments = row_moments(given(raw), PLAIN)
     assert_close(fields_of(moments), truth(raw, PLAIN, [None] * 3), 1e-5, 1e-5)
 
 
 def test_streams_a_thousandth_apart():
     raw = streams(1000, apart=0.001)
-    moments = row_moments(raw[0], raw[1], teacher=raw[2], options=PLAIN)
+    moments = row_moments(given(raw), PLAIN)
     assert_close(fields_of(moments), truth(raw, PLAIN, [None] * 3), 5e-4, 5e-4)
 
 
@@ -171,10 +180,14 @@ def test_the_tile_loop_uses_it(shared, monkeypatch):
 
 def test_bad_arguments_and_no_rows():
     student, reference, teacher = streams(97)
-    with pytest.raises(ValueError, match="one of teacher and delta must be given, got neither"):
-        row_moments(student, reference, options=PLAIN)
+    rows = Rows(student, reference=reference)
+    with pytest.raises(ValueError, match=r"one of rows\.teacher and rows\.difference must be given, got neither"):
+        row_moments(rows, PLAIN)
     with pytest.raises(ValueError, match="got both"):
-        row_moments(student, reference, teacher=teacher, delta=teacher, options=PLAIN)
-    with pytest.raises(ValueError, match=r"teacher must have shape \[3, 97\]"):
-        row_moments(student, reference, teacher=teacher[:, :90], options=PLAIN)
-    assert row_moments(student[:0], reference[:0], teacher=teacher[:0], options=PLAIN).shape == (13, 0)
+        row_moments(rows._replace(teacher=teacher, difference=teacher), PLAIN)
+    with pytest.raises(ValueError, match=r"rows\.teacher must have shape \[3, 97\]"):
+        row_moments(rows._replace(teacher=teacher[:, :90]), PLAIN)
+    with pytest.raises(ValueError, match=r"rows\.reference must be given, got None"):
+        row_moments(Rows(student, teacher=teacher), PLAIN)
+    empty = given([x[:0] for x in (student, reference, teacher)])
+    assert row_moments(empty, PLAIN).shape == (MOMENTS, 0)

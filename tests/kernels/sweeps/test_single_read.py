@@ -12,13 +12,14 @@ from kernel_helpers import (  # first: switches the interpreter on
     Guarded,
     poisoned,
     relative_error,
+    rows_of,
     run_without_interpreter,
     small_blocks,  # noqa: F401
 )
 
 from popsd_kernels import LogitTransform, RowOptions, launch, row_loss_gradient, row_statistics
-from popsd_kernels.sweeps import few_rows, single_read
-from popsd_kernels.sweeps.row_slices import share_memory
+from popsd_kernels.checks import share_memory
+from popsd_kernels.sweeps import few_rows, row_slices, single_read
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -42,11 +43,12 @@ def test_as_the_two_sweeps(options, vocabulary, monkeypatch):
     student[1, 5] = base[1, 5] = float("-inf")
     offset, row_scale, token_ids = delta.mean(1), torch.tensor([1.5, 1.0, 0.0]), torch.tensor([3, -1, 7])
     target, expected_gradient = torch.empty(3, vocabulary), torch.empty(3, vocabulary)
-    statistics = row_statistics(student, base, delta, offset, options=options, target_out=target)
-    second = {"options": options, "token_ids": token_ids, "row_scale": row_scale}
-    loss = row_loss_gradient(student, target, statistics, purified=True, gradient=expected_gradient, **second)
+    rows = rows_of(student, base, delta, offset, token_ids=token_ids, row_scale=row_scale)
+    statistics = row_statistics(rows, options, target_out=target)
+    loss = row_loss_gradient(rows.with_target(target), statistics, options, gradient=expected_gradient)
     inputs, gradient = [Guarded(x) for x in (student, base, delta)], poisoned(3, vocabulary)
-    found = single_read.row_single_read(*(x.view for x in inputs), offset, gradient=gradient.view, **second)
+    rows = rows_of(*(x.view for x in inputs), offset, token_ids=token_ids, row_scale=row_scale)
+    found = single_read.row_single_read(rows, options, gradient=gradient.view)
     for x in inputs:
         x.assert_unchanged()
     gradient.assert_intact()
@@ -62,7 +64,8 @@ def test_a_masked_nan_row_gets_zeros(monkeypatch):
     streams[0][1] = float("nan")
     gradient = poisoned(2, 300, torch.bfloat16)
     row_scale = torch.tensor([1.0, 0.0])
-    single_read.row_single_read(*streams, torch.zeros(2), options=PLAIN, row_scale=row_scale, gradient=gradient.view)
+    rows = rows_of(*streams, torch.zeros(2), row_scale=row_scale)
+    single_read.row_single_read(rows, PLAIN, gradient=gradient.view)
     assert (gradient.view[1] == 0).all() and gradient.view[0].abs().sum() > 1e-3
 
 
@@ -80,9 +83,9 @@ def test_a_nan_stays_in_its_row(beta, clips, launcher, monkeypatch):
     for i in range(3):
         streams[i, i, 99 * i] = float("nan")
     gradient, expected = poisoned(4, 300), torch.empty(1, 300)
-    found = launcher(*streams, torch.zeros(4), options=options, gradient=gradient.view)
+    found = launcher(rows_of(*streams, torch.zeros(4)), options, gradient=gradient.view)
     loss = found[1] if launcher is single_read.row_single_read else found
-    clean = few_rows.row_split_sweeps(*streams[:, 3:].contiguous(), torch.zeros(1), options=options, gradient=expected)
+    clean = few_rows.row_split_sweeps(rows_of(*streams[:, 3:].contiguous(), torch.zeros(1)), options, gradient=expected)
     assert loss.divergence[:3].isnan().all() and gradient.view[:3].isnan().all()
     torch.testing.assert_close(loss.divergence[3:], clean.divergence, rtol=1e-5, atol=1e-6)
     assert relative_error(gradient.view[3:], expected) < 1e-5
@@ -99,7 +102,8 @@ def test_a_group_takes_every_other_row(groups, monkeypatch):
             single_read, "plan", lambda call, counters, _, n=count, **k: original(call, counters, n, **k)
         )
         gradient = poisoned(3, 300)
-        statistics, loss = single_read.row_single_read(*streams, torch.zeros(3), options=PLAIN, gradient=gradient.view)
+        rows = rows_of(*streams, torch.zeros(3))
+        statistics, loss = single_read.row_single_read(rows, PLAIN, gradient=gradient.view)
         gradient.assert_intact()
         results.append((*statistics, *loss, gradient.view))
     for x, y in zip(*results, strict=True):
@@ -124,10 +128,10 @@ def _launched(monkeypatch, rows: int, vocabulary: int, options: RowOptions, prop
 
     monkeypatch.setattr(launch.Launch, "run", run)
     meta, config = torch.device("meta"), launch.TABLES["sm_90"]["single_read"]
-    x, vector, out = torch.empty(rows, vocabulary, device=meta), torch.empty(rows, device=meta), None
-    out = launch.result_rows(13, rows, meta)
-    partials = single_read.partials_for(x, config)
-    call = single_read.SliceCall(x, x, x, vector, None, None, x, out, partials, options, config, True)
+    x, vector = torch.empty(rows, vocabulary, device=meta), torch.empty(rows, device=meta)
+    operands, outputs = rows_of(x, x, x, vector), launch.Outputs(launch.result_rows(row_slices.RESULTS, rows, meta), x)
+    partials = row_slices.partials_for(operands, config)
+    call = row_slices.SliceCall(operands, options, outputs, partials, config, True)
     with pytest.raises(Recorded) as recorded:
         single_read.launch(call, torch.device("cuda"))
     return recorded.value.args[0]
@@ -164,7 +168,7 @@ def test_without_a_bound_on_registers_one_program_per_multiprocessor(monkeypatch
 
 
 def test_devices_without_cooperative_launches_are_refused():
-    with pytest.raises(RuntimeError, match="student must be on a CUDA or ROCm GPU, got xpu"):
+    with pytest.raises(RuntimeError, match=r"rows\.student must be on a CUDA or ROCm GPU, got xpu"):
         single_read.resident_programs(8, 64, torch.device("xpu"))
 
 
@@ -172,16 +176,19 @@ def test_devices_without_cooperative_launches_are_refused():
 def test_a_gradient_that_siblings_would_read_is_refused(launcher):
     buffer = torch.zeros(4, 3, 300)
     student, base, delta = buffer[:3]
-    arguments = (student, base, delta, torch.zeros(3))
+    rows = rows_of(student, base, delta, torch.zeros(3), token_ids=torch.zeros(3, dtype=torch.int64))
     narrow = delta.view(torch.bfloat16)[:, :300]
     for gradient, message in (
-        (student, "gradient must not share memory with student"),
-        (buffer.view(-1)[150:1050].view(3, 300), "gradient must not share memory with student"),
-        (narrow, "gradient must be delta itself or share no memory with it, got torch.bfloat16 with row stride 600"),
-        (buffer.view(-1)[950:1850].view(3, 300), "gradient must be target itself"),
+        (student, "gradient must not share memory with rows.student"),
+        (buffer.view(-1)[150:1050].view(3, 300), "gradient must not share memory with rows.student"),
+        (
+            narrow,
+            "gradient must be rows.difference itself or share no memory with it, got torch.bfloat16 with row stride 600",
+        ),
+        (buffer.view(-1)[950:1850].view(3, 300), "gradient must be rows.base itself"),
     ):
         with pytest.raises(ValueError, match=message):
-            launcher(*arguments, options=PLAIN, token_ids=torch.zeros(3, dtype=torch.int64), gradient=gradient)
+            launcher(rows, PLAIN, gradient=gradient)
 
 
 def test_memory_is_compared_byte_by_byte():
@@ -197,7 +204,7 @@ def test_memory_is_compared_byte_by_byte():
 
 COMPILE = """
 import torch
-from popsd_kernels import RowOptions, launch
+from popsd_kernels import RowOptions, Rows, launch
 from popsd_kernels.aot.report import select_target
 from popsd_kernels.sweeps import row_slices, single_read
 meta = torch.device("meta")
@@ -205,11 +212,11 @@ for architecture in ("sm_90", "sm_100"):
     s, b, d = torch.empty(3, 64, 151936, device=meta)
     vector = torch.empty(64, device=meta)
     select_target(architecture, single_read.row_single_read_kernel)
-    gradient, out = torch.empty(64, 151936, dtype=torch.bfloat16, device=meta), launch.result_rows(13, 64, meta)
+    gradient = torch.empty(64, 151936, dtype=torch.bfloat16, device=meta)
+    outputs = launch.Outputs(launch.result_rows(row_slices.RESULTS, 64, meta), gradient)
     config = launch.TABLES[architecture]["single_read"]
-    call = row_slices.SliceCall(
-        s, b, d, vector, vector.long(), vector, gradient, out, row_slices.partials_for(s, config), RowOptions(), config, True
-    )
+    rows = Rows(s, base=b, difference=d, offset=vector, token_ids=vector.long(), row_scale=vector)
+    call = row_slices.SliceCall(rows, RowOptions(), outputs, row_slices.partials_for(rows, config), config, True)
     counters = torch.empty(64, 2, dtype=torch.int32, device=meta)
     compiled = single_read.plan(call, counters, 5, 80).compile()
     assert compiled.metadata.launch_cooperative_grid

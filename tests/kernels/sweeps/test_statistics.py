@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import mmap
 from dataclasses import replace
 
@@ -16,11 +18,12 @@ from kernel_helpers import (  # first: switches the interpreter on
     oracle_target,
     poisoned,
     relative_error,
+    rows_of,
     small_blocks,  # noqa: F401
 )
 
 from popsd import oracle
-from popsd_kernels import LogitTransform, RowOptions, launch, row_statistics
+from popsd_kernels import LogitTransform, RowOptions, Rows, launch, row_statistics
 from popsd_kernels.sweeps import statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -42,10 +45,10 @@ def _check(options: RowOptions, student, base, delta, student_bias=None, target_
     guarded = [Guarded(x) for x in (student, base, delta)]
     out = poisoned(*student.shape)
     scaled = options.delta_scale * options.inv_temperature * delta.double()
-    found = row_statistics(
-        *(x.view for x in guarded), scaled.mean(1).float(), student_bias=student_bias, target_bias=target_bias,
-        options=options, target_out=out.view,
-    )  # fmt: skip
+    rows = rows_of(
+        *(x.view for x in guarded), scaled.mean(1).float(), student_bias=student_bias, frozen_bias=target_bias
+    )
+    found = row_statistics(rows, options, target_out=out.view)
     for x in guarded:
         x.assert_unchanged()
     out.assert_intact()
@@ -88,19 +91,19 @@ def test_transforms(bias_dtype, pmi_clip):
 
 def test_two_distributions():
     student, target, _ = _streams(3, 2 * BLOCK + 1, torch.bfloat16)
-    found = row_statistics(Guarded(student).view, Guarded(target).view, options=TRANSFORMED)
+    found = row_statistics(rows_of(Guarded(student).view, Guarded(target).view), TRANSFORMED)
     for stream, transform, pair in ((student, TRANSFORMED.student, found[:2]), (target, TRANSFORMED.target, found[2:])):
         _check_normalisers(pair, oracle_logits(stream, transform) * TRANSFORMED.inv_temperature)
 
 
-@pytest.mark.parametrize("alias", ["target", "delta"])
+@pytest.mark.parametrize("alias", ["base", "difference"])
 def test_target_out_may_take_an_inputs_memory(alias):
     student, base, delta = _streams(3, 300)
     apart = torch.empty_like(base)
-    offset = delta.mean(1)
-    expected = row_statistics(student, base, delta, offset, options=PLAIN, target_out=apart)
-    memory = {"target": base, "delta": delta}[alias]
-    found = row_statistics(student, base, delta, offset, options=PLAIN, target_out=memory)
+    rows = rows_of(student, base, delta, delta.mean(1))
+    expected = row_statistics(rows, PLAIN, target_out=apart)
+    memory = getattr(rows, alias)
+    found = row_statistics(rows, PLAIN, target_out=memory)
     torch.testing.assert_close(memory, apart, rtol=1e-6, atol=1e-6)
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
@@ -112,12 +115,12 @@ def test_minus_infinity_is_as_if_the_entry_were_absent(dtype):
     keep = torch.arange(300) % 3 != 0
     offset = delta.float().mean(1)
     expected = row_statistics(
-        *(x[:, keep].contiguous() for x in (student, base, delta)), offset, options=PLAIN,
+        rows_of(*(x[:, keep].contiguous() for x in (student, base, delta)), offset), PLAIN,
         target_out=torch.empty(2, int(keep.sum())),
     )  # fmt: skip
     student[:, ~keep], base[:, ~keep] = float("-inf"), float("-inf")
     out = torch.empty(2, 300)
-    found = row_statistics(student, base, delta, offset, options=PLAIN, target_out=out)
+    found = row_statistics(rows_of(student, base, delta, offset), PLAIN, target_out=out)
     assert (out[:, ~keep] == -1e30).all()
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
@@ -126,14 +129,14 @@ def test_minus_infinity_is_as_if_the_entry_were_absent(dtype):
 def test_an_impossible_row_is_uniform_and_a_nan_row_is_nan():
     student = torch.stack([torch.full((300,), float("-inf")), torch.zeros(300)])
     student[1, 200] = float("nan")
-    found = row_statistics(student, student, options=PLAIN)
+    found = row_statistics(rows_of(student, student), PLAIN)
     assert found.student_max[0] == -1e30
     assert abs(float(found.student_logsum[0]) - 5.7037825) < 1e-5
     assert (found.student_max + found.student_logsum)[1].isnan()
 
 
 def test_no_rows():
-    found = row_statistics(torch.empty(0, 5), torch.empty(0, 5), options=PLAIN)
+    found = row_statistics(rows_of(torch.empty(0, 5), torch.empty(0, 5)), PLAIN)
     assert [x.shape for x in found] == [(0,)] * 4
 
 
@@ -149,10 +152,10 @@ def test_row_offsets_are_64_bit():
     out = launch.result_rows(4, 3, torch.device("cpu"))
     config = launch.LaunchConfig(BLOCK, 4, 4)
     first = rows[0][None]
-    planned = statistics.plan(first, first, None, None, None, None, PLAIN, None, out, config, False)
+    planned = statistics.plan(rows_of(first, first), PLAIN, launch.Outputs(out), config, False)
     streams = {name: planned.arguments[name]._replace(row_stride=stride) for name in ("student", "target")}
     replace(planned, rows=3, arguments=planned.arguments | streams).run(torch.device("cpu"))
-    expected = row_statistics(compact, compact, options=PLAIN)
+    expected = row_statistics(rows_of(compact, compact), PLAIN)
     assert all(torch.equal(x, y) for x, y in zip(out, expected, strict=True))
 
 
@@ -160,44 +163,65 @@ def test_the_difference_matters():
     """Guards the suite itself: without delta the target's statistics are far from the purified ones."""
     student, base, delta = _streams(2, 300)
     out = torch.empty(2, 300)
-    row_statistics(student, base, delta, delta.mean(1), options=PLAIN, target_out=out)
+    row_statistics(rows_of(student, base, delta, delta.mean(1)), PLAIN, target_out=out)
     assert relative_error(base.log_softmax(1), out.log_softmax(1)) > 0.05
 
 
-FULL = {"delta": torch.zeros(2, 8), "delta_offset": torch.zeros(2), "target_out": torch.zeros(2, 8)}
+def composed() -> Rows:
+    return rows_of(torch.zeros(2, 8), torch.zeros(2, 8), torch.zeros(2, 8), torch.zeros(2))
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"student": torch.zeros(8)}, ValueError, r"student must be \[tokens, vocabulary\]"),
+        ({"student": torch.zeros(8)}, ValueError, r"rows\.student must be \[tokens, vocabulary\]"),
         ({"student": torch.zeros(2, 0)}, ValueError, "columns"),
-        ({"student": torch.zeros(2, 16)[:, ::2]}, ValueError, "student must have unit stride"),
-        ({"target": torch.zeros(2, 9)}, ValueError, r"target must have shape \[2, 8\], got \[2, 9\]"),
-        ({"target": torch.zeros(2, 8, dtype=torch.float64)}, TypeError, "target must be one of"),
-        ({"target": torch.zeros(2, 8, device="meta")}, ValueError, "target must be on cpu"),
-        ({"student_bias": torch.zeros(7)}, ValueError, r"student_bias must have shape \[8\]"),
-        ({"target_bias": torch.zeros(16)[::2]}, ValueError, "target_bias must be contiguous"),
-        ({"delta": None}, ValueError, "must be given together"),
-        ({"target_out": None}, ValueError, "must be given together"),
-        ({"delta_offset": torch.zeros(2, dtype=torch.float64)}, TypeError, "delta_offset must be one of"),
-        ({"target_out": torch.zeros(2, 8).bfloat16()}, TypeError, "target_out must be torch.float32"),
+        ({"student": torch.zeros(2, 16)[:, ::2]}, ValueError, r"rows\.student must have unit stride"),
+        ({"base": torch.zeros(2, 9)}, ValueError, r"rows\.base must have shape \[2, 8\], got \[2, 9\]"),
+        ({"base": torch.zeros(2, 8, dtype=torch.float64)}, TypeError, r"rows\.base must be torch\.float32 or .*float64"),
+        ({"difference": torch.zeros(2, 8, device="meta")}, ValueError, r"rows\.difference must be on cpu"),
+        ({"reference": torch.zeros(3, 8)}, ValueError, r"rows\.reference must have shape \[2, 8\]"),
+        ({"student_bias": torch.zeros(7)}, ValueError, r"rows\.student_bias must have shape \[8\]"),
+        ({"frozen_bias": torch.zeros(16)[::2]}, ValueError, r"rows\.frozen_bias must be contiguous"),
+        ({"difference": None}, ValueError, r"must be given together, got base and offset alone"),
+        ({"base": None, "difference": None, "offset": None}, ValueError, "one target must be given, got none"),
+        ({"target": torch.zeros(2, 8)}, ValueError, "one target must be given, got two"),
+        ({"offset": torch.zeros(2, dtype=torch.float64)}, TypeError, r"rows\.offset must be torch\.float32"),
     ],
-)
+)  # fmt: skip
 def test_refusals(changes, error, message):
-    arguments = {"student": torch.zeros(2, 8), "target": torch.zeros(2, 8), **FULL, "options": PLAIN, **changes}
-    with pytest.raises(error, match=message):
-        row_statistics(**arguments)
+    with pytest.raises(error, match=f"row_statistics: .*{message}"):
+        row_statistics(composed()._replace(**changes), PLAIN, target_out=torch.zeros(2, 8))
+
+
+def test_target_out_goes_with_a_composed_target():
+    rows, out = composed(), torch.zeros(2, 8)
+    with pytest.raises(
+        ValueError, match=r"rows\.difference and target_out must be given together, got rows\.difference alone"
+    ):
+        row_statistics(rows, PLAIN)
+    with pytest.raises(ValueError, match="got target_out alone"):
+        row_statistics(rows_of(out, out), PLAIN, target_out=torch.zeros(2, 8))
+    with pytest.raises(TypeError, match=r"target_out must be torch\.float32, got torch\.bfloat16"):
+        row_statistics(rows, PLAIN, target_out=out.bfloat16())
+    with pytest.raises(ValueError, match="must be raw projections, got finished logits"):
+        row_statistics(rows.with_target(out), PLAIN)
 
 
 def test_target_out_may_not_be_the_student():
-    student = torch.zeros(2, 8)
-    with pytest.raises(ValueError, match="target_out must not be student"):
-        row_statistics(student, student.clone(), **{**FULL, "target_out": student}, options=PLAIN)
+    rows = composed()
+    with pytest.raises(ValueError, match=r"target_out must not share memory with rows\.student"):
+        row_statistics(rows, PLAIN, target_out=rows.student)
 
 
 def test_target_out_may_not_reinterpret_an_input():
-    memory = torch.zeros(2, 8, dtype=torch.float32)
-    half = memory.view(torch.float16)[:, :8]
-    with pytest.raises(ValueError, match="target_out shares memory with target"):
-        row_statistics(torch.zeros(2, 8), half, **{**FULL, "target_out": memory}, options=PLAIN)
+    memory = torch.zeros(2, 8)
+    rows = composed()._replace(base=memory.view(torch.float16)[:, :8])
+    with pytest.raises(ValueError, match=r"target_out must be rows\.base itself or share no memory with it"):
+        row_statistics(rows, PLAIN, target_out=memory)
+
+
+@pytest.mark.parametrize("module", ["statistics", "loss_gradient"])
+def test_the_examples_run(module):
+    results = doctest.testmod(importlib.import_module(f"popsd_kernels.sweeps.{module}"))
+    assert results.attempted > 5 and results.failed == 0

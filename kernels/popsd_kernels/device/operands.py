@@ -1,0 +1,52 @@
+"""From `Rows` and `RowOptions` to the arguments of kernels: which stream becomes a logit how, in one place."""
+
+from __future__ import annotations
+
+import torch
+
+from popsd_kernels.device.logits import Stream, logit_stream, projection_stream
+from popsd_kernels.device.row_loss import Gradient
+from popsd_kernels.device.targets import Difference
+from popsd_kernels.rows import RowOptions, Rows
+
+
+def student_operand(rows: Rows, options: RowOptions) -> Stream:
+    """The student's raw projections."""
+    return projection_stream(rows.student, rows.student_bias, options.student, options.inv_temperature)
+
+
+def target_operand(rows: Rows, options: RowOptions) -> Stream:
+    """The target's finished logits, its raw projections or, where it is composed, the base's."""
+    if rows.target_is_finished:
+        return logit_stream(rows.frozen)
+    return frozen_operand(rows.frozen, rows, options)
+
+
+def frozen_operand(tensor: torch.Tensor, rows: Rows, options: RowOptions) -> Stream:
+    """Raw projections [C, V] of another stream than the student. A bias cancels in its difference to the student."""
+    bias = None if options.relative else rows.frozen_bias
+    return projection_stream(tensor, bias, options.target, options.inv_temperature)
+
+
+def difference_operand(rows: Rows, options: RowOptions) -> Difference | None:
+    """Teacher − reference; times its gain it is tempered."""
+    if rows.difference is None:
+        return None
+    gain = float(options.delta_scale) * float(options.inv_temperature)
+    return Difference(rows.difference, rows.difference.stride(0), gain)
+
+
+def composition(rows: Rows, options: RowOptions) -> tuple[float | None, float | None]:
+    """pmi_beta and pmi_clip, None where no target is composed. None is a switch at compile time, a float is not."""
+    if rows.difference is None:
+        return None, None
+    return float(options.pmi_beta), optional(options.pmi_clip)
+
+
+def gradient_operand(gradient: torch.Tensor | None) -> Gradient | None:
+    return None if gradient is None else Gradient(gradient, gradient.stride(0))
+
+
+def optional(number: float | None) -> float | None:
+    """As a Python float, whose value never compiles a kernel again."""
+    return None if number is None else float(number)
