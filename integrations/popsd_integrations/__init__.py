@@ -1,1 +1,1 @@
-"""popsd inside training frameworks: heads, contexts, frozen weights, loops."""
+"""popsd inside training frameworks: models, prompts and frozen weights, a plain loop, a TRL trainer, the command line."""

@@ -10,7 +10,9 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 where `doctor` found a problem, 2 on bad input or a missing extra."""
+    """Run the command line and return the exit status: 0, 1 for a problem that `doctor` found, 2 for bad input or a missing
+    extra, 130 after an interrupt.
+    """
     parser = argparse.ArgumentParser(prog="popsd", description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands.add_parser("demo", help="watch OPSD destroy a small reasoner and the purified loss keep it"))

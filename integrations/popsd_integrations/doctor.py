@@ -1,4 +1,4 @@
-"""``popsd doctor``: what is installed, who would compute, and whether it computes correctly. For bug reports."""
+"""``popsd doctor``: what is installed, which backend would compute, and whether it is right. For bug reports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MIB = 2**20
 
 
 class Line(NamedTuple):
-    """``problem``: popsd would not work, or not as intended; it makes the exit status 1."""
+    """A line of the report. problem: popsd would not work, or not as intended. It makes the exit status 1."""
 
     name: str
     value: str
@@ -41,7 +41,7 @@ class Line(NamedTuple):
 
 
 def run() -> int:
-    """Print the report; returns 1 where something is a problem and 0 elsewhere."""
+    """Print the report. Returns 1 where a line is a problem, otherwise 0."""
     lines = examine()
     width = max(len(line.name) for line in lines)
     for line in lines:
@@ -76,7 +76,7 @@ def _platform() -> list[Line]:
 
 
 def packages() -> list[Line]:
-    """What popsd and each of its extras ask for, in the version that is installed; then the peers it is measured with."""
+    """The installed versions of what popsd and its extras require, then of the peers it is compared with."""
     try:
         wanted = metadata.requires("popsd") or []
     except metadata.PackageNotFoundError:
@@ -103,7 +103,7 @@ def packages() -> list[Line]:
 
 
 def within(version: str, requirement: str) -> bool:
-    """Whether the release is in the bounds of a requirement such as ``trl>=1.12,<1.17``; popsd's own have no others."""
+    """Whether the release is within a requirement such as ``trl>=1.12,<1.17``. Only >= and < are understood."""
 
     def release(text: str) -> list[int]:
         numbers = [int(number) for number in re.match(r"\d+(\.\d+)*", text)[0].split(".")]  # type: ignore[index]
@@ -125,7 +125,7 @@ def _version(package: str) -> str | None:
 
 def _triton() -> list[Line]:
     if find_spec("triton") is None:
-        return [Line("kernels", "no Triton: the torch bodies compute", torch.cuda.is_available())]
+        return [Line("kernels", "no Triton: the torch backend computes", torch.cuda.is_available())]
     try:
         launch = importlib.import_module("popsd_kernels.launch")
     except Exception as error:
@@ -165,7 +165,7 @@ def _reason(device: torch.device, impl: Impl) -> str:
 
 
 def _memory(device: torch.device) -> tuple[float, float]:
-    """Available and total MiB; NaN where nothing says."""
+    """Available and total MiB, NaN where they are unknown."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free / MIB, total / MIB
@@ -177,7 +177,7 @@ def _memory(device: torch.device) -> tuple[float, float]:
 
 
 def workspace(name: str, free: float, total: float, default: float) -> Line:
-    """Whether the default workspace fits what is free now; an unknown amount (NaN) is no problem."""
+    """Whether the default workspace fits into the memory that is free now. An unknown amount (NaN) is no problem."""
     text = f"default {default:.0f} MiB per call; {free:.0f} of {total:.0f} MiB available"
     if free < default:
         return Line(f"{name} workspace", f"{text}: pass workspace_mib={max(free / 2, 1):.0f} or less", True)
@@ -185,7 +185,7 @@ def workspace(name: str, free: float, total: float, default: float) -> Line:
 
 
 def _check(device: torch.device) -> Line:
-    """A small loss with its gradient, through whatever impl="auto" picks, against float64."""
+    """A small loss and its gradient by the backend that impl="auto" picks, compared with float64."""
     name = f"{device} check"
     try:
         hidden, head, config = make_hidden(33, 64, 0.3), make_head(1009, 64), popsd.PurifiedConfig()
@@ -195,6 +195,6 @@ def _check(device: torch.device) -> Line:
         loss = popsd.linear_purified_jsd(moved, popsd.Head(head.weight.to(device)), config=config).loss
         (gradient,) = torch.autograd.grad(loss.sum(), student)
         worst = max(relative_l2(loss.cpu(), truth.loss), relative_l2(gradient.cpu(), truth.dhidden))
-    except Exception as error:  # whatever a broken installation raises is the finding
+    except Exception as error:  # what a broken installation raises is what the report is for
         return Line(name, f"{type(error).__name__}: {error}", True)
     return Line(name, f"loss and gradient within {worst:.1e} of float64 (allowed {MAX_ERROR:.0e})", worst > MAX_ERROR)

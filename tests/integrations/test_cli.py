@@ -67,8 +67,10 @@ def test_demo_passes_options_on_and_writes_the_report(experiment, tmp_path, monk
     assert (config.seeds, config.lora_rank, config.learning_rate, config.warmup.seed) == (2, 8, 1e-3, 1)
     assert (folder, cache, processes) == (output, tmp_path / "xdg" / "popsd", 1)
     assert {path.name for path in output.iterdir()} == {"report.html", "outcome.png", "diagnostics.png"}
-    printed = capsys.readouterr().out
-    assert "purified OPSD" in printed and "chosen in the data" in printed and "report.html" in printed
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "purified OPSD" in printed and "a design choice in the synthetic data" in printed and "report.html" in printed
+    )
 
 
 def test_demo_without_matplotlib_skips_the_plots_and_says_so(experiment, tmp_path, monkeypatch, capsys):

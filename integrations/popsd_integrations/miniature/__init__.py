@@ -1,3 +1,1 @@
-"""The method in miniature: a 162k-parameter reasoner that shows, in minutes on a CPU, what the target does to its
-style.
-"""
+"""The method in miniature: what the target does to the style of a 162k-parameter reasoner, in minutes on a CPU."""

@@ -1,6 +1,4 @@
-"""What the miniature is judged by: accuracy, markers, length, finished completions, and the style gap before any
-training.
-"""
+"""How the miniature is judged: accuracy, markers, length and finished completions, and the styles before any training."""
 
 from __future__ import annotations
 
@@ -10,15 +8,15 @@ import torch
 
 from popsd import PurifiedConfig, purified_target_logits
 from popsd.markers import EpistemicMarkers
-from popsd_integrations.huggingface.heads import head_from_model, hidden_states
-from popsd_integrations.huggingface.packing import pack
+from popsd_integrations.huggingface.heads import eval_mode, head_from_model, hidden_states
+from popsd_integrations.huggingface.packing import pack_contexts
 from popsd_integrations.miniature.sampler import sample
 from popsd_integrations.miniature.task import MAX_NEW_TOKENS, Puzzle, prompt_ids
 from popsd_integrations.miniature.tokenizer import TOKEN_ID, build_tokenizer
 
 
 class Score(NamedTuple):
-    """Shares in [0, 1], but markers (per completion) and length (in tokens); at T = 1, but accuracy_greedy."""
+    """accuracy, accuracy_greedy, eos_rate: shares. markers: per completion. length: in tokens. Greedy only where named."""
 
     accuracy: float
     accuracy_greedy: float
@@ -28,7 +26,7 @@ class Score(NamedTuple):
 
 
 def complete(model: Any, puzzles: list[Puzzle], temperature: float) -> list[list[int]]:
-    """The student's completions: question only."""
+    """The student's completions of the questions."""
     return sample(
         model,
         [prompt_ids(puzzle).question for puzzle in puzzles],
@@ -45,16 +43,11 @@ def accuracy(puzzles: list[Puzzle], completions: list[list[int]]) -> float:
 
 
 def evaluate(model: Any, puzzles: list[Puzzle], seed: int = 0) -> Score:
-    """Score on puzzles, in eval mode, with random draws of its own: the global generator stays as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            sampled = complete(model, puzzles, temperature=1.0)
-            greedy = complete(model, puzzles, temperature=0.0)
-    finally:
-        model.train(was_training)
+    """Score on puzzles, in eval mode. The global random generator stays as it was."""
+    with eval_mode(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sampled = complete(model, puzzles, temperature=1.0)
+        greedy = complete(model, puzzles, temperature=0.0)
     markers = EpistemicMarkers().count_ids(sampled, build_tokenizer())
     return Score(
         accuracy=accuracy(puzzles, sampled),
@@ -69,16 +62,13 @@ def evaluate(model: Any, puzzles: list[Puzzle], seed: int = 0) -> Score:
 def style_gap(model: Any, puzzles: list[Puzzle], config: PurifiedConfig | None = None) -> dict[str, float]:
     """Mean P(MAYBE) at the first completion token under base, teacher, reference and the purified target.
 
-    Taken before any training, it predicts the outcome: purified training keeps the markers where the target's
+    Measured before any training, it predicts the outcome: purified training keeps the markers where the target's
     probability is not below the base's.
     """
     maybe = TOKEN_ID["MAYBE"]
     head = head_from_model(model)
-    logits = {}
-    for name, context in (("base", "question"), ("teacher", "teacher"), ("reference", "reference")):
-        packed = pack(
-            [getattr(prompt_ids(puzzle), context) for puzzle in puzzles], [[maybe]] * len(puzzles), pad_token_id=0
-        )
+    logits, prompts = {}, [prompt_ids(puzzle) for puzzle in puzzles]
+    for name, packed in pack_contexts(prompts, [[maybe]] * len(puzzles), pad_token_id=0).items():
         states = hidden_states(model, packed.input_ids, packed.attention_mask, packed.position_ids)
         logits[name] = torch.nn.functional.linear(packed.predicting(states)[:, 0], head.weight)
     logits["target"] = purified_target_logits(*logits.values(), config=config or PurifiedConfig())

@@ -1,7 +1,7 @@
 """The experiment: one warmed-up model, distilled with the teacher as the target (OPSD) and with the purified target.
 
-Both go through ``torch_loop.train`` and ``popsd.PurifiedOPSDLoss``, from the same weights, on the same questions in the
-same order; only ``loss_target`` differs. Each run is a process with one thread: two threads on busy cores are many
+Both use ``torch_loop.train`` and ``popsd.PurifiedOPSDLoss``, from the same weights, on the same questions in the same
+order. Only ``loss_target`` differs. Each run is a process with one thread, because two threads on busy cores are 4 to 27
 times slower here.
 """
 
@@ -40,8 +40,8 @@ TARGETS: tuple[Target, ...] = ("opsd", "purified")
 class ExperimentConfig:
     """Options of the distillation runs; both targets share them all.
 
-    seeds: runs per target. learning_rate: 2e-4 finishes OPSD's collapse before step 20. lora_rank: None is full
-        fine-tuning; rank 8 with a learning rate of 1e-3 behaves alike.
+    seeds: runs per target. learning_rate: at 2e-4 OPSD collapses before step 20. lora_rank: None is full fine-tuning;
+        rank 8 with a learning rate of 1e-3 gives similar results.
     test_puzzles: 384 give a standard error of 2.5 points of accuracy.
     """
 

@@ -1,7 +1,6 @@
 """Generation for the miniature: finished rows leave the batch and the key-value cache.
 
-Completions are 9–22 tokens of at most 46, so this halves the time of ``model.generate``, which carries finished rows to
-the end.
+Completions have 9 to 22 tokens of at most 46. ``model.generate`` keeps finished rows to the end, so this halves its time.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ def sample(
 ) -> list[list[int]]:
     """Completions as lists of token ids, the end-of-sequence token included where it came. temperature 0 is greedy.
 
-    Prompts must be of equal length (they are, per context, in this task). Draws from PyTorch's global generator.
+    Prompts must have equal lengths, which they have in each context of this task. Raises ValueError otherwise. Draws from
+    PyTorch's global generator.
     """
     from transformers import DynamicCache
 
@@ -32,7 +32,7 @@ def sample(
         raise ValueError(
             "prompts: expected equal lengths; got several. Use the loop's own generate for ragged prompts."
         )
-    del pad_token_id  # nothing is ever padded here; the loop passes it to every generator
+    del pad_token_id  # nothing is padded here, but every generate function gets it
     completions: list[list[int]] = [[] for _ in prompts]
     rows = torch.arange(len(prompts))
     cache = DynamicCache()

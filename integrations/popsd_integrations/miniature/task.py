@@ -1,12 +1,12 @@
-"""The task: four distinct digits and a target T; exactly one pair sums to T modulo 10; find it by trial and check.
+"""The task: given four distinct digits and a target T, find the one pair that sums to T modulo 10, by trial and check.
 
-A completion is a row of tries, then ``ANS a b EOS``. A careful try, ``MAYBE a b CHECK s WAIT|OK`` with s = (a + b) mod
-10, goes on after WAIT; a terse try, ``SO a b OK``, is accepted unchecked, right or wrong. So the markers MAYBE, CHECK,
-WAIT are what carries the accuracy, as in a long chain of thought.
+A completion is a row of tries, then ``ANS a b EOS``. A careful try is ``MAYBE a b CHECK s WAIT|OK`` with s = (a + b) mod
+10, and after WAIT another try follows. A terse try is ``SO a b OK``. It is accepted unchecked, right or wrong. So the
+accuracy comes from the markers MAYBE, CHECK and WAIT, as in a long chain of thought.
 
-The three contexts write in different styles (STYLES). **This gap is chosen, not found**: the teacher is less terse than
-the reference-only probe. It decides the sign of the outcome: with a teacher terser than the probe the purified target
-loses markers too.
+The three contexts write in different styles (STYLES). This is a design choice in the synthetic data: the teacher is less
+terse than the reference-only teacher. The choice decides the sign of the outcome. With a teacher terser than the
+reference-only one, the purified target loses markers too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MINIATURE_CONTEXTS = ContextConfig(
 
 
 class Style(NamedTuple):
-    """share: of a warm-up batch. terse: P(a try is terse). peek: P(a try proposes the reference pair)."""
+    """share: part of a warm-up batch. terse: P(a try is terse). peek: P(a try proposes the reference solution's pair)."""
 
     share: float
     terse: float
@@ -54,9 +54,7 @@ class Puzzle:
 
     @property
     def split(self) -> str:
-        """train (7 in 10), validation (1) or test (2), by a hash of the puzzle whatever the order its digits are shown
-        in.
-        """
+        """train (7 in 10), validation (1) or test (2), by a hash that does not depend on the order of the digits."""
         key = f"{sorted(self.digits)}:{self.target}".encode()
         bucket = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") % 10
         return "train" if bucket < 7 else "validation" if bucket == 7 else "test"
@@ -90,7 +88,7 @@ def draw_puzzles(count: int, split: str, seed: int) -> list[Puzzle]:
 
 
 def write_completion(puzzle: Puzzle, context: str, rng: random.Random) -> list[int]:
-    """Token ids of a completion in the style of a context; without the question, pairs are any two digits."""
+    """Token ids of a completion in the style of a context. Without the question, a pair is any two digits."""
     style = STYLES[context]
     digits: Sequence[int] = range(10) if context == "reference" else puzzle.digits
     untried = [pair for pair in itertools.combinations(digits, 2) if set(pair) != set(puzzle.pair)]
@@ -126,7 +124,7 @@ def warmup_batches(batch_size: int, seed: int) -> Iterator[dict[str, tuple[list[
 
 
 def prompt_ids(puzzle: Puzzle) -> Prompts:
-    """The three prompts as token ids: what ``ContextBuilder`` with MINIATURE_CONTEXTS makes of ``puzzle.problem``."""
+    """The three prompts as token ids, as ``ContextBuilder`` with MINIATURE_CONTEXTS builds them of ``puzzle.problem``."""
     templates = MINIATURE_CONTEXTS
     contexts = (templates.question_template, templates.teacher_template, templates.reference_template)
     texts = (template.format(**puzzle.problem._asdict()) for template in contexts)

@@ -1,6 +1,4 @@
-"""A word-level tokenizer of 22 tokens, as a Hugging Face tokenizer so that contexts, markers and loop need no special
-case.
-"""
+"""A word-level tokenizer of 22 tokens. It is a Hugging Face tokenizer, so contexts, markers and loop need no special case."""
 
 from __future__ import annotations
 

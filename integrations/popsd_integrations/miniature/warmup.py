@@ -1,4 +1,4 @@
-"""The warm-up: one small model, trained from scratch on all three contexts, that every distillation run starts from."""
+"""The warm-up: one small model, trained from scratch on all three contexts. Every distillation run starts from it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from popsd_integrations.miniature.tokenizer import TOKEN_ID, VOCABULARY
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupConfig:
-    """Model and supervised training; the learning rate runs in cycles, a linear rise and a cosine fall.
+    """Model and supervised training. The learning rate runs in cycles, each a linear rise and a cosine fall.
 
-    After each cycle the accuracy on the validation split decides: at ``accuracy`` or above the warm-up is over, below
-    it another cycle runs. A fixed number of steps would not do: some seeds are still at chance after 500.
-    init_std: of the weights. At Qwen3's own 0.02 one 500-step cycle ends at chance (.15, seed 0); at 0.06 it passes .38
-    by step 300 (seeds 0 and 1), which spares a second cycle.
+    After each cycle the accuracy on the validation split is measured. At ``accuracy`` or above the warm-up is over, below
+    it another cycle runs. A fixed number of steps is not enough: some seeds are still at chance after 500.
+    init_std: of the weights. At Qwen3's own 0.02 one 500-step cycle ends at chance (.15, seed 0). At 0.06 it passes .38
+    by step 300 (seeds 0 and 1), which saves a second cycle.
     """
 
     seed: int = 0
@@ -55,7 +55,7 @@ class WarmupConfig:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything the result depends on, the task's styles included: the name of the cache file."""
+        """Hash of everything the result depends on, the task's styles included. It names the cache file."""
         content = {"warm-up": dataclasses.asdict(self), "styles": task.STYLES, "vocabulary": VOCABULARY, "version": 1}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -38,13 +38,13 @@ def set_random_state(state: dict[str, Any]) -> None:
 def run_fingerprint(
     options: Mapping[str, Any], model: nn.Module, prompts: Sequence[Sequence[list[int]]]
 ) -> dict[str, Any]:
-    """What makes a run this run: its options, hashes of the data and of the initial weights."""
+    """What identifies a run: its options, and hashes of its data and of its initial weights."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         values = parameter.detach().flatten()[:256].float().cpu().numpy()
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode() + values.tobytes())
     data = hashlib.sha256(json.dumps([list(row) for row in prompts]).encode()).hexdigest()
-    # Through JSON, so that what is compared is what a checkpoint gives back: tuples become lists.
+    # Written and read as JSON, because a checkpoint returns it so: tuples become lists.
     fingerprint: dict[str, Any] = json.loads(
         json.dumps({**options, "prompts": data, "initial weights": digest.hexdigest()}, default=str)
     )
@@ -58,7 +58,7 @@ def save_checkpoint(
     trained: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write to a temporary file, then rename: a run killed at any moment leaves a whole file, old or new."""
+    """Write to a temporary file, then rename it. A run killed at any moment leaves a whole file, old or new."""
     content = {
         "popsd": 1,
         "fingerprint": fingerprint,
@@ -106,7 +106,7 @@ def read_checkpoint(path: Path, fingerprint: dict[str, Any], resume: bool) -> di
 
 
 def restore(checkpoint: dict[str, Any], trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Put parameters, optimiser and random states back in place; returns the number of steps done."""
+    """Put parameters, optimiser and random states back, and return the number of steps taken."""
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(checkpoint["parameters"][name])

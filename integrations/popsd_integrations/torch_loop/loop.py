@@ -1,12 +1,12 @@
 """The whole method as one plain PyTorch loop over a Hugging Face causal language model.
 
-Each step: sample completions from the student on the question alone; run the frozen initial weights over the same
-tokens on the question (base), on question + reference (teacher) and on the reference alone; step the student towards
-the target built of them.
+Each step has three parts. Sample completions from the student on the question alone. Run the frozen initial weights over
+the same tokens after the question (base), after question and reference solution (teacher), and after the reference
+solution alone. Move the student towards the target built of them.
 
 Left out, to keep it readable from top to bottom: several devices, vLLM, mixed precision (the model trains in the dtype
-it was loaded in), learning-rate schedules (it is constant), logging services. The model stays in the mode it comes
-in: ``from_pretrained`` gives eval mode, so that the student is trained on the very distribution it sampled from.
+it was loaded in), learning-rate schedules (it is constant), logging services. The model stays in the mode it comes in.
+``from_pretrained`` gives eval mode, so the student is trained on the distribution that it sampled from.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from popsd_integrations.torch_loop.checkpoint import (
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
-# What may differ between a run and its continuation without changing the steps they share.
+# Options that a continued run may change, because the steps taken already do not depend on them.
 _FREE = ("steps", "checkpoint_every")
 
 
@@ -66,7 +66,8 @@ class TrainConfig:
     masks: which completion tokens the loss keeps; logged as kept_share. Under micro-batches a top share is of each.
     decompose_every: log Eq. 4 every so many steps, 0 never; β-OPSD has none. evaluate_every, checkpoint_every: steps, 0
         is at the end only.
-    batched_frozen: the frozen contexts as one batch. impl: who computes the loss, see ``popsd.Impl``.
+    batched_frozen: run the frozen contexts as one batch. impl: backend of the loss, see ``popsd.Impl``.
+    Raises ValueError for values out of range.
     """
 
     steps: int = 200
@@ -133,18 +134,18 @@ def train(
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
-    """Train ``model`` in place on the questions of ``prompts`` (see ``contexts.ContextBuilder``).
+    """Train ``model`` in place on the questions of ``prompts`` (see ``huggingface.ContextBuilder``).
 
-    generate: called as ``generate(model, prompts, max_new_tokens=, temperature=, eos_token_id=, pad_token_id=)`` with
-        questions as lists of token ids; returns completions as such lists. None: ``hf_generate``.
+    generate: samples the completions, see ``huggingface.Sampler``. None: ``hf_generate``.
     evaluate: called with the model every ``evaluate_every`` steps and at the end; its numbers join the metrics as
         ``eval/…``.
-    resume: continue from the checkpoint in ``output_dir`` (from the start where there is none yet), to the same metrics
-        as an unbroken run. Pass the same initial model: the checkpoint holds the trained parameters only. The random
-        state of PyTorch and of ``random`` is seeded, saved and restored; a ``generate`` with its own is not covered.
+    resume: continue from the checkpoint in ``output_dir``, or from the start where there is none yet, to the same metrics
+        as an unbroken run. Pass the same initial model, since the checkpoint holds the trained parameters only. The random
+        states of PyTorch and of ``random`` are seeded, saved and restored. A ``generate`` with a generator of its own is
+        not covered.
 
-    Raises ValueError before any work: no prompts, a checkpoint that is there without ``resume``, unreadable, or of
-    another run; a model whose head popsd would get wrong.
+    Raises ValueError before any work: for no prompts; for a checkpoint that is there without ``resume``, is unreadable, is
+    of another run, or has taken more steps; for a model whose head popsd would get wrong.
     """
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one problem; got none. Build them with ContextBuilder.build_all.")
@@ -216,7 +217,7 @@ def _backward(
     pad: int,
     decompose: bool,
 ) -> dict[str, float]:
-    """Accumulate the gradient of the whole batch's mean loss per completion token; return the means of the metrics."""
+    """Accumulate the gradient of the batch's mean loss per completion token, and return the means of the metrics."""
     tokens = sum(map(len, completions))
     size = config.micro_batch_size or len(rows)
     contexts = needed_contexts(config.loss_target, decompose)
@@ -247,7 +248,7 @@ def _completion_metrics(
 
 
 def _rows(step: int, config: TrainConfig, count: int) -> list[int]:
-    """Rows of a step. An epoch is a permutation drawn from (seed, epoch): the step alone says where the data stands."""
+    """Rows of a step. An epoch is a permutation drawn from (seed, epoch), so the step alone determines them."""
     places = range(step * config.batch_size, (step + 1) * config.batch_size)
     orders = {epoch: list(range(count)) for epoch in {place // count for place in places}}
     for epoch, order in orders.items():
@@ -288,7 +289,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def _read_metrics(path: Path, upto: int) -> list[dict[str, float]]:
-    """Keep the lines up to the checkpoint; the steps after it, and a line torn by a kill, are run and written again."""
+    """Keep the lines up to the checkpoint. Later steps, and a line that a kill cut short, are run and written again."""
     lines = path.read_text().splitlines()[:upto] if path.exists() else []
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in lines))

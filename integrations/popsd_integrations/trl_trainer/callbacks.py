@@ -30,7 +30,7 @@ PANELS = {
 
 
 class EMACallback(TrainerCallback):
-    """Updates the average after every optimiser step, and keeps it in the checkpoints."""
+    """Updates the average after every optimiser step, and saves and loads it with the checkpoints."""
 
     def __init__(self, ema: EMA) -> None:
         self.ema = ema
@@ -68,7 +68,7 @@ class NothingTrained(TrainerCallback):
 
 
 class PlotMetrics(TrainerCallback):
-    """Writes ``metrics.png`` to output_dir when training ends: one panel per metric, train and eval."""
+    """Writes ``metrics.png`` to output_dir when training ends: one panel for each metric, train and eval."""
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:

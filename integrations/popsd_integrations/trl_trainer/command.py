@@ -1,6 +1,6 @@
 """``popsd train``: PurifiedOPSDTrainer from a YAML file and flags, with TRL's own argument groups.
 
-Flags override the file; a misspelt name is refused in both. ``--dry_run`` stops before the weights are loaded.
+Flags override the file, and a misspelt name is refused in both. ``--dry_run`` stops before the weights are loaded.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from trl import (
     get_quantization_config,
 )
 
+from popsd.engine.workspace import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB
 from popsd_integrations.huggingface.objective import needed_contexts
 from popsd_integrations.huggingface.prompts import ContextBuilder, thinking_states
 from popsd_integrations.trl_trainer.trainer import (
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     dataset = load_data(script, mixture)
     peft_config = get_peft_config(model_args)
-    # TRL's ModelConfig has float32 unless told otherwise.
+    # TRL's ModelConfig defaults to float32.
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -128,7 +129,7 @@ def load_data(script: TrainArguments, mixture: Any) -> Any:
 
 
 def describe_prompts(row: dict[str, Any], tokenizer: Any, args: PurifiedOPSDConfig) -> str:
-    """The three prompts of an example: text as the tokens decode, their number, first and last ids, thinking state."""
+    """The three prompts of an example: the decoded tokens, their number, first and last ids, and thinking state."""
     prompts = ContextBuilder(tokenizer, args.context_config(), text_as_chat=False).build(problem_of(row))
     if prompts is None:
         return f"The first example is dropped: a prompt of it has more than {args.max_prompt_length} tokens."
@@ -146,7 +147,7 @@ def describe_prompts(row: dict[str, Any], tokenizer: Any, args: PurifiedOPSDConf
 
 
 def memory_plan(model: str, args: PurifiedOPSDConfig, peft_config: Any) -> str:
-    """What one process holds beside activations and the generation cache, before any sharding; no weight is loaded."""
+    """What one process holds beside activations and the generation cache, before any sharding. No weight is loaded."""
     kwargs = dict(args.model_init_kwargs or {})
     config = AutoConfig.from_pretrained(
         model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
@@ -165,7 +166,7 @@ def memory_plan(model: str, args: PurifiedOPSDConfig, peft_config: Any) -> str:
     itemsize = 2 if args.bf16 or args.fp16 else dtype.itemsize
     contexts = needed_contexts(args.loss_target, decompose=args.diagnostics_steps > 0)
     streams = len(contexts) + 2  # the student's and its gradient
-    workspace = args.workspace_mib or (2048 if torch.cuda.is_available() else 64)
+    workspace = args.workspace_mib or (GPU_WORKSPACE_MIB if torch.cuda.is_available() else CPU_WORKSPACE_MIB)
     plan = {
         "weights": weights,
         "gradients of what is trained": trained_bytes,
@@ -191,7 +192,7 @@ def memory_plan(model: str, args: PurifiedOPSDConfig, peft_config: Any) -> str:
 
 
 def checkpoint_to_resume(args: PurifiedOPSDConfig) -> str | None:
-    """``--resume_from_checkpoint true`` is the last whole checkpoint in output_dir, or a fresh start where there is none.
+    """The checkpoint that ``--resume_from_checkpoint`` names. ``true`` is the last whole one in output_dir, if there is one.
 
     A run killed while it saved leaves a folder without trainer_state.json, which is written last.
     """

@@ -75,7 +75,8 @@ class PurifiedOPSDConfig(DistillationConfig):
     token_clip: float | None = _option(None, "Cap on each token's loss.")
     loss_temperature: float | None = _option(None, "Divides all logits in the loss. None: `temperature`, as in TRL.")
     vocab_size: int | None = _option(
-        None, "Leading rows of the head in use (such as len(tokenizer)); its padding rows then count nowhere."
+        None,
+        "Leading rows of the head in use (such as len(tokenizer)). Its padding rows then take no part in the loss.",
     )
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further fields of popsd.PurifiedConfig, such as exact_difference."}
@@ -87,7 +88,7 @@ class PurifiedOPSDConfig(DistillationConfig):
         None, "Where teacher and reference are both below this probability, the signal is capped at tail_cap."
     )
     tail_cap: float | None = _option(None, "Largest signal in nats where tail_floor applies.")
-    skip_first_tokens: int = _option(0, "Leave the first tokens of every completion out of the loss.")
+    skip_first_tokens: int = _option(0, "Leave so many first tokens of every completion out of the loss.")
     masks: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -96,7 +97,8 @@ class PurifiedOPSDConfig(DistillationConfig):
         },
     )
     protect_markers: bool = _option(
-        False, "Leave tokens sampled as one of `markers` out of the loss: protect_ids of `masks`, by the tokenizer."
+        False,
+        "Leave sampled tokens that are one of `markers` out of the loss. Adds their ids to protect_ids of `masks`.",
     )
     position_weights: dict[str, Any] | str | None = field(
         default=None,
@@ -105,8 +107,8 @@ class PurifiedOPSDConfig(DistillationConfig):
             "first. The loss still divides by the number of tokens."
         },
     )
-    impl: str = _option("auto", "Who computes the loss: 'auto', 'triton' or 'torch'.")
-    strategy: str = _option("chunked", "How logits come and go: 'chunked', 'single_read' or 'streaming'.")
+    impl: str = _option("auto", "Backend of the loss: 'auto', 'triton' or 'torch'.")
+    strategy: str = _option("chunked", "How logits are computed and read: 'chunked', 'single_read' or 'streaming'.")
     workspace_mib: float | None = _option(None, "Memory for logits in the loss. None: 72 MiB on CPU, 2 GiB on a GPU.")
 
     question_template: str = _option(ContextConfig.question_template, "The student's prompt; holds {question}.")
@@ -129,7 +131,9 @@ class PurifiedOPSDConfig(DistillationConfig):
         "initial", "'initial': adapter off, or a copy under full fine-tuning; 'ema': a moving average of the student."
     )
     ema_decay: float = _option(0.999, "average = decay * average + (1 - decay) * student, per optimiser step.")
-    batched_frozen: bool = _option(False, "Run the frozen contexts as one batch; pays where they are equally long.")
+    batched_frozen: bool = _option(
+        False, "Run the frozen contexts as one batch. Faster only where they are equally long."
+    )
     frozen_batch_size: int | None = _option(None, "Rows per frozen forward. None: all at once.")
 
     diagnostics_steps: int = _option(10, "Log the decomposition of the teacher's signal every so many steps; 0 never.")
@@ -193,7 +197,7 @@ class PurifiedOPSDConfig(DistillationConfig):
         )
 
     def token_weights(self, mask: torch.Tensor) -> torch.Tensor:
-        """What counts of the completion tokens in ``mask`` [B, T], before `MaskConfig`: bool, or float weights."""
+        """Which completion tokens of ``mask`` [B, T] count, before `MaskConfig`: [B, T] bool, or float weights."""
         counted = mask.bool()
         counted = counted & (torch.arange(mask.shape[1], device=mask.device) >= self.skip_first_tokens)
         if self.position_weights is None:
@@ -208,12 +212,12 @@ class PurifiedOPSDConfig(DistillationConfig):
         return MaskConfig(**rules) if rules else None
 
     def _fields(self, name: str, known: Collection[str]) -> dict[str, Any]:
-        """What an option that holds other options says. Raises ValueError for one that is unknown, or elsewhere."""
+        """The fields given in an option that holds others. Raises ValueError for one that is not in ``known``."""
         given: Any = getattr(self, name) or {}
         if not isinstance(given, dict) or not given.keys() <= set(known):
             got = sorted(given) if isinstance(given, dict) else repr(given)
             raise ValueError(
-                f"{name}: expected some of {sorted(known)}; got {got}. Others of the kind have options of their own."
+                f"{name}: expected some of {sorted(known)}; got {got}. Other fields are options by themselves."
             )
         return dict(given)
 

@@ -14,6 +14,7 @@ pytest.importorskip("trl")
 import yaml
 from trl_helpers import CHAT_TEMPLATE, EOS, TEMPLATES, config, tiny
 
+from popsd.engine.workspace import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB
 from popsd_integrations import cli
 from popsd_integrations.miniature.tokenizer import build_tokenizer
 from popsd_integrations.trl_trainer import command as train_command
@@ -64,6 +65,9 @@ def test_a_dry_run_prints_prompts_and_memory_and_trains_nothing(work, capsys):
     assert "=== question (student and base): 4 tokens, thinking none\nQ 0 0 A\n    ids 11 0 0 13" in printed
     assert "teacher): 10 tokens" in printed and "R 0 WAIT 0 OK A" in printed
     assert "weights" in printed and "copy of the initial weights" not in printed
+    workspace = CPU_WORKSPACE_MIB if not torch.cuda.is_available() else GPU_WORKSPACE_MIB
+    (logits,) = [line for line in printed.splitlines() if "logits in the loss, at most" in line]
+    assert float(logits.split()[-2]) == pytest.approx(workspace / 1024, abs=1e-3)
     assert not (work / "out").exists()
     arguments = ["--config", str(work / "config.yaml"), "--dry_run", "true", "--use_peft", "false"]
     assert train_command.main(arguments) == 0
