@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from popsd.config import Strategy
 from popsd.engine.backends import Bodies
+from popsd.engine.chunks.registry import registered_target
 from popsd.engine.chunks.target import form_difference
 from popsd.engine.problem import Problem
 from popsd.engine.sources import Chunk, ProjectedStreams
-from popsd_kernels.rows import RowLoss
+from popsd_kernels.rows import LogitTransform, RowLoss
 
 
 def sweep(
     problem: Problem, backend: Bodies, chunk: Chunk, gradient: torch.Tensor | None, shared: dict[str, Any]
 ) -> RowLoss:
     """Per-token results; into ``gradient`` [n, V], d Σ row_scale·divergence / d student's raw projection."""
-    options, frozen = problem.row_options, chunk.target if chunk.base is None else chunk.base
+    options = problem.row_options
+    if problem.options.target is not None:  # from here on it is a distribution of its own, tempered already
+        chunk = registered_target(problem, chunk)
+        options = replace(options, target=LogitTransform(scale=problem.options.temperature))
+    frozen = chunk.target if chunk.base is None else chunk.base
     offset = form_difference(problem, backend, chunk)
     if problem.options.strategy == Strategy.SINGLE_READ and gradient is not None:
         from popsd_kernels import row_single_read

@@ -8,6 +8,7 @@ import torch
 
 from popsd.config import Impl
 from popsd.engine.backends import Bodies, bodies_for, resolve_impl
+from popsd.engine.chunks.registry import registered_logits
 from popsd.engine.problem import Problem
 from popsd.engine.sources import Chunk, GivenLogits
 from popsd.engine.torch_backend import entry_masks
@@ -49,11 +50,13 @@ def entry_mask(problem: Problem, backend: Bodies, chunk: Chunk) -> Callable[[tor
 
 
 def target_logits(problem: Problem) -> torch.Tensor:
-    """Finished logits of the purified target over all tokens at once, [N, V] float32, from given logits."""
+    """Finished logits of the purified or registered target over all tokens at once, [N, V] float32, from given logits."""
     backend = bodies_for(resolve_impl(Impl(problem.options.impl), problem.tensors.student.device))
     source = GivenLogits(problem)
     source.allocate(problem.tokens, 0)
     chunk = source.load(slice(0, problem.tokens))
+    if problem.options.target is not None:
+        return registered_logits(problem, chunk)
     assert chunk.base is not None and chunk.difference is not None
     offset, difference = form_difference(problem, backend, chunk), chunk.difference
     backend.row_statistics(
