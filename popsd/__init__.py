@@ -1,7 +1,8 @@
 """popsd: the loss of Purified On-Policy Self-Distillation (arXiv 2607.02234) without full-vocabulary logits."""
 
 from popsd import oracle, presets
-from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy
+from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy, TargetConfig
+from popsd.engine.chunks.registry import register_target
 from popsd.engine.token_masks import token_weights
 from popsd.functional import jsd, linear_jsd, linear_purified_jsd, purified_jsd
 from popsd.head import Head
@@ -24,6 +25,7 @@ __all__ = [
     "PurifiedConfig",
     "PurifiedOPSDLoss",
     "Strategy",
+    "TargetConfig",
     "decompose",
     "gram_matrix",
     "head_logits",
@@ -34,5 +36,6 @@ __all__ = [
     "presets",
     "purified_jsd",
     "purified_target_logits",
+    "register_target",
     "token_weights",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -125,6 +126,23 @@ class PurifiedConfig(DivergenceConfig):
                     f"tail_cap: expected less than pmi_clip={self.pmi_clip}, which bounds every entry already; "
                     f"got {self.tail_cap}."
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig(DivergenceConfig):
+    """A target of one's own on top of the divergence, see `popsd.register_target`; in place of a `PurifiedConfig`.
+
+    target: the registered name. numbers: finite; the function's arguments after the three logits.
+    """
+
+    target: str
+    numbers: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "numbers", tuple(float(number) for number in self.numbers))
+        if not all(math.isfinite(number) for number in self.numbers):
+            raise ValueError(f"numbers: expected finite numbers; got {self.numbers}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy
+from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy, TargetConfig
 from popsd.engine import validation
 from popsd.engine.backends import resolve_impl
 from popsd.engine.operator import divergence
@@ -25,7 +25,7 @@ def linear_purified_jsd(
     student_head: Head,
     frozen_head: Head | None = None,
     *,
-    config: PurifiedConfig | None = None,
+    config: PurifiedConfig | TargetConfig | None = None,
     weights: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     masks: MaskConfig | None = None,
@@ -49,7 +49,7 @@ def linear_purified_jsd(
         hidden: four streams [N, D] or [B, T, D], float32, bfloat16 or float16. Only ``student`` receives gradient.
         student_head: maps the student's hidden states to logits; its weight and bias get gradients if they require them.
         frozen_head: head of base, teacher and reference; None: the student's, without gradient through those streams.
-        config: see `PurifiedConfig`; None is the paper's setting with beta = 0.5.
+        config: see `PurifiedConfig`; None is the paper's setting with beta = 0.5. Or a `TargetConfig`: a registered target.
         weights: [N] or [B, T] per-token weights; 0 masks the token out, whatever its hidden states hold.
         token_ids: [N] or [B, T] int64 sampled tokens, for ``token_logprob``; -1 where there is none.
         masks: which tokens the loss keeps, see `MaskConfig`; batch-level rules see the tokens of this call. The weights act
@@ -79,7 +79,7 @@ def linear_purified_jsd(
         hidden,
         validation.HIDDEN,
         (student_head, student_head if frozen_head is None else frozen_head),
-        validation.checked_config(config, PurifiedConfig),
+        validation.target_config(config),
         weights=weights,
         token_ids=token_ids,
         masks=masks,
@@ -120,7 +120,7 @@ def linear_jsd(
         HiddenStates(student_hidden, None, target_hidden, None),
         ("student_hidden", "", "target_hidden", ""),
         (student_head, student_head if target_head is None else target_head),
-        validation.checked_config(config, DivergenceConfig),
+        validation.two_distributions_config(config),
         weights=weights,
         token_ids=token_ids,
         masks=masks,
@@ -138,7 +138,7 @@ def purified_jsd(
     teacher_logits: torch.Tensor,
     reference_logits: torch.Tensor,
     *,
-    config: PurifiedConfig | None = None,
+    config: PurifiedConfig | TargetConfig | None = None,
     weights: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     masks: MaskConfig | None = None,
@@ -157,7 +157,7 @@ def purified_jsd(
         HiddenStates(student_logits, base_logits, teacher_logits, reference_logits),
         validation.LOGITS,
         None,
-        validation.checked_config(config, PurifiedConfig),
+        validation.target_config(config),
         weights=weights,
         token_ids=token_ids,
         masks=masks,
@@ -188,7 +188,7 @@ def jsd(
         HiddenStates(student_logits, None, target_logits, None),
         ("student_logits", "", "target_logits", ""),
         None,
-        validation.checked_config(config, DivergenceConfig),
+        validation.two_distributions_config(config),
         weights=weights,
         token_ids=token_ids,
         masks=masks,
@@ -226,6 +226,7 @@ def _divergence(
     vocab_size = validation.check_vocabulary(named, heads, config)
     total = validation.checked_reduction(reduction) == "sum"
     validation.check_workspace(workspace_mib)
+    validation.check_purification(telemetry, config)
     impl = validation.checked_impl(impl, device)
     weights = validation.checked_weights(weights, shape, device)
     token_ids = validation.checked_token_ids(token_ids, shape, device, vocab_size)

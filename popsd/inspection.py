@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from popsd.config import Impl, Method, PurifiedConfig
+from popsd.config import Impl, Method, PurifiedConfig, TargetConfig
 from popsd.engine import validation
 from popsd.engine.chunks.decomposition import decompose_hidden
 from popsd.engine.chunks.target import target_logits
@@ -26,16 +26,17 @@ def purified_target_logits(
     teacher_logits: torch.Tensor,
     reference_logits: torch.Tensor,
     *,
-    config: PurifiedConfig | None = None,
+    config: PurifiedConfig | TargetConfig | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> torch.Tensor:
-    """Logits of the purified target, Eq. 13-17, dense: [..., V] raw logits → [..., V'] float32, V' the vocabulary in use.
+    """Logits of the purified target, Eq. 13-17, or of a registered one, dense: [..., V] raw logits → [..., V'] float32.
 
-    Tempered, and not normalised. For inspection and sampling; the losses never form it over all tokens.
+    V' is the vocabulary in use. Tempered, and not normalised. For inspection and sampling: the losses never form it over all
+    tokens.
     """
     # a target needs no student: any stream of the right shape will do
     streams = HiddenStates(base_logits, base_logits, teacher_logits, reference_logits)
-    config = validation.checked_config(config, PurifiedConfig)
+    config = validation.target_config(config)
     named = validation.named_streams(streams, validation.LOGITS)
     del named[validation.LOGITS[0]]
     shape = validation.check_streams(named)
@@ -51,7 +52,7 @@ def decompose(
     student_head: Head,
     frozen_head: Head | None = None,
     *,
-    config: PurifiedConfig | None = None,
+    config: PurifiedConfig | TargetConfig | None = None,
     method: Method | str = Method.LOGITS,
     gram: torch.Tensor | None = None,
     log_normalisers: Sequence[torch.Tensor] | None = None,
@@ -76,7 +77,7 @@ def decompose(
     known = validation.checked_method(method, heads, argument="method")
     gram = validation.checked_gram(gram, known, student_head, argument="method")
     if known is Method.GRAM:
-        config = validation.checked_config(config, PurifiedConfig)
+        config = validation.target_config(config)
         return _decompose_by_gram(hidden, student_head, config, gram, log_normalisers)
     if log_normalisers is not None:
         raise ValueError("log_normalisers: expected None with method='logits', which computes them. Leave them out.")
@@ -109,7 +110,7 @@ def gram_matrix(head: Head, vocab_size: int | None = None) -> torch.Tensor:
 def _decompose_by_gram(
     hidden: HiddenStates,
     head: Head,
-    config: PurifiedConfig,
+    config: PurifiedConfig | TargetConfig,
     gram: torch.Tensor | None,
     log_normalisers: Sequence[torch.Tensor] | None,
 ) -> Decomposition:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import torch
 
-from popsd.config import Impl, MaskConfig, Method, PurifiedConfig, Strategy
+from popsd.config import Impl, MaskConfig, Method, PurifiedConfig, Strategy, TargetConfig
+from popsd.engine import validation
 from popsd.functional import linear_jsd, linear_purified_jsd
 from popsd.head import Head
 from popsd.inspection import decompose
@@ -33,7 +34,7 @@ class PurifiedOPSDLoss(torch.nn.Module):
 
     def __init__(
         self,
-        config: PurifiedConfig | None = None,
+        config: PurifiedConfig | TargetConfig | None = None,
         *,
         loss_target: LossTarget = "purified",
         reduction: Averaging = "token_mean",
@@ -50,6 +51,8 @@ class PurifiedOPSDLoss(torch.nn.Module):
             if value not in valid:
                 raise ValueError(f"{name}: expected one of {list(valid)}; got {value!r}.")
         self.config = PurifiedConfig() if config is None else config
+        if loss_target == "opsd":
+            validation.two_distributions_config(config)
         self.loss_target, self.reduction, self.masks = loss_target, reduction, masks
         self.impl, self.workspace_mib, self.strategy = impl, workspace_mib, strategy
 

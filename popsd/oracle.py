@@ -45,6 +45,11 @@ def purified_target_logits(
     return log_base + delta / config.pmi_beta  # Eq. 16
 
 
+def arithmetic_mix(base: torch.Tensor, teacher: torch.Tensor, share: float, config: DivergenceConfig) -> torch.Tensor:
+    """log((1 − share)·π_0 + share·π_T) from raw logits [..., V]."""
+    return torch.log((1.0 - share) * log_probs(base, config).exp() + share * log_probs(teacher, config).exp())
+
+
 def centred_difference(teacher: torch.Tensor, reference: torch.Tensor, config: PurifiedConfig) -> torch.Tensor:
     """Δ̄ of raw logits [..., V], Eq. 13 and 14; 0 outside the support."""
     log_teacher, log_reference = log_probs(teacher, config), log_probs(reference, config)

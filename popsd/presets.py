@@ -8,19 +8,21 @@
 | contrastive hints (RLCSD, arXiv 2606.11709) | `contrastive_hints`, the right hint as teacher, the wrong one as reference |
 | any geometric mix, DemoPSD (arXiv 2607.02502) among them | `geometric_mix` with ``popsd.linear_jsd`` |
 | position weights (PW-OPSD, arXiv 2605.21606) | `position_weights` as ``weights=`` |
+| arithmetic mix of base and teacher (as in AD-OPSD, arXiv 2607.10805) | `arithmetic_mix` |
 
-Not here: arithmetic mixes (AD-OPSD, arXiv 2607.10805) are no single set of logits, and top-k targets (SDPO, arXiv 2601.20802)
-need no full vocabulary.
+Not here: top-k targets (SDPO, arXiv 2601.20802) need no full vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from popsd.config import DivergenceConfig, PurifiedConfig
+from popsd.config import DivergenceConfig, PurifiedConfig, TargetConfig
+from popsd.engine.chunks.registry import register_target
 from popsd.head import Head
 
 
@@ -49,6 +51,24 @@ def contrastive_hints(strength: float = 1.0, **changes: Any) -> PurifiedConfig:
     caps instead. changes: fields of `PurifiedConfig` to set otherwise.
     """
     return PurifiedConfig(**({"pmi_beta": strength, "pmi_clip": None} | changes))
+
+
+def arithmetic_mix(share: float, **changes: Any) -> TargetConfig:
+    """Target (1 − share)·π_0 + share·π_T, share in [0, 1]. changes: fields of `DivergenceConfig` to set otherwise.
+
+    It is no geometric mix, hence no single hidden state, but a target registered with `popsd.register_target`.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"share: expected a number in [0, 1]; got {share}.")
+    return TargetConfig(target="arithmetic_mix", numbers=(share,), **changes)
+
+
+def _mixed_logits(base: torch.Tensor, teacher: torch.Tensor, reference: torch.Tensor, share: float) -> torch.Tensor:
+    weights = [math.log(x) if x else -math.inf for x in (1.0 - share, share)]
+    return torch.logaddexp(*(torch.log_softmax(x, dim=1) + w for x, w in zip((base, teacher), weights, strict=True)))
+
+
+register_target("arithmetic_mix", _mixed_logits)
 
 
 def geometric_mix(streams: Sequence[torch.Tensor], powers: Sequence[float | torch.Tensor], head: Head) -> torch.Tensor:

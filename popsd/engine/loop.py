@@ -9,7 +9,7 @@ from popsd.engine.backends import backend_for
 from popsd.engine.chunks.decomposition import by_gram, fields_of, moment_rows
 from popsd.engine.chunks.purification import purification_rows
 from popsd.engine.chunks.streaming import stream
-from popsd.engine.chunks.target import with_difference
+from popsd.engine.chunks.target import with_target
 from popsd.engine.precision import exact_matmuls
 from popsd.engine.problem import Problem
 from popsd.engine.results import Results
@@ -50,7 +50,7 @@ def _run(problem: Problem, source: Source, results: Results) -> None:
                     results.moments[:, place] = moment_rows(problem, backend, rows)
                 if options.purification:
                     results.purification[:, place] = purification_rows(problem, rows)
-                rows = with_difference(problem, source, backend, rows)
+                rows = with_target(problem, source, backend, rows)
                 wanted = None if gradient is None else gradient[block]
                 results.losses[:, place] = torch.stack(backend.sweeps(rows, problem.row_options, gradient=wanted))
         source.accumulate(buffer.start, buffer.stop)

@@ -99,7 +99,8 @@ def _problem(arguments: tuple[Any, ...]) -> Problem:
 
 def _schema() -> str:
     names = {torch.Tensor: "Tensor", float: "float", int: "int", bool: "bool", str: "str"}
-    types = names | {kind | None: f"{name}?" for kind, name in names.items()}
+    types: dict[Any, str] = {**names, tuple[float, ...]: "float[]"}
+    types |= {kind | None: f"{name}?" for kind, name in names.items()}
     arguments = [f"{types[hint]} {name}" for kind in (Tensors, Options) for name, hint in get_type_hints(kind).items()]
     return f"({', '.join(arguments)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 

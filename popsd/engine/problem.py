@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from popsd.config import DivergenceConfig, Impl, Method, PurifiedConfig, Strategy
+from popsd.config import DivergenceConfig, Impl, Method, PurifiedConfig, Strategy, TargetConfig
 from popsd.head import Head
 from popsd.outputs import HiddenStates
 from popsd_kernels.rows import LogitTransform, RowOptions
@@ -58,6 +58,9 @@ class Options(NamedTuple):
     plausibility: float | None
     tail_floor: float | None
     tail_cap: float | None
+    target: str | None
+    """A registered target's name; then no field of `PurifiedConfig` is read."""
+    numbers: tuple[float, ...]
     student_scale: float
     student_softcap: float | None
     frozen_scale: float
@@ -114,14 +117,14 @@ class Problem:
     @property
     def needs_separate_logits(self) -> bool:
         """Whether Δ_it takes the logits of teacher and reference and not just the projection of their difference: with given
-        logits, with a soft cap, and where something reads their log-normalisers.
+        logits, with a soft cap, and where something reads them or their log-normalisers.
         """
         options = self.options
         if not self.is_purified:
             return False
         if self.tensors.student_weight is None or options.frozen_softcap is not None:
             return True
-        if options.purification or options.tail_floor is not None:
+        if options.purification or options.tail_floor is not None or options.target is not None:
             return True
         # The softmax absorbs the normalisers of an uncentred Δ_it, but only as a constant of the whole row. A tanh bends it,
         # and an entry that a mask holds at Δ̃ = 0 has no part in it.
@@ -207,7 +210,7 @@ class Problem:
             delta_scale=1.0 if self.needs_separate_logits else options.frozen_scale,
             relative=self.is_base_minus_student,
         )
-        if not self.is_purified:
+        if not self.is_purified or options.target is not None:
             return result
         clip = options.pmi_clip
         return replace(result, pmi_beta=options.pmi_beta, pmi_clip=None if clip is None or clip > NO_CLIP else clip)
@@ -254,6 +257,8 @@ def problem_of(
     options = Options(
         **{name: getattr(config, name) for name in OF_DIVERGENCE},
         **{name: getattr(purified, name) for name in OF_TARGET},
+        target=config.target if isinstance(config, TargetConfig) else None,
+        numbers=config.numbers if isinstance(config, TargetConfig) else (),
         student_scale=1.0 if own is None else own.logit_scale,
         student_softcap=None if own is None else own.softcap,
         frozen_scale=1.0 if frozen is None else frozen.logit_scale,

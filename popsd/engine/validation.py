@@ -10,7 +10,8 @@ from typing import Literal, TypeVar
 
 import torch
 
-from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, Strategy
+from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy, TargetConfig
+from popsd.engine.chunks.registry import known_targets
 from popsd.engine.problem import Problem
 from popsd.head import Head
 from popsd.outputs import HiddenStates
@@ -30,6 +31,33 @@ def checked_config(config: DivergenceConfig | None, kind: type[C]) -> C:
     if not isinstance(config, kind):
         raise TypeError(f"config: expected a popsd.{kind.__name__}; got {type(config).__name__}.")
     return config
+
+
+def target_config(config: PurifiedConfig | TargetConfig | None) -> PurifiedConfig | TargetConfig:
+    """Of a target composed of base, teacher and reference; a registered one is known."""
+    if not isinstance(config, TargetConfig):
+        return checked_config(config, PurifiedConfig)
+    if config.target not in known_targets():
+        raise ValueError(
+            f"config.target: expected one of {known_targets()}; got {config.target!r}. Register it with popsd.register_target."
+        )
+    return config
+
+
+def two_distributions_config(config: DivergenceConfig | None) -> DivergenceConfig:
+    if isinstance(config, TargetConfig):
+        raise TypeError(
+            "config: expected a popsd.DivergenceConfig with two distributions, of which one is the target; got TargetConfig."
+        )
+    return checked_config(config, DivergenceConfig)
+
+
+def check_purification(wanted: bool, config: DivergenceConfig) -> None:
+    if wanted and isinstance(config, TargetConfig):
+        raise ValueError(
+            f"telemetry: expected False with the registered target {config.target!r}, since it describes the purified one; "
+            "got True."
+        )
 
 
 def checked_impl(impl: Impl | str, device: torch.device) -> Impl:
@@ -195,7 +223,7 @@ def check_strategy(problem: Problem, impl: Impl) -> None:
     elif problem.needs_separate_logits or problem.needs_reference_logits:
         obstacle = (
             "teacher and reference as one difference: no soft cap, centred or without pmi_clip and plausibility, "
-            "no tail_floor, telemetry=False, decompose=False or 'gram'"
+            "no tail_floor, no registered target, telemetry=False, decompose=False or 'gram'"
         )
     elif streaming and problem.masks_entries:
         obstacle = "a configuration without plausibility: it never holds a row's logits to look for the largest"

@@ -1,4 +1,4 @@
-"""The purified target of some rows: its difference, the masks on its entries, its finished logits."""
+"""The target of some rows: a purified one's difference and the masks on its entries, or a registered one's logits."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ import torch
 
 from popsd.config import Impl
 from popsd.engine.backends import Backend, backend_for
+from popsd.engine.chunks.registry import registered_logits
 from popsd.engine.problem import Problem
 from popsd.engine.sources import GivenLogits, Source
 from popsd.engine.torch_backend.entry_masks import tail_reach
 from popsd_kernels.rows import EntryMasks, Rows
 
 
-def with_difference(problem: Problem, source: Source, backend: Backend, rows: Rows) -> Rows:
-    """The rows with their finished difference, masks on its entries applied. With two distributions they stay as they are."""
-    if not problem.is_purified or rows.target is not None:
+def with_target(problem: Problem, source: Source, backend: Backend, rows: Rows) -> Rows:
+    """The rows as the sweeps take them: with their finished difference, masks on its entries applied, or a registered target.
+
+    Where the target is one of the streams they stay as they are.
+    """
+    if rows.target is not None:
         return rows
+    if problem.options.target is not None:
+        return rows.with_target(registered_logits(problem, rows, source.difference_of(rows)))
     mask = entry_mask(problem, backend, rows)  # before the difference takes the place of a stream
     if problem.needs_separate_logits:
         out = source.difference_of(rows)
@@ -38,11 +44,13 @@ def entry_mask(problem: Problem, backend: Backend, rows: Rows) -> Callable[[Rows
 
 
 def target_logits(problem: Problem) -> torch.Tensor:
-    """Finished logits of the purified target over all tokens at once, [N, V] float32, from given logits."""
+    """Finished logits of the purified or registered target over all tokens at once, [N, V] float32, from given logits."""
     backend = backend_for(Impl(problem.options.impl), problem.tensors.student.device)
     source = GivenLogits(problem)
     source.allocate(problem.tokens, 0)
-    rows = with_difference(problem, source, backend, source.load(slice(0, problem.tokens)))
+    rows = with_target(problem, source, backend, source.load(slice(0, problem.tokens)))
+    if rows.target is not None:
+        return rows.target
     assert rows.difference is not None
     backend.statistics(rows, problem.row_options, target_out=rows.difference)
     return rows.difference
