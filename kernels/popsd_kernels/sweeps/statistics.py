@@ -47,7 +47,7 @@ def row_statistics(rows: Rows, options: RowOptions, *, target_out: torch.Tensor 
     >>> loss = row_loss_gradient(rows.with_target(difference), statistics, RowOptions())
     """
     check_rows(_NAME, rows)
-    check_target(_NAME, rows)
+    check_target(_NAME, rows, finished=not options.relative)
     check_output(
         _NAME, "target_out", target_out, rows, dtypes=FLOAT32, replaceable=("base", "difference"), untouchable=("student",)
     )  # fmt: skip
