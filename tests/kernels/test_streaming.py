@@ -137,9 +137,10 @@ def _check(
     return found
 
 
-@pytest.mark.parametrize("purified", [True, False])
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "purified"), [(DTYPES[0], True), (DTYPES[0], False), (DTYPES[1], True), (DTYPES[2], False)]
+)
+@pytest.mark.parametrize("beta", [0.0, 0.02, 0.3, 1.0])
 def test_dtypes(beta, dtype, purified):
     _check(replace(PLAIN, beta=beta), Problem(dtype=dtype, purified=purified))
 
@@ -199,11 +200,16 @@ def test_row_scale_zero_contributes_nothing_even_for_nan(options):
     assert relative_error(dbias, gradient.sum(0)) < 5e-5
 
 
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("clips", [(None, None), (0.05, None), (None, 1.0)])
-@pytest.mark.parametrize("stream", ["student", "target", "delta"])
+@pytest.mark.parametrize(
+    ("beta", "clips", "stream"),
+    [
+        (0.0, (None, None), "student"), (0.0, (0.05, None), "target"), (0.0, (None, 1.0), "delta"),
+        (0.3, (None, None), "delta"), (0.3, (0.05, None), "student"), (0.3, (None, 1.0), "target"),
+        (1.0, (None, None), "target"), (1.0, (0.05, None), "delta"), (1.0, (None, 1.0), "student"),
+    ],
+)  # fmt: skip
 def test_a_nan_stays_in_its_row(stream, clips, beta):
-    """NaN loss and gradient there, finite ones beside it. Entry clip and JSD need the divergence to keep it (minima)."""
+    """Each pair of the three parameters once. NaN loss and gradient there, finite ones beside it. Entry clip and JSD need the divergence to keep it (minima)."""
     problem = Problem(4)
     options = replace(PLAIN, beta=beta, entry_clip=clips[0], token_clip=clips[1])
     arguments, clean = problem.arguments(options), torch.empty(4, WIDTH)
@@ -300,16 +306,16 @@ def test_token_ids_outside_the_vocabulary_are_nan():
 
 _COUNT = """
 import torch
-from popsd_kernels import aot, streaming_aot, streaming_fold, streaming_plan, streaming_tiles
+from popsd_kernels.aot.report import select_target
 from popsd_kernels.launch import result_rows
 from popsd_kernels.rows import RowOptions, RowStatistics
+from popsd_kernels.streaming import plan, sums, tiles
 
 kernels = (
-    streaming_tiles.stream_statistics_kernel, streaming_tiles.stream_merge_kernel,
-    streaming_fold.stream_fold_kernel, streaming_fold.stream_finish_kernel,
+    tiles.stream_statistics_kernel, tiles.stream_merge_kernel, sums.stream_fold_kernel, sums.stream_finish_kernel,
 )
 for kernel in kernels:
-    aot.select_target("sm_90", kernel)
+    select_target("sm_90", kernel)
 meta, config = torch.device("meta"), plan.TileConfig(32, 64, 32, 4, 2)
 for rows, first, last, span, number in ((64, 0, 16, 4, 0.5), (63, 1, 7, 3, 0.3), (1, 3, 4, 1, 0.2), (4097, 3, 4, 1, 0.1)):
     options = RowOptions(number, number, number, number, number, number, delta_scale=number)
@@ -317,11 +323,11 @@ for rows, first, last, span, number in ((64, 0, 16, 4, 0.5), (63, 1, 7, 3, 0.3),
     vector, ids = torch.empty(rows, device=meta), torch.empty(rows, dtype=torch.int64, device=meta)
     streams = plan.make_streams(hidden, hidden, hidden, vector, head, None, None, None, options)
     call = plan.Call(streams, plan.Shape(rows, 1000, 512, 512), options, 2, True)
-    extent, pitch = streaming_tiles.Extent(rows, first, last, span), (rows + 15) // 16 * 16
+    extent, pitch = tiles.Extent(rows, first, last, span), (rows + 15) // 16 * 16
     partial = torch.empty(5, 9, pitch, device=meta)[:, :, :rows]
     gradient = torch.empty(pitch + 16, 1024, dtype=torch.bfloat16, device=meta)
-    scaling = streaming_fold.Scaling(*result_rows(2, rows, meta))
-    strip = streaming_fold.Strip(gradient, 1024)
+    scaling = sums.Scaling(*result_rows(2, rows, meta))
+    strip = sums.Strip(gradient, 1024)
     statistics = RowStatistics(*result_rows(4, rows, meta))
     for planned in (
         call.statistics(config, extent, partial),

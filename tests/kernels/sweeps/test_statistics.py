@@ -66,8 +66,11 @@ def _check_normalisers(found, logits: torch.Tensor) -> None:
     assert (lse - logits.logsumexp(1)).abs().max() <= 5e-6
 
 
-@pytest.mark.parametrize("vocabulary", [1, 97, BLOCK, BLOCK + 1, 2 * BLOCK + 1, 1000])
-@pytest.mark.parametrize("rows", [1, 7])
+SHAPES = [(1, 1), (1, 97), (1, BLOCK), (1, 2 * BLOCK + 1), (7, 2 * BLOCK + 1)]
+"""One entry; a tail alone; a full block alone; two full blocks and a tail of one entry; the same in several rows."""
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), SHAPES)
 def test_shapes(rows, vocabulary):
     if rows == 7 and vocabulary == 1000:
         rows = 2
