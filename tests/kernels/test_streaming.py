@@ -209,7 +209,9 @@ def test_row_scale_zero_contributes_nothing_even_for_nan(options):
     ],
 )  # fmt: skip
 def test_a_nan_stays_in_its_row(stream, clips, beta):
-    """Each pair of the three parameters once. NaN loss and gradient there, finite ones beside it. Entry clip and JSD need the divergence to keep it (minima)."""
+    """Each pair of the three parameters once.
+
+    NaN loss and gradient there, finite ones beside it. Entry clip and JSD need the divergence to keep it (minima)."""
     problem = Problem(4)
     options = replace(PLAIN, beta=beta, entry_clip=clips[0], token_clip=clips[1])
     arguments, clean = problem.arguments(options), torch.empty(4, WIDTH)

@@ -175,7 +175,8 @@ def row_loss_gradient_kernel(
     width: tl.constexpr = (
         None if one_read else VEC
     )  # one_read has no instructions left for it: 21.9 become 22.9 per entry
-    unroll: tl.constexpr = 2 if entry_clip is None and (MODE == REVERSE or MODE == JENSEN_SHANNON) else 1  # more spills
+    light: tl.constexpr = MODE == REVERSE or MODE == JENSEN_SHANNON
+    unroll: tl.constexpr = 2 if light and entry_clip is None else 1  # more spills
     exact: tl.constexpr = exact_logarithms(MODE, entry_clip)
     token_logit = None
     if one_read and token_ids_ptr is not None:  # the gradient, stored from here on, may lie over the student's rows

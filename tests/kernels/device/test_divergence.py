@@ -57,7 +57,10 @@ def test_entries_and_gradient(beta, gap):
     slope_sum, size = beta, 1.0
     if 0.0 < beta < 1.0:
         log_m = torch.logaddexp(exact[0] + math.log1p(-beta), exact[1] + math.log(beta))
-        slope_sum, size = (1.0 - beta) * float(oracle.divergence(exact[0], log_m, one)), min(1.0, 4 * beta, 4 - 4 * beta)
+        slope_sum, size = (
+            (1.0 - beta) * float(oracle.divergence(exact[0], log_m, one)),
+            min(1.0, 4 * beta, 4 - 4 * beta),
+        )
     elif beta == 1.0:
         slope_sum = float(oracle.divergence(*exact, one))
     leaf = exact[0].clone().requires_grad_()

@@ -43,7 +43,11 @@ def _streams(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return student, student + torch.randn(3, vocabulary), torch.randn(3, vocabulary)
 
 
-MATRIX = [(PLAIN, True, 97), (PLAIN, False, BLOCK), *((o, two, 2 * BLOCK + 1) for o in (PLAIN, HARD) for two in (True, False))]
+MATRIX = [
+    (PLAIN, True, 97),
+    (PLAIN, False, BLOCK),
+    *((o, two, 2 * BLOCK + 1) for o in (PLAIN, HARD) for two in (True, False)),
+]
 """A masked slice alone; a full one alone; both kinds of slices with all options."""
 
 
