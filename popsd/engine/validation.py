@@ -47,17 +47,14 @@ def target_config(config: PurifiedConfig | TargetConfig | None) -> PurifiedConfi
 def two_distributions_config(config: DivergenceConfig | None) -> DivergenceConfig:
     if isinstance(config, TargetConfig):
         raise TypeError(
-            "config: expected a popsd.DivergenceConfig with two distributions, of which one is the target; got TargetConfig."
+            "config: expected a popsd.DivergenceConfig, since one of the two is the target; got TargetConfig."
         )
     return checked_config(config, DivergenceConfig)
 
 
 def check_purification(wanted: bool, config: DivergenceConfig) -> None:
     if wanted and isinstance(config, TargetConfig):
-        raise ValueError(
-            f"telemetry: expected False with the registered target {config.target!r}, since it describes the purified one; "
-            "got True."
-        )
+        raise ValueError(f"telemetry: expected False with the registered target {config.target!r}; got True.")
 
 
 def checked_impl(impl: Impl | str, device: torch.device) -> Impl:

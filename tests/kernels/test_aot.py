@@ -113,7 +113,7 @@ def _functions():
 def _innermost(place, functions):
     """The device function of ours that an instruction comes from.
 
-    place: ``standard.py:170:27 @[ standard.py:191:40 @[ primitives.py:110:22 @[ loss_rows.py:87:69 ...``, innermost first.
+    place: ``standard.py:170:27 @[ standard.py:191:40 @[ primitives.py:110:22 @[ row_loss.py:87:69 ...``, innermost first.
     """
     names = [
         name

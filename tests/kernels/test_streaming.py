@@ -145,9 +145,10 @@ def _check(
     return found
 
 
-@pytest.mark.parametrize("purified", [True, False])
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "purified"), [(DTYPES[0], True), (DTYPES[0], False), (DTYPES[1], True), (DTYPES[2], False)]
+)
+@pytest.mark.parametrize("beta", [0.0, 0.02, 0.3, 1.0])
 def test_dtypes(beta, dtype, purified):
     _check(replace(PLAIN, beta=beta), Problem(dtype=dtype, purified=purified))
 
@@ -205,11 +206,18 @@ def test_row_scale_zero_contributes_nothing_even_for_nan(options):
     assert relative_error(dbias, gradient.sum(0)) < 5e-5
 
 
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("clips", [(None, None), (0.05, None), (None, 1.0)])
-@pytest.mark.parametrize("stream", ["student", "base", "difference"])
+@pytest.mark.parametrize(
+    ("beta", "clips", "stream"),
+    [
+        (0.0, (None, None), "student"), (0.0, (0.05, None), "base"), (0.0, (None, 1.0), "difference"),
+        (0.3, (None, None), "difference"), (0.3, (0.05, None), "student"), (0.3, (None, 1.0), "base"),
+        (1.0, (None, None), "base"), (1.0, (0.05, None), "difference"), (1.0, (None, 1.0), "student"),
+    ],
+)  # fmt: skip
 def test_a_nan_stays_in_its_row(stream, clips, beta):
-    """NaN loss and gradient there, finite ones beside it. Entry clip and JSD need the divergence to keep it (minima)."""
+    """Each pair of the three parameters once.
+
+    NaN loss and gradient there, finite ones beside it. Entry clip and JSD need the divergence to keep it (minima)."""
     problem = Problem(4)
     options = replace(PLAIN, beta=beta, entry_clip=clips[0], token_clip=clips[1])
     rows, heads, clean = problem.rows(options), problem.heads, torch.empty(4, WIDTH)

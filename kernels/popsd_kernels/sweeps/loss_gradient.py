@@ -143,8 +143,8 @@ def row_loss_gradient_kernel(
     width: tl.constexpr = (
         None if one_read else VEC
     )  # one_read has no instructions left for it: 21.9 become 22.9 per entry
-    # Triton 3.6 has no `in` for constexprs; under entry_clip it would spill
-    unroll: tl.constexpr = 2 if entry_clip is None and (MODE == REVERSE or MODE == JENSEN_SHANNON) else 1  # noqa: SIM109
+    two_loops: tl.constexpr = MODE == REVERSE or MODE == JENSEN_SHANNON
+    unroll: tl.constexpr = 2 if two_loops and entry_clip is None else 1  # under entry_clip it would spill
     exact: tl.constexpr = exact_logarithms(MODE, entry_clip)
     token_logit = None
     if one_read and token_ids_ptr is not None:  # the gradient, stored from here on, may lie over the student's rows

@@ -49,9 +49,17 @@ def _centred_delta(options: RowOptions, teacher, reference, center: bool, bias=N
     return oracle.purified_target_logits(flat, *logits, config) - oracle.log_probs(flat, config)
 
 
+SHAPES = [
+    (NO_CAP, (1, 1)),
+    (NO_CAP, (1, 97)),
+    (NO_CAP, (2, BLOCK)),
+    *((o, (3, 2 * BLOCK + 1)) for o in (OPTIONS, NO_CAP)),
+]
+"""One entry; a tail alone; full blocks alone; two full blocks and a tail of one entry, in several rows."""
+
+
 @pytest.mark.parametrize("center", [True, False])
-@pytest.mark.parametrize("options", [OPTIONS, NO_CAP])
-@pytest.mark.parametrize("shape", [(1, 97), (3, 2 * BLOCK + 1), (2, BLOCK), (1, 1)])
+@pytest.mark.parametrize(("options", "shape"), SHAPES)
 def test_difference_and_offset(shape, options, center):
     pair = [Guarded(x) for x in _pair(*shape)]
     out = poisoned(*shape)

@@ -45,10 +45,15 @@ def given(base, teacher, reference, bias=None) -> Rows:
     return Rows(base, base=base, teacher=teacher, reference=reference, frozen_bias=bias)
 
 
-@pytest.mark.parametrize("options", [OPTIONS, PLAIN], ids=["softcap, scale, temperature", "plain"])
-@pytest.mark.parametrize("vocabulary", [1, 97, BLOCK, 2 * BLOCK + 1])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_bias", [False, True])
+MATRIX = [
+    *((PLAIN, size, torch.float32, False) for size in (1, 97, BLOCK, 2 * BLOCK + 1)),
+    *((OPTIONS, 2 * BLOCK + 1, dtype, True) for dtype in DTYPES),
+    (OPTIONS, 97, torch.float32, False), (PLAIN, 97, torch.bfloat16, True),
+]  # fmt: skip
+"""One entry, a tail alone, a full block alone, two full blocks and a tail; then every dtype, transform and bias."""
+
+
+@pytest.mark.parametrize(("options", "vocabulary", "dtype", "with_bias"), MATRIX)
 def test_thresholds_and_masks(options, vocabulary, dtype, with_bias):
     raw, bias = streams(vocabulary, dtype), torch.randn(vocabulary) if with_bias else None
     guarded = [Guarded(x) for x in raw]

@@ -271,7 +271,7 @@ def test_the_sampled_token_is_read_before_a_gradient_in_place_of_the_student(bet
     ("clips", "purified"), [((None, None), False), ((0.05, None), True), ((None, 1.0), True), ((0.05, 1.0), False)]
 )
 def test_a_nan_reaches_the_loss_and_the_whole_gradient_of_its_row_alone(beta, clips, purified):
-    """NumPy's minimum keeps a NaN and a GPU's drops it: that no clip hides one there is for test_kernels_aot.py to show, on the
+    """NumPy's minimum keeps a NaN and a GPU's drops it: that no clip hides one there is for test_aot.py to show, on the
     compiled instructions. This is the rule, and that it holds row by row."""
     options = replace(PLAIN, beta=beta, entry_clip=clips[0], token_clip=clips[1])
     student, base, delta = _streams(6, 300)

@@ -69,8 +69,11 @@ def _check_normalisers(found, logits: torch.Tensor) -> None:
     assert (lse - logits.logsumexp(1)).abs().max() <= 5e-6
 
 
-@pytest.mark.parametrize("vocabulary", [1, 97, BLOCK, BLOCK + 1, 2 * BLOCK + 1, 1000])
-@pytest.mark.parametrize("rows", [1, 7])
+SHAPES = [(1, 1), (1, 97), (1, BLOCK), (1, 2 * BLOCK + 1), (7, 2 * BLOCK + 1)]
+"""One entry; a tail alone; a full block alone; two full blocks and a tail of one entry; the same in several rows."""
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), SHAPES)
 def test_shapes(rows, vocabulary):
     if rows == 7 and vocabulary == 1000:
         rows = 2
@@ -205,7 +208,14 @@ def test_target_out_goes_with_a_composed_target():
     with pytest.raises(TypeError, match=r"target_out must be torch\.float32, got torch\.bfloat16"):
         row_statistics(rows, PLAIN, target_out=out.bfloat16())
     with pytest.raises(ValueError, match="must be raw projections, got finished logits"):
-        row_statistics(rows.with_target(out), PLAIN)
+        row_statistics(rows.with_target(out), replace(PLAIN, relative=True))
+
+
+def test_finished_logits_are_neither_tempered_nor_biased():
+    torch.manual_seed(0)
+    logits, rows = torch.randn(2, 300), rows_of(torch.randn(2, 300), torch.randn(2, 300), frozen_bias=torch.randn(300))
+    found = row_statistics(rows.with_target(logits), RowOptions(inv_temperature=0.5))
+    assert relative_error(found.target_max + found.target_logsum, logits.double().logsumexp(1)) < 1e-6
 
 
 def test_target_out_may_not_be_the_student():
