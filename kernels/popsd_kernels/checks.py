@@ -172,10 +172,11 @@ def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     pitches = [x.stride(0) * size for x, size in zip((one, other), sizes, strict=True)]
     widths = [x.shape[1] * size for x, size in zip((one, other), sizes, strict=True)]
     distance = other.data_ptr() - one.data_ptr()
-    ends = [(one.shape[0] - 1) * pitch + width for pitch, width in zip(pitches, widths, strict=True)]
+    counts = (one.shape[0], other.shape[0])
+    ends = [(count - 1) * pitch + width for count, pitch, width in zip(counts, pitches, widths, strict=True)]
     if distance >= ends[0] or -distance >= ends[1]:
         return False
-    if one.shape[0] == 1 or pitches[0] != pitches[1] or pitches[0] == 0:
+    if 1 in counts or pitches[0] != pitches[1] or pitches[0] == 0:
         return True
     distance %= pitches[0]  # columns of one buffer
     return distance < widths[0] or distance + widths[1] > pitches[0]

@@ -200,6 +200,8 @@ def test_memory_is_compared_byte_by_byte():
     narrow = buffer.view(torch.bfloat16)[:, 20:40]  # the bytes of columns 10 to 20
     assert share_memory(narrow, middle) and not share_memory(narrow, left) and not share_memory(right, narrow)
     assert share_memory(buffer[:, 15:25][:2], buffer.view(-1)[:80].view(4, 20)), "other strides: taken to overlap"
+    flat = torch.zeros(1000)
+    assert not share_memory(flat[200:].view(20, 40), flat[:80].view(2, 40)), "each has a number of rows of its own"
 
 
 COMPILE = """
