@@ -172,10 +172,8 @@ def row_loss_gradient_kernel(
         row_scale = tl.load(row_scale_ptr + row)
     unclipped: tl.constexpr = entry_clip is None and token_clip is None
     one_read: tl.constexpr = MODE == FORWARD and not RELATIVE and unclipped and gradient is not None
-    width: tl.constexpr = (
-        None if one_read else VEC
-    )  # one_read has no instructions left for it: 21.9 become 22.9 per entry
-    light: tl.constexpr = MODE == REVERSE or MODE == JENSEN_SHANNON
+    width: tl.constexpr = None if one_read else VEC  # one_read: 21.9 instructions per entry would become 22.9
+    light: tl.constexpr = MODE == REVERSE or MODE == JENSEN_SHANNON  # noqa: SIM109
     unroll: tl.constexpr = 2 if light and entry_clip is None else 1  # more spills
     exact: tl.constexpr = exact_logarithms(MODE, entry_clip)
     token_logit = None
