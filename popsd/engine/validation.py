@@ -26,11 +26,9 @@ _STRATEGIES = {member.value: member for member in Strategy}
 
 
 def checked_config(config: DivergenceConfig | None, kind: type[C]) -> C:
-    if config is None:
-        return kind()
-    if not isinstance(config, kind):
+    if config is not None and not isinstance(config, kind):
         raise TypeError(f"config: expected a popsd.{kind.__name__}; got {type(config).__name__}.")
-    return config
+    return kind() if config is None else config
 
 
 def target_config(config: PurifiedConfig | TargetConfig | None) -> PurifiedConfig | TargetConfig:

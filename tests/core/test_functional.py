@@ -90,7 +90,7 @@ def test_trainable_and_separate_heads(tokens, beta, reduction, student_width):
 @pytest.mark.parametrize("spread", [0.012, 0.12, 0.45], ids=["kl_1e-3", "kl_1e-1", "kl_1"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_sixteen_bit_gradients_are_accurate_at_every_distance(dtype, spread, beta):
-    """bf16-stored logits would be 5-40 % off here (PEERS); logits stay in float32."""
+    """bf16-stored logits would be 5-40 % off here; logits stay in float32."""
     hidden, head = make_hidden(130, 64, spread, dtype=dtype), make_head(1003, 64, dtype=dtype)
     config, upstream = PurifiedConfig(beta=beta), torch.ones(130)
     truth = true_purified(hidden, (head, head), config, upstream)

@@ -155,9 +155,8 @@ def _inspect_gcn(assembly: str) -> tuple[int, int, tuple[float, ...], bool]:
         return int(found[1])
 
     spills = metadata("vgpr_spill_count")
-    if metadata(
-        "private_segment_fixed_size"
-    ):  # else scalar registers went to lanes of a vector register, not to memory
+    # without private memory, scalar registers went to lanes of a vector register
+    if metadata("private_segment_fixed_size"):
         spills += metadata("sgpr_spill_count")
     return metadata("vgpr_count"), spills, (), "v_mfma" in assembly
 

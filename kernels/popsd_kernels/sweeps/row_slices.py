@@ -180,9 +180,7 @@ def row_slice(
                 row, row_scale, beta, clips[0], clips[1], V, MODE, FAST,
             )  # fmt: skip
             if gradient is not None:
-                width: tl.constexpr = (
-                    4 if PHASE == 3 else None
-                )  # waiting, reverse KL would spill (2 instructions, sm_90)
+                width: tl.constexpr = 4 if PHASE == 3 else None  # PHASE 0, reverse KL: 2 spill instructions (sm_90)
                 g = projection_gradient(student, entries, slope_sum, row_scale, beta, clips[0], MODE, FAST)
                 g = tl.where(row_scale == 0.0, 0.0, g)
                 if part < V // SLICE:
