@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from popsd_benchmarks.results import Case, Cell, Shape
 
 ROOT = Path(__file__).resolve().parents[2]

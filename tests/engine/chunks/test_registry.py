@@ -1,6 +1,5 @@
 """Targets of one's own: the arithmetic mix against the oracle on every path, and what is refused."""
 
-import kernel_helpers  # noqa: F401  (decorates the kernels for the interpreter)
 import pytest
 import torch
 

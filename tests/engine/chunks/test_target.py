@@ -1,6 +1,5 @@
 """Plausibility and the tail cap inside the target, against the oracle, on every path that composes one."""
 
-import kernel_helpers  # noqa: F401  (decorates the kernels for the interpreter)
 import pytest
 import torch
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kernel_helpers import interpreted, oracle_config, small_blocks  # noqa: F401  (first: switches the interpreter on)
+from kernel_helpers import interpreted, oracle_config, small_blocks  # noqa: F401
 
 import triton.language as tl  # isort: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_helpers import small_blocks  # noqa: F401  (first: it switches the interpreter on)
+from kernel_helpers import small_blocks  # noqa: F401
 
 import triton.language as tl  # isort: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_helpers import interpreted, oracle_target, small_blocks  # noqa: F401  (first: switches the interpreter on)
+from kernel_helpers import interpreted, oracle_target, small_blocks  # noqa: F401
 
 import triton.language as tl  # isort: skip
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kernel_helpers import (  # noqa: F401  (first: switches the interpreter on)
+from kernel_helpers import (  # noqa: F401
     BLOCK,
     DTYPES,
     Guarded,

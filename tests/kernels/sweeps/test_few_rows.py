@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_helpers import (  # first: switches the interpreter on
+from kernel_helpers import (
     BLOCK,
     Guarded,
     oracle_rows,

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_helpers import (  # first: switches the interpreter on
+from kernel_helpers import (
     BLOCK,
     DTYPES,
     Guarded,
