@@ -7,9 +7,10 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 TESTS ?= tests
 PYTEST_ARGS ?= --cov=popsd --cov-report=term-missing:skip-covered --cov-fail-under=95
-# Processes that share the test files. Each needs about 1 GiB; OMP_NUM_THREADS=1 keeps their threads from waiting for one another.
+# Processes that share the test files, in the order of their names: the longest come early. Each needs about 1 GiB;
+# OMP_NUM_THREADS=1 keeps their threads from waiting for one another.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -p no:benchmark
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 ifndef PYTHON

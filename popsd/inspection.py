@@ -10,7 +10,7 @@ from popsd.config import Impl, Method, PurifiedConfig, TargetConfig
 from popsd.engine import validation
 from popsd.engine.chunks.decomposition import decompose_hidden
 from popsd.engine.chunks.target import target_logits
-from popsd.engine.precision import exact_matmuls
+from popsd.engine.precision import eager, exact_matmuls
 from popsd.engine.problem import flat_streams, operand_dtype, problem_of
 from popsd.engine.sources import project
 from popsd.engine.torch_backend.targets import tempered_logits
@@ -88,7 +88,7 @@ def decompose(
     return output.decomposition
 
 
-@torch.compiler.disable  # the precision of matmuls is a switch of the process, which no graph may set
+@eager
 @torch.no_grad()
 def gram_matrix(head: Head, vocab_size: int | None = None) -> torch.Tensor:
     """The head's centred Gram matrix W_cᵀ·W_c, [D, D] float32, W_c the first ``vocab_size`` rows of its weight less their mean.
@@ -106,7 +106,7 @@ def gram_matrix(head: Head, vocab_size: int | None = None) -> torch.Tensor:
         return centred_gram(head.weight, head.bias, vocab_size or rows)
 
 
-@torch.compiler.disable  # the precision of matmuls is a switch of the process, which no graph may set
+@eager
 def _decompose_by_gram(
     hidden: HiddenStates,
     head: Head,
@@ -133,7 +133,7 @@ def _decompose_by_gram(
     return Decomposition(*(None if x is None else x.unflatten(0, shape) for x in parts))
 
 
-@torch.compiler.disable  # the precision of matmuls is a switch of the process, which no graph may set
+@eager
 @torch.no_grad()
 def head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     """[N, D] hidden states → [N, V] float32 logits in the model's own order: projection, bias, scale, soft cap.

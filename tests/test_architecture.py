@@ -348,6 +348,7 @@ else:
     raise SystemExit("the blocker does not block")
 
 import torch, popsd
+assert "torch._dynamo" not in sys.modules, "importing popsd loads torch's compiler, a second or two"
 streams = [torch.randn(5, 8, requires_grad=i == 0) for i in range(4)]
 out = popsd.linear_purified_jsd(popsd.HiddenStates(*streams), popsd.Head(torch.randn(33, 8)))
 out.loss.sum().backward()

@@ -62,7 +62,7 @@ def stub(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=["absent", "present"])
+@pytest.fixture(params=[pytest.param("absent", marks=pytest.mark.slow), "present"])
 def kernels(request, stub):
     """What to put on the path so that Hugging Face's `kernels` is absent or present: nothing, or the stand-in."""
     if request.param == "absent" and any(found.name == "kernels" for found in distributions()):

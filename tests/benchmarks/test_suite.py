@@ -153,6 +153,7 @@ def test_profile_names_where_the_time_goes():
     assert any("mm" in row["name"] for row in cell.kernels) and cell.seconds.count == 1
 
 
+@pytest.mark.slow
 def test_quick_run_end_to_end_and_resumed(tmp_path):
     out, seen = tmp_path / "results.json", []
     names = ["eager", "eager-16bit-logits", "popsd-triton"]

@@ -15,6 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
 SMALL = ["--prompt", "5", "--completion", "7", "--micro-batch", "2", "--rounds", "2", "--rank", "2"]
 
 
+@pytest.mark.slow
 def test_every_part_of_every_variant_is_measured(tmp_path):
     command = [sys.executable, str(SCRIPT), *SMALL, "--checkpointing", "--json", str(tmp_path / "step.json")]
     found = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ)

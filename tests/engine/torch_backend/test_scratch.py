@@ -55,7 +55,9 @@ def run(code):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("mode", ["torch.inference_mode()", "torch.no_grad()"])
+@pytest.mark.parametrize(
+    "mode", ["torch.inference_mode()", pytest.param("torch.no_grad()", marks=pytest.mark.slow)]
+)
 def test_training_goes_on_after_a_first_call_without_gradients(mode):
     """As of a sanity check before training: buffers made under inference_mode may never be written outside it."""
     run(f"""
@@ -66,7 +68,7 @@ assert all(torch.equal(a, b) for a, b in zip(first, results(), strict=True)) and
 """)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float64", marks=pytest.mark.slow)])
 def test_the_default_dtype_has_no_say(dtype):
     run(f"""
 with default_dtype(torch.{dtype}):
