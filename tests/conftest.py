@@ -107,7 +107,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("device") == "cpu":
         for item in items:
             if item.path.is_relative_to(Path(__file__).parent / "kernels") or item.path.stem == "test_correctness":
-                item.add_marker(pytest.mark.no_cover)  # whose trace costs the interpreter as much time as it takes itself
+                item.add_marker(
+                    pytest.mark.no_cover
+                )  # whose trace costs the interpreter as much time as it takes itself
         return
     limited = config.pluginmanager.hasplugin("timeout")
     for item in items:

@@ -55,9 +55,7 @@ def run(code):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(
-    "mode", ["torch.inference_mode()", pytest.param("torch.no_grad()", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("mode", ["torch.inference_mode()", pytest.param("torch.no_grad()", marks=pytest.mark.slow)])
 def test_training_goes_on_after_a_first_call_without_gradients(mode):
     """As of a sanity check before training: buffers made under inference_mode may never be written outside it."""
     run(f"""
