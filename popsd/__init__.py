@@ -3,7 +3,7 @@
 from popsd import oracle, presets
 from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy, TargetConfig
 from popsd.engine.chunks.registry import register_target
-from popsd.engine.token_masks import token_weights
+from popsd.engine.tokens.masks import token_weights
 from popsd.functional import jsd, linear_jsd, linear_purified_jsd, purified_jsd
 from popsd.head import Head
 from popsd.inspection import decompose, gram_matrix, head_logits, purified_target_logits

@@ -51,13 +51,16 @@ class DivergenceConfig:
     beta: in [0, 1]. 0 is forward KL(q‖p), 1 is reverse KL(p‖q), between them beta·KL(q‖m) + (1−beta)·KL(p‖m). A value within
         2⁻²⁴ (6e-8) of 0 or 1 becomes 0 or 1: float32 cannot tell 1−beta from 1 there, and it comes from rounding, as in
         1 − 10·0.1. Mind the step: towards 0 the mixture's divergence goes to 0 like beta·KL(q‖p), towards 1 likewise.
+        A KL of a token that only its first policy can sample (the other's logit is -inf) is inf. The gradient is then p − q at
+        beta = 0 and NaN at beta = 1. A mixture, and ``entry_clip``, are always finite; ``token_clip`` caps it as any other.
     temperature: > 0; divides every stream's logits. No temperature² factor is applied.
     token_clip: > 0 or None; caps the token's loss. A capped token has zero gradient.
     entry_clip: > 0 or None; caps each vocabulary entry's contribution (OPSD's stabiliser, arXiv 2601.18734). A capped entry
         has zero derivative, and the loss may be negative.
     vocab_size: >= 1 or None; the number of leading vocabulary rows in use. Padding rows beyond it leave every softmax,
         mean and norm.
-    check_finite: look for NaN and inf in the inputs before any work. None: only on CPU and uncompiled, where looking is free.
+    check_finite: look for NaN and inf in the inputs before any work. None: only on CPU and uncompiled, where looking is free,
+        and not in the heads' weights, which True reads once as well.
 
     Precision is no option: float32 operands are multiplied in full float32 whatever TF32 switches the process has set.
     """
@@ -70,6 +73,7 @@ class DivergenceConfig:
     check_finite: bool | None = None
 
     def __post_init__(self) -> None:
+        _require_number("beta", self.beta)
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(
                 f"beta: expected a number in [0, 1]; got {self.beta}. 0 is forward KL, 0.5 the symmetric JSD, 1 reverse KL."
@@ -80,6 +84,10 @@ class DivergenceConfig:
         for name in ("token_clip", "entry_clip", "vocab_size"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
+        if not isinstance(self.vocab_size, int | None):
+            raise TypeError(f"vocab_size: expected a whole number of rows or None; got {self.vocab_size!r}.")
+        if self.check_finite is not None:
+            _require_flag("check_finite", self.check_finite)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +117,8 @@ class PurifiedConfig(DivergenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("center", "exact_difference"):
+            _require_flag(name, getattr(self, name))
         _require_positive("pmi_beta", self.pmi_beta)
         if self.pmi_clip is not None:
             _require_positive("pmi_clip", self.pmi_clip)
@@ -189,6 +199,7 @@ class MaskConfig:
         object.__setattr__(self, "protect_ids", tuple(self.protect_ids))
         if any(not isinstance(token, int) or token < 0 for token in self.protect_ids):
             raise ValueError(f"protect_ids: expected token ids of at least 0; got {self.protect_ids}.")
+        _require_number("floor", self.floor)
         if not 0.0 <= self.floor < 1.0:
             raise ValueError(f"floor: expected a weight in [0, 1); got {self.floor}. At 1 no rule would do anything.")
 
@@ -200,12 +211,24 @@ class MaskConfig:
 def _require_between(name: str, value: float | None, low: float, high: float, *, open_below: bool = False) -> None:
     if value is None:
         return
+    _require_number(name, value)
     if not (low < value if open_below else low <= value) or not value <= high or value == float("inf"):
         bracket = "(" if open_below else "["
         closing = ")" if high == float("inf") else "]"
         raise ValueError(f"{name}: expected a number in {bracket}{low:g}, {high:g}{closing}, or None; got {value}.")
 
 
+def _require_number(name: str, value: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number; got {value!r} of type {type(value).__name__}.")
+
+
+def _require_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False; got {value!r}.")
+
+
 def _require_positive(name: str, value: float) -> None:
+    _require_number(name, value)
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a positive finite number; got {value}.")

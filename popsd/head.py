@@ -22,21 +22,32 @@ class Head:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        _require_matrix("Head.weight", self.weight)
+        _require_dense("Head.weight", self.weight, "[V, D]")
+        if self.weight.ndim != 2 or 0 in self.weight.shape:
+            raise ValueError(f"Head.weight: expected a non-empty [V, D] matrix; got shape {list(self.weight.shape)}.")
+        if self.bias is not None:
+            self._check_bias(self.bias)
+        for name in ("logit_scale", "softcap"):
+            value = getattr(self, name)
+            if value is None and name == "softcap":
+                continue
+            if not isinstance(value, int | float):
+                raise TypeError(f"Head.{name}: expected a number; got {type(value).__name__}. Pass float(...) of it.")
+            if not 0 < value < float("inf"):
+                raise ValueError(f"Head.{name}: expected a positive finite number; got {value}.")
+
+    def _check_bias(self, bias: torch.Tensor) -> None:
         rows = self.weight.shape[0]
-        if self.bias is not None and self.bias.shape != (rows,):
+        _require_dense("Head.bias", bias, f"[{rows}]")
+        if bias.shape != (rows,):
             raise ValueError(
-                f"Head.bias: expected shape [{rows}], one entry per row of weight; got {list(self.bias.shape)}. "
+                f"Head.bias: expected shape [{rows}], one entry per row of weight; got {list(bias.shape)}. "
                 "Pass the bias of the same lm_head, or None."
             )
-        if self.bias is not None and self.bias.device != self.weight.device:
+        if bias.device != self.weight.device:
             raise ValueError(
-                f"Head.bias: expected device {self.weight.device} like weight; got {self.bias.device}. Move it with .to()."
+                f"Head.bias: expected device {self.weight.device} like weight; got {bias.device}. Move it with .to()."
             )
-        if not 0 < self.logit_scale < float("inf"):
-            raise ValueError(f"Head.logit_scale: expected a positive finite number; got {self.logit_scale}.")
-        if self.softcap is not None and not 0 < self.softcap < float("inf"):
-            raise ValueError(f"Head.softcap: expected a positive number or None; got {self.softcap}.")
 
 
 def mean_row(weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
@@ -78,11 +89,11 @@ BLOCK_ROWS = 8192
 """Rows of the head at a time: 128 MiB in float32 at D = 4096."""
 
 
-def _require_matrix(name: str, tensor: torch.Tensor) -> None:
+def _require_dense(name: str, tensor: torch.Tensor, shape: str) -> None:
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor of shape [V, D]; got {type(tensor).__name__}.")
-    if tensor.ndim != 2 or 0 in tensor.shape:
-        raise ValueError(f"{name}: expected a non-empty [V, D] matrix; got shape {list(tensor.shape)}.")
+        raise TypeError(f"{name}: expected a torch.Tensor of shape {shape}; got {type(tensor).__name__}.")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor; got {tensor.layout}. Convert it with .to_dense().")
     if not tensor.is_floating_point():
         raise TypeError(
             f"{name}: expected a floating dtype; got {tensor.dtype}. A quantised head must be dequantised first."

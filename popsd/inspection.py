@@ -13,6 +13,7 @@ from popsd.engine.chunks.target import target_logits
 from popsd.engine.precision import eager, exact_matmuls
 from popsd.engine.problem import flat_streams, operand_dtype, problem_of
 from popsd.engine.sources import project
+from popsd.engine.tokens import checks
 from popsd.engine.torch_backend.targets import tempered_logits
 from popsd.functional import linear_purified_jsd
 from popsd.head import Head, centred_gram
@@ -40,8 +41,8 @@ def purified_target_logits(
     named = validation.named_streams(streams, validation.LOGITS)
     del named[validation.LOGITS[0]]
     shape = validation.check_streams(named)
-    validation.check_vocabulary(named, None, config)
-    validation.check_finite(named, None, config, minus_infinity=True)
+    vocab_size = validation.check_vocabulary(named, None, config)
+    validation.check_finite(named, None, config, heads=None, vocab_size=vocab_size)
     impl = validation.checked_impl(impl, base_logits.device)
     return target_logits(problem_of(streams, None, config, impl=impl)).unflatten(0, shape)
 
@@ -66,9 +67,11 @@ def decompose(
     `gram_matrix`; None forms it in this call. log_normalisers: with "gram" the raw fields too; log Σ exp of the tempered logits
     of student, teacher and reference, [N] or [B, T] each.
 
-    Relative error per field in float32 against float64, V = 32k: "gram" 2e-7 at any distance; "logits" 3e-6 or less, 5e-5 in
-    raw fields where the streams are 0.1 % apart (KL near 1e-6), since log-normalisers round at 1e-7. Where the heads differ or
-    have a soft cap, 1e-5 and, there, 5e-4 in raw and weighted fields.
+    Relative error per field in float32 against float64, V = 32k: "gram" 2e-7 at any distance, as long as the differences of
+    the hidden states lie in no direction that the head nearly ignores. A squared norm is off by up to 1e-6·‖W_c‖²·‖difference‖²
+    (spectral norm), so with D near V or above, or with rows that depend on one another, take "logits". "logits" 3e-6 or less,
+    5e-5 in raw fields where the streams are 0.1 % apart (KL near 1e-6), since log-normalisers round at 1e-7. Where the heads
+    differ or have a soft cap, 1e-5 and, there, 5e-4 in raw and weighted fields.
     Raises what `linear_purified_jsd` raises.
     """
     if hidden.base is None:
@@ -97,10 +100,9 @@ def gram_matrix(head: Head, vocab_size: int | None = None) -> torch.Tensor:
     multiplications, D/(4·N) of a loss's matmuls, so form it once where the head is frozen. It is the caller's to keep: whoever
     writes to the weight forms it anew. Raises TypeError for no `Head`, ValueError for a size that it does not have.
     """
-    if not isinstance(head, Head):
-        raise TypeError(f"head: expected a popsd.Head; got {type(head).__name__}. Wrap the lm_head's weight in one.")
+    validation.check_head("head", head)
     rows = head.weight.shape[0]
-    if vocab_size is not None and not 1 <= vocab_size <= rows:
+    if vocab_size is not None and (not isinstance(vocab_size, int) or not 1 <= vocab_size <= rows):
         raise ValueError(f"vocab_size: expected None or 1 to {rows}, the head's rows; got {vocab_size}.")
     with exact_matmuls(head.weight.device):
         return centred_gram(head.weight, head.bias, vocab_size or rows)
@@ -118,7 +120,7 @@ def _decompose_by_gram(
     streams = validation.named_streams(hidden, validation.HIDDEN)
     shape = validation.check_streams(streams)
     vocab_size = validation.check_vocabulary(streams, (head, head), config)
-    validation.check_finite(streams, None, config)
+    validation.check_finite(streams, None, config, heads=(head, head), vocab_size=vocab_size)
     student, _, teacher, reference = flat_streams(hidden)
     assert reference is not None
     with exact_matmuls(student.device):
@@ -128,7 +130,7 @@ def _decompose_by_gram(
             vocab_size=vocab_size,
             temperature=config.temperature,
             gram=gram,
-            log_normalisers=validation.checked_log_normalisers(log_normalisers, shape, student.device),
+            log_normalisers=checks.checked_log_normalisers(log_normalisers, shape, student.device),
         )
     return Decomposition(*(None if x is None else x.unflatten(0, shape) for x in parts))
 
@@ -140,7 +142,9 @@ def head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
 
     From matmuls with float32 output whatever the dtypes, for looking at a few tokens; the losses never form them over all.
     """
+    validation.check_head("head", head)
     width = head.weight.shape[1]
+    validation.check_streams({"hidden": hidden})
     if hidden.ndim != 2 or hidden.shape[1] != width:
         raise ValueError(f"hidden: expected shape [N, {width}] to fit head.weight; got {list(hidden.shape)}.")
     weight = head.weight.to(operand_dtype(head.weight, hidden, None))

@@ -8,6 +8,7 @@ import torch
 
 from popsd.config import Impl, MaskConfig, Method, PurifiedConfig, Strategy, TargetConfig
 from popsd.engine import validation
+from popsd.engine.tokens import checks
 from popsd.functional import linear_jsd, linear_purified_jsd
 from popsd.head import Head
 from popsd.inspection import decompose
@@ -74,25 +75,28 @@ class PurifiedOPSDLoss(torch.nn.Module):
         Args:
             hidden: streams [B, T, D] or [N, D], at the positions that predict each completion token.
             student_head, frozen_head, token_ids, decompose, gram, telemetry: see `popsd.linear_purified_jsd`.
-            mask: [B, T] or [N], true (or a weight > 0) where a token counts; None: everywhere. Masked tokens are dropped
-                before any projection, at the price of one host synchronisation.
-            num_items: what to divide by; the count of this call by default. Under gradient accumulation or data
-                parallelism pass the global count, and the sum over micro-batches does not depend on the split.
+            mask: [B, T] or [N], where a token counts: bool, 0 and 1, or weights of at least 0; None: everywhere. Masked tokens
+                are dropped before any projection, at the price of a host synchronisation, and one more where the mask is not
+                bool. Under torch.compile they are projected too and get weight 0, since a graph has one shape.
+            num_items: what to divide by; by default the sum of the mask. Under gradient accumulation or data
+                parallelism pass the global count, and the sum over micro-batches does not depend on the split. A tensor may
+                be 0, where nothing counts in any process: the loss is then 0.
 
         Returns: the scalar loss, and a dict of detached 0-dim tensors. Means over the counted tokens of this call:
         divergence, student_kl, target_kl, student_entropy, target_entropy, clip_fraction, token_clipped,
-        argmax_agreement, and with ``decompose`` decomposition/<field>, with ``telemetry`` purification/<field>; ``tokens``
-        is their number. With ``token_ids`` also token_logprob, with masks kept_share: the share of weight they keep.
+        argmax_agreement, and with ``decompose`` decomposition/<field> (a reference_fraction counts as at most 10),
+        with ``telemetry`` purification/<field>; ``tokens`` is their number. With ``token_ids`` also token_logprob, with
+        masks kept_share: the share of weight they keep.
 
         Raises: ValueError, TypeError as `popsd.linear_purified_jsd`; ValueError for "sequence_mean" without [B, T].
         """
-        shape = hidden.student.shape[:-1]
-        kept = torch.ones(shape, dtype=torch.bool, device=hidden.student.device) if mask is None else mask
-        if kept.shape != shape:
-            raise ValueError(f"mask: expected shape {list(shape)}, one entry per token; got {list(kept.shape)}.")
-        if num_items is not None and not isinstance(num_items, torch.Tensor) and num_items <= 0:
-            raise ValueError(f"num_items: expected a positive count; got {num_items}.")
-        weights = kept.float()
+        named = validation.named_streams(validation.checked_hidden_type(hidden), validation.HIDDEN)
+        shape, device = validation.check_streams(named), hidden.student.device
+        if mask is None:
+            weights = torch.ones(shape, dtype=torch.float32, device=device)
+        else:
+            weights = checks.checked_completion_mask(mask, shape, device)
+        checks.check_num_items(num_items)
         if self.reduction == "sequence_mean":
             if weights.ndim != 2:
                 raise ValueError(
@@ -100,12 +104,12 @@ class PurifiedOPSDLoss(torch.nn.Module):
                     "Flat tokens do not tell where a sequence ends."
                 )
             lengths = weights.sum(dim=1, keepdim=True)
-            weights = weights / lengths.clamp_min(1e-9)
+            weights = weights / torch.where(lengths > 0, lengths, 1.0)
             items = (lengths > 0).sum()
         else:
             items = weights.sum()
         positions = None if self.masks is None or weights.ndim != 2 else (weights != 0).long().cumsum(dim=1) - 1
-        if mask is not None:
+        if mask is not None and not torch.compiler.is_compiling():
             index = weights.flatten().nonzero()[:, 0]
             hidden = HiddenStates(*(None if x is None else x.flatten(0, -2)[index] for x in hidden))  # type: ignore[arg-type]
             weights = weights.flatten()[index]
@@ -115,10 +119,10 @@ class PurifiedOPSDLoss(torch.nn.Module):
         output = self._divergence(hidden, student_head, frozen_head, common, decompose, gram, telemetry)
         divisor = items if num_items is None else num_items
         if isinstance(divisor, torch.Tensor):
-            divisor = divisor.to(output.loss.device).clamp_min(1)
-        metrics = _metrics(output, weights)
+            divisor = _nonzero(divisor.detach().to(device).reshape(()))
+        metrics = _metrics(output, weights.flatten())
         if self.masks is not None:
-            metrics["kept_share"] = output.weights.sum() / weights.sum().clamp_min(1e-9)
+            metrics["kept_share"] = output.weights.sum() / _nonzero(weights.sum())
         return output.loss / divisor, metrics
 
     def _divergence(
@@ -163,13 +167,27 @@ class PurifiedOPSDLoss(torch.nn.Module):
         return output._replace(decomposition=parts)
 
 
+FRACTION_CEILING = 10.0
+"""Of ‖Δ_ref‖/‖Δ_total‖ in a mean. On a token where student and teacher agree the denominator is rounding (1.9e6 even in
+float64), and a few of those would be all that a mean shows; where the paper measures it, it is 1 to 3."""
+
+
 def _metrics(output: LossOutput, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Means over the tokens of positive weight, masked ones included, without a host synchronisation."""
-    counted = (weights != 0).float()
-    tokens = counted.sum()
+    """Means over the tokens of positive weight [N], masked ones included, without a host synchronisation."""
+    counted = weights != 0
+    tokens = counted.sum().float()
     fields = {name: getattr(output, name) for name in RowLoss._fields if getattr(output, name) is not None}
     for group, parts in (("decomposition", output.decomposition), ("purification", output.purification)):
         if parts is not None:
             fields |= {f"{group}/{name}": x for name, x in parts._asdict().items() if x is not None}
-    metrics = {name: (x * counted).sum() / tokens.clamp_min(1.0) for name, x in fields.items()}
+    metrics = {}
+    for name, x in fields.items():
+        kept = torch.where(counted, x.flatten(), 0.0)  # what a token holds that does not count may be NaN
+        kept = kept.clamp_max(FRACTION_CEILING) if name.endswith("reference_fraction") else kept
+        metrics[name] = kept.sum() / tokens.clamp_min(1.0)
     return metrics | {"tokens": tokens}
+
+
+def _nonzero(count: torch.Tensor) -> torch.Tensor:
+    """A divisor: 1 for 0, where there is nothing to divide. Not the larger of the two, for weights may sum to less than 1."""
+    return torch.where(count == 0, torch.ones_like(count), count)

@@ -145,8 +145,8 @@ def _parts(total: torch.Tensor, induced: torch.Tensor, transferable: torch.Tenso
         total_norm,
         induced_norm,
         transferable_norm,
-        _ratio((total * induced).sum(-1), total_norm * induced_norm),
-        _ratio((total * transferable).sum(-1), total_norm * transferable_norm),
+        _ratio((total * induced).sum(-1), total_norm * induced_norm).clamp(-1.0, 1.0),
+        _ratio((total * transferable).sum(-1), total_norm * transferable_norm).clamp(-1.0, 1.0),
         _ratio(induced_norm, total_norm),
     )
 

@@ -14,18 +14,26 @@ from popsd.engine.precision import exact_matmuls
 from popsd.engine.problem import Problem
 from popsd.engine.results import Results
 from popsd.engine.sources import ProjectedStreams, Source
+from popsd.engine.torch_backend.scratch import own_buffers
+from popsd.engine.torch_backend.supports import disjoint_heads, disjoint_rows, mark_disjoint
 from popsd.engine.workspace import plan_rows, slices
 
 
 def compute(problem: Problem, source: Source) -> torch.Tensor:
     """Results [R, N], see `result_names`; gradients of Σ weights·divergence, where ``source`` wants them, end up in it."""
     results, wanted = Results(problem), problem.options.decompose
-    with exact_matmuls(problem.tensors.student.device):
+    with exact_matmuls(problem.tensors.student.device), own_buffers():
         if problem.options.strategy == Strategy.STREAMING:
             assert isinstance(source, ProjectedStreams)
             results.losses[:] = torch.stack(stream(problem, source))
         else:
             _run(problem, source, results)
+        source.finish()
+        if problem.is_disjoint_by_heads:
+            assert isinstance(source, ProjectedStreams)
+            disjoint = disjoint_heads(source.student_bias, source.frozen_bias, problem.options.beta)
+            gradients = (source.dhidden, source.dweight, source.dbias)
+            mark_disjoint(results.losses, disjoint, problem.row_options, gradients)
         if wanted == Method.GRAM:
             results.write_decomposition(by_gram(problem))
         elif results.moments is not None:
@@ -52,5 +60,11 @@ def _run(problem: Problem, source: Source, results: Results) -> None:
                     results.purification[:, place] = purification_rows(problem, rows)
                 rows = with_target(problem, source, backend, rows)
                 wanted = None if gradient is None else gradient[block]
+                # before a gradient takes the place of a stream
+                disjoint = disjoint_rows(rows, problem.row_options) if problem.is_disjoint_by_rows else None
                 results.losses[:, place] = torch.stack(backend.sweeps(rows, problem.row_options, gradient=wanted))
+                if disjoint is not None:
+                    if rows.row_scale is not None:  # whatever a masked row holds
+                        disjoint &= rows.row_scale != 0
+                    mark_disjoint(results.losses[:, place], disjoint, problem.row_options, (wanted,))
         source.accumulate(buffer.start, buffer.stop)

@@ -1,9 +1,10 @@
 """The operator `popsd::divergence` and its autograd formula. No mathematics: it decides when a gradient is formed and
 scales it by what comes from above. An operator, not a bare autograd.Function, so that torch.compile keeps the caller whole.
 
-With a frozen head the gradient of each token is formed in forward, whatever comes from above: backward only scales rows.
-With a trainable head dW sums over tokens, so their upstream weights must be known: a scalar loss forms it in forward, a
-per-token loss recomputes in backward. Given logits get their gradient in backward, where it is written once, scaled.
+With a frozen head the gradient of each token is formed in forward, whatever comes from above: backward only scales rows, by
+upstream and weight together, in float32 and with one rounding. With a trainable head dW sums over tokens, so their upstream
+weights must be known: a scalar loss forms it in forward, a per-token loss recomputes in backward. Given logits get their
+gradient in backward, where it is written once, scaled.
 """
 
 from __future__ import annotations
@@ -53,43 +54,84 @@ def _fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
         nothing.clone() if x is None or not options.with_dhead else torch.empty_like(x, dtype=torch.float32)
         for x in (tensors.student_weight, tensors.student_bias)
     ]
-    dhidden = torch.empty_like(student) if options.with_dhidden else nothing.clone()
+    dhidden = torch.empty_like(student, dtype=problem.dhidden_dtype) if options.with_dhidden else nothing.clone()
     rows = student.new_empty((len(result_names(options)), problem.tokens), dtype=torch.float32)
     return (loss, rows, dhidden, *heads)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    """Saves the gradients that exist or else what they are formed from, never both; and the loss, which leads back here."""
     problem = _problem(inputs)
-    ctx.options = problem.options
+    tensors, ctx.options, ctx.tokens = problem.tensors, problem.options, problem.tokens
     ctx.early = ctx.options.with_dhidden or ctx.options.with_dhead
+    ctx.is_gradient_weighted = problem.is_gradient_weighted
+    ctx.dtypes = [None if x is None else x.dtype for x in (getattr(tensors, name) for name in TRAINED)]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*problem.tensors, *output[2:])
+    ctx.save_for_backward(output[0], *((tensors.weights, *output[2:]) if ctx.early else tensors))
 
 
 def _backward(ctx: Any, upstream: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
-    tensors, gradients = Tensors(*ctx.saved_tensors[: len(Tensors._fields)]), ctx.saved_tensors[len(Tensors._fields) :]
-    slots = [Tensors._fields.index(name) for name in TRAINED]
-    wanted = [ctx.needs_input_grad[slot] for slot in slots]
-    if ctx.early:
-        rows = upstream if upstream.ndim == 0 else upstream[:, None]
-        gradients = [_scaled(x, factor) for x, factor in zip(gradients, (rows, upstream, upstream), strict=True)]
-    else:
-        scale = upstream.float().expand(tensors.student.shape[0]).contiguous()
-        if tensors.weights is not None:
-            scale = torch.where(tensors.weights == 0, 0.0, tensors.weights * scale)
-        options = ctx.options._replace(with_dhidden=wanted[0], with_dhead=wanted[1] or wanted[2], total=True)
-        options = options._replace(decompose=None, purification=False)
-        gradients = torch.ops.popsd.divergence(*tensors._replace(weights=scale), *options)[2:]
+    loss, *saved = ctx.saved_tensors  # read once: under checkpointing and offloading each reading unpacks all of them
+    wanted = [ctx.needs_input_grad[Tensors._fields.index(name)] for name in TRAINED]
+    with torch.no_grad():
+        gradients = _scaled_gradients(ctx, saved, wanted, upstream)
+    if torch.is_grad_enabled():
+        gradients = _Once.apply(loss, upstream, *gradients)
     result: list[torch.Tensor | None] = [None] * len(ctx.needs_input_grad)
-    for slot, want, gradient in zip(slots, wanted, gradients, strict=True):
-        owner = tensors[slot]
-        result[slot] = gradient.to(owner.dtype) if want and owner is not None else None
+    for name, gradient in zip(TRAINED, gradients, strict=True):
+        result[Tensors._fields.index(name)] = gradient
     return tuple(result)
 
 
-def _scaled(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """tensor · factor computed in float32 and rounded once to the tensor's dtype."""
-    return torch.mul(tensor, factor.float(), out=torch.empty_like(tensor)) if tensor.numel() else tensor
+def _scaled_gradients(
+    ctx: Any, saved: list[torch.Tensor], wanted: list[bool], upstream: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """d (upstream · loss) / d the tensors of `TRAINED`, in their dtypes; None where unwanted."""
+    weights = saved[0] if ctx.early else Tensors(*saved).weights
+    per_token = upstream.float().expand(ctx.tokens)
+    if weights is not None:  # 0 · NaN is NaN, and what comes from above to a masked token may be anything
+        per_token = torch.where(weights == 0, 0.0, weights * per_token)
+    if ctx.early:
+        factor, is_weighted = upstream.float(), ctx.is_gradient_weighted
+        gradients = saved[1:]
+    else:
+        options = ctx.options._replace(with_dhidden=wanted[0], with_dhead=wanted[1] or wanted[2], total=True)
+        options = options._replace(decompose=None, purification=False)
+        problem = Problem(Tensors(*saved)._replace(weights=per_token.contiguous()), options)
+        factor, is_weighted = None, problem.is_gradient_weighted
+        gradients = list(torch.ops.popsd.divergence(*problem.tensors, *options)[2:])
+    factors = [factor if is_weighted else per_token[:, None], factor, factor]
+    return [
+        _scaled(gradient, factor, dtype) if want and dtype is not None else None
+        for want, gradient, factor, dtype in zip(wanted, gradients, factors, ctx.dtypes, strict=True)
+    ]
+
+
+def _scaled(tensor: torch.Tensor, factor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """tensor · factor computed in float32 and rounded once to ``dtype``."""
+    if factor is None or not tensor.numel():
+        return tensor.to(dtype)
+    return torch.mul(tensor, factor, out=torch.empty_like(tensor, dtype=dtype))
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which say so where somebody differentiates them again (``create_graph=True``).
+
+    Without it they would have no history: a gradient penalty, say, would train on nothing without a word.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: torch.Tensor, upstream: torch.Tensor, *gradients: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        return tuple(None if x is None else x.view_as(x) for x in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "popsd: expected a loss that is differentiated once; got a second derivative (a gradient that came from "
+            "create_graph=True). Detach that gradient, or compute the penalty with popsd.oracle on a few tokens."
+        )
 
 
 def _problem(arguments: tuple[Any, ...]) -> Problem:

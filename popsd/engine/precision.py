@@ -75,7 +75,8 @@ def _fp32_precision(matmul: Any, family: Any) -> _Switch:
 
 _SWITCHES = _switches()
 _REDUCED = ("high", "medium", "tf32", "bf16")
-_lock = threading.Lock()
+_lock = threading.RLock()
+"""Reentrant: a signal handler that computes a loss runs in the thread that may be holding it."""
 _inside = 0
 _found: dict[_Switch, str] = {}
 """What was reduced when somebody came in."""
@@ -98,7 +99,7 @@ def _leave() -> None:
     with _lock:
         _inside -= 1
         if _inside == 0:
-            for switch, value in _found.items():
+            for switch, value in list(_found.items()):  # a handler that comes in between has restored and cleared them
                 if switch.read() == switch.full:
                     switch.write(value)
             _found.clear()

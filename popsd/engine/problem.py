@@ -169,6 +169,43 @@ class Problem:
         return options.strategy == Strategy.CHUNKED.value and self.student_dtype == torch.float32
 
     @property
+    def is_gradient_weighted(self) -> bool:
+        """Whether ``weights`` are in the gradients as they are formed: in sums over tokens, and in those of given logits.
+
+        Of a frozen head's hidden states they are not. They come with the upstream gradient: a weight of 1/1024 put in here
+        and a loss scale of 65536 put in there would leave float16 nothing between them.
+        """
+        return self.options.with_dhead or self.tensors.student_weight is None
+
+    @property
+    def is_disjoint_by_rows(self) -> bool:
+        """Whether some tokens' KL may be infinite: of given logits, and of a registered target. A JSD and one with capped
+        entries never are."""
+        one_sided = self.options.beta in (0.0, 1.0) and self.options.entry_clip is None
+        return one_sided and (self.tensors.student_weight is None or self.options.target is not None)
+
+    @property
+    def is_disjoint_by_heads(self) -> bool:
+        """Whether every token's KL may be infinite: two heads whose biases of -inf differ."""
+        options, tensors = self.options, self.tensors
+        if tensors.frozen_weight is None or (tensors.student_bias is None and tensors.frozen_bias is None):
+            return False
+        one_sided = options.beta in (0.0, 1.0) and options.entry_clip is None and options.target is None
+        return one_sided and options.student_softcap is None and options.frozen_softcap is None
+
+    @property
+    def gradient_weights(self) -> torch.Tensor | None:
+        """[N], by what the logits' gradients are multiplied as they are formed."""
+        return self.tensors.weights if self.is_gradient_weighted else None
+
+    @property
+    def dhidden_dtype(self) -> torch.dtype:
+        """In which d loss / d hidden waits for the upstream gradient. float16 has no digits left below 6e-5, where a gradient
+        is before a loss scale of 65536 reaches it."""
+        dtype = self.tensors.student.dtype
+        return torch.float32 if dtype == torch.float16 and self.tensors.student_weight is not None else dtype
+
+    @property
     def frozen_weight(self) -> torch.Tensor | None:
         """The head's weight of base, teacher and reference."""
         return self.tensors.student_weight if self.tensors.frozen_weight is None else self.tensors.frozen_weight
@@ -238,12 +275,14 @@ def problem_of(
     """
     own, frozen = heads or (None, None)
     separate = None if frozen is own else frozen
+    # the others never receive gradient: a loss of which they alone require one must not say that it requires one
+    frozen_streams = (None if x is None else x.detach() for x in streams[1:])
     tensors = Tensors(
-        *flat_streams(streams),
+        *flat_streams(HiddenStates(streams.student, *frozen_streams)),  # type: ignore[arg-type]
         student_weight=None if own is None else own.weight,
         student_bias=None if own is None else own.bias,
-        frozen_weight=None if separate is None else separate.weight,
-        frozen_bias=None if separate is None else separate.bias,
+        frozen_weight=None if separate is None else separate.weight.detach(),
+        frozen_bias=None if separate is None or separate.bias is None else separate.bias.detach(),
         weights=weights,
         token_ids=token_ids,
         gram=gram,

@@ -23,7 +23,10 @@ from popsd_kernels.rows import LOGIT_FLOOR, Rows
 
 
 class ProjectedStreams:
-    """Hidden states and heads. After the loop: dhidden [N, D] in the student's dtype, dweight [V, D] and dbias [V] float32."""
+    """Hidden states and heads. After `finish`: dhidden [N, D] in `Problem.dhidden_dtype`, dweight [V, D] and dbias [V] float32.
+
+    row_scale: [N], what the sweeps multiply the logits' gradients by; or None.
+    """
 
     def __init__(self, problem: Problem) -> None:
         tensors, options, vocab = problem.tensors, problem.options, problem.vocab_size
@@ -41,7 +44,12 @@ class ProjectedStreams:
         if problem.is_purified and not problem.needs_separate_logits and not problem.is_target_linear:
             self.mean_row = mean_row(self.frozen_weight, problem.frozen_bias, vocab)
         self.with_gradient = options.with_dhidden or options.with_dhead
-        self.dhidden = torch.empty_like(student) if options.with_dhidden else None
+        self.row_scale, self.peak = problem.gradient_weights, None
+        if self.row_scale is not None and self.student_weight.dtype == torch.float16 and problem.tokens:
+            # a gradient of 1e-6 has no room for a weight of 1/4096 as well, nor one of 1 for a loss scale of 65536
+            self.peak = self.row_scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+            self.row_scale = self.row_scale / self.peak
+        self.dhidden = torch.empty_like(student, dtype=problem.dhidden_dtype) if options.with_dhidden else None
         self.dweight = self.dbias = None
         if options.with_dhead:
             self.dweight = torch.zeros_like(own, dtype=torch.float32)
@@ -122,7 +130,9 @@ class ProjectedStreams:
         if low is not None:
             project(low, self.frozen_weight, self.logits[2 * n : 3 * n], accumulate=True)
         own, first, *others = (self.logits[k * n : (k + 1) * n, : self.vocab] for k in range(self.streams))
-        chunk = _rows_of(problem, tokens, own)._replace(student_bias=self.student_bias, frozen_bias=self.frozen_bias)
+        chunk = _rows_of(problem, tokens, own, self.row_scale)._replace(
+            student_bias=self.student_bias, frozen_bias=self.frozen_bias
+        )
         if not others:
             return chunk._replace(target=first)
         if problem.needs_separate_logits:
@@ -155,14 +165,21 @@ class ProjectedStreams:
         if self.dbias is not None:
             self.dbias[: self.vocab] += gradient.sum(dim=0, dtype=torch.float32)
 
+    def finish(self) -> None:
+        """After the last buffer."""
+        for x in (self.dhidden, self.dweight, self.dbias):
+            if x is not None and self.peak is not None:
+                x.mul_(self.peak)
+
     def _times_head(self, gradient: torch.Tensor) -> torch.Tensor:
-        """gradient [n, V] · W, accumulated in float32 where the vocabulary is taken in two pieces."""
+        """gradient [n, V] · W, in float32 where the vocabulary is taken in two pieces or the result is kept in float32."""
         inner, weight = self.columns.inner, self.student_weight
-        if inner == self.vocab:
+        if inner == self.vocab and gradient.dtype in (torch.float32, self.problem.dhidden_dtype):
             return gradient @ weight[:inner]
         out = torch.empty(gradient.shape[0], weight.shape[1], dtype=torch.float32, device=gradient.device)
         project(gradient[:, :inner], weight[:inner].t(), out)
-        project(gradient[:, inner:], weight[inner : self.vocab].t(), out, accumulate=True)
+        if inner < self.vocab:
+            project(gradient[:, inner:], weight[inner : self.vocab].t(), out, accumulate=True)
         return out
 
     def _rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
@@ -204,7 +221,7 @@ class GivenLogits:
             None if x is None else x.detach()[tokens, : self.vocab] for x in self.problem.tensors[:4]
         )
         assert student is not None
-        chunk = _rows_of(self.problem, tokens, student)
+        chunk = _rows_of(self.problem, tokens, student, self.problem.gradient_weights)
         if self.difference is None:
             return chunk._replace(target=teacher)
         return chunk._replace(base=base, teacher=teacher, reference=reference)
@@ -220,6 +237,9 @@ class GivenLogits:
     def accumulate(self, first: int, last: int) -> None:
         return
 
+    def finish(self) -> None:
+        return
+
 
 Source = ProjectedStreams | GivenLogits
 
@@ -228,12 +248,12 @@ def source_of(problem: Problem) -> Source:
     return GivenLogits(problem) if problem.tensors.student_weight is None else ProjectedStreams(problem)
 
 
-def _rows_of(problem: Problem, tokens: slice, student: torch.Tensor) -> Rows:
-    ids, weights = problem.tensors.token_ids, problem.tensors.weights
+def _rows_of(problem: Problem, tokens: slice, student: torch.Tensor, row_scale: torch.Tensor | None) -> Rows:
+    ids = problem.tensors.token_ids
     return Rows(
         student,
         token_ids=None if ids is None else ids[tokens],
-        row_scale=None if weights is None else weights[tokens],
+        row_scale=None if row_scale is None else row_scale[tokens],
     )
 
 

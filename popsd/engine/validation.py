@@ -9,10 +9,12 @@ from importlib.util import find_spec
 from typing import Literal, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy, TargetConfig
 from popsd.engine.chunks.registry import known_targets
 from popsd.engine.problem import Problem
+from popsd.engine.tokens.checks import check_dense, may_look
 from popsd.head import Head
 from popsd.outputs import HiddenStates
 
@@ -51,6 +53,8 @@ def two_distributions_config(config: DivergenceConfig | None) -> DivergenceConfi
 
 
 def check_purification(wanted: bool, config: DivergenceConfig) -> None:
+    if not isinstance(wanted, bool):
+        raise TypeError(f"telemetry: expected True or False; got {wanted!r}.")
     if wanted and isinstance(config, TargetConfig):
         raise ValueError(f"telemetry: expected False with the registered target {config.target!r}; got True.")
 
@@ -76,11 +80,15 @@ LOGITS = tuple(f"{name}_logits" for name in HiddenStates._fields)
 """What errors call four streams."""
 
 
-def check_hidden(hidden: HiddenStates) -> None:
-    """The four streams, all present."""
+def checked_hidden_type(hidden: HiddenStates) -> HiddenStates:
     if not isinstance(hidden, HiddenStates):
         raise TypeError(f"hidden: expected a popsd.HiddenStates; got {type(hidden).__name__}.")
-    missing = [name for name, x in zip(HIDDEN, hidden, strict=True) if x is None]
+    return hidden
+
+
+def check_hidden(hidden: HiddenStates) -> None:
+    """The four streams, all present."""
+    missing = [name for name, x in zip(HIDDEN, checked_hidden_type(hidden), strict=True) if x is None]
     if missing:
         raise ValueError(
             f"{missing[0]}: expected a tensor; got None. The purified target needs all four streams; "
@@ -98,6 +106,7 @@ def check_streams(streams: Streams) -> torch.Size:
     for name, x in streams.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor; got {type(x).__name__}.")
+        check_dense(name, x)
         if not x.is_floating_point() or x.dtype == torch.float64:
             raise TypeError(
                 f"{name}: expected float32, bfloat16 or float16; got {x.dtype}. Convert it; popsd.oracle computes in float64."
@@ -116,6 +125,19 @@ def check_streams(streams: Streams) -> torch.Size:
                 f"{name}: expected device {tensor.device} like {first}; got {x.device}. Move it with .to()."
             )
     return tensor.shape[:-1]
+
+
+def check_transforms(streams: Streams, heads: tuple[Head, Head] | None) -> None:
+    """No tensor of torch.func or of forward-mode differentiation, whose derivatives the operator would drop."""
+    if torch.compiler.is_compiling():
+        return
+    tensors = [*streams.values(), *(x for head in heads or () for x in (head.weight, head.bias) if x is not None)]
+    for x in tensors:
+        if torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                "popsd: expected plain tensors, since a loss has a reverse-mode derivative alone; got one inside a torch.func "
+                "transform or a dual number. Use loss.backward() or torch.autograd.grad, and a loop for torch.func.vmap."
+            )
 
 
 def check_vocabulary(streams: Streams, heads: tuple[Head, Head] | None, config: DivergenceConfig) -> int:
@@ -140,10 +162,7 @@ def _check_heads(streams: Streams, heads: tuple[Head, Head], config: DivergenceC
     for i, (name, x) in enumerate(streams.items()):
         head = heads[min(i, 1)]
         label = ("student_head", "frozen_head")[min(i, 1)]
-        if not isinstance(head, Head):
-            raise TypeError(
-                f"{label}: expected a popsd.Head; got {type(head).__name__}. Wrap the lm_head's weight in one."
-            )
+        check_head(label, head)
         width = head.weight.shape[1]
         if x.shape[-1] != width:
             raise ValueError(
@@ -163,34 +182,9 @@ def _check_heads(streams: Streams, heads: tuple[Head, Head], config: DivergenceC
     return min(sizes)
 
 
-def checked_weights(weights: torch.Tensor | None, shape: Sequence[int], device: torch.device) -> torch.Tensor | None:
-    """Flat float32 weights."""
-    if weights is None:
-        return None
-    _check_token_tensor("weights", weights, shape, device)
-    if weights.requires_grad:
-        raise ValueError("weights: expected a tensor without gradient; got requires_grad=True. Detach it.")
-    flat = weights.reshape(-1).float()
-    if may_look(flat) and not torch.isfinite(flat).all():
-        raise ValueError("weights: expected finite numbers; got NaN or inf. Mask tokens out with 0.")
-    return flat
-
-
-def checked_token_ids(
-    token_ids: torch.Tensor | None, shape: Sequence[int], device: torch.device, vocab_size: int
-) -> torch.Tensor | None:
-    """Flat int64 token ids, -1 for none."""
-    if token_ids is None:
-        return None
-    _check_token_tensor("token_ids", token_ids, shape, device)
-    if token_ids.dtype != torch.int64:
-        raise TypeError(f"token_ids: expected int64; got {token_ids.dtype}. Convert it with .long().")
-    flat = token_ids.reshape(-1)
-    if may_look(flat) and flat.numel() and not -1 <= int(flat.min()) <= int(flat.max()) < vocab_size:
-        raise ValueError(
-            f"token_ids: expected entries in [0, {vocab_size}) or -1 for none; got {int(flat.min())} … {int(flat.max())}."
-        )
-    return flat
+def check_head(label: str, head: Head) -> None:
+    if not isinstance(head, Head):
+        raise TypeError(f"{label}: expected a popsd.Head; got {type(head).__name__}. Wrap the lm_head's weight in one.")
 
 
 def checked_reduction(reduction: str) -> Literal["none", "sum"]:
@@ -291,67 +285,24 @@ def method_for_masks(method: Method | None, masks: MaskConfig | None, heads: tup
     return method
 
 
-def checked_masks(
-    masks: MaskConfig | None, *, purified: bool, token_ids: torch.Tensor | None, positions: torch.Tensor | None
-) -> MaskConfig | None:
-    """Token masks whose every rule has what it reads."""
-    if masks is None:
-        return None
-    if not isinstance(masks, MaskConfig):
-        raise TypeError(f"masks: expected a popsd.MaskConfig or None; got {type(masks).__name__}.")
-    if masks.reads_decomposition and not purified:
-        raise ValueError(
-            "masks: max_reference_fraction and min_cos_transferable need the streams of a purified loss; got two "
-            "distributions. Use the entropy rules, or compute the weights with popsd.decompose and popsd.token_weights."
-        )
-    if masks.protect_ids and token_ids is None:
-        raise ValueError("masks: protect_ids expected token_ids, the sampled tokens; got None. Pass token_ids.")
-    if masks.skip_first and positions is None:
-        raise ValueError(
-            "masks: skip_first expected completions of shape [B, T], or positions; got flat tokens, which do not tell "
-            "where a completion begins. Pass positions, the place of each token in its completion."
-        )
-    return masks
-
-
-def checked_positions(
-    positions: torch.Tensor | None, shape: Sequence[int], device: torch.device
-) -> torch.Tensor | None:
-    """Flat int64 places in the completion; of [B, T] by default the column, of flat tokens unknown."""
-    if positions is None:
-        if len(shape) != 2:
-            return None
-        return torch.arange(shape[1], device=device).expand(shape[0], -1).reshape(-1)
-    _check_token_tensor("positions", positions, shape, device)
-    if positions.dtype != torch.int64:
-        raise TypeError(f"positions: expected int64; got {positions.dtype}. Convert it with .long().")
-    return positions.reshape(-1)
-
-
-def checked_log_normalisers(
-    normalisers: Sequence[torch.Tensor] | None, shape: Sequence[int], device: torch.device
-) -> list[torch.Tensor] | None:
-    """Flat float32 log-normalisers of student, teacher and reference."""
-    if normalisers is None:
-        return None
-    if len(normalisers) != 3:
-        raise ValueError(
-            f"log_normalisers: expected three tensors, of student, teacher and reference; got {len(normalisers)}."
-        )
-    for x in normalisers:
-        _check_token_tensor("log_normalisers", x, shape, device)
-    return [x.detach().reshape(-1).float() for x in normalisers]
-
-
 def check_workspace(workspace_mib: float | None) -> None:
+    if workspace_mib is not None and not isinstance(workspace_mib, int | float):
+        raise TypeError(f"workspace_mib: expected a number of MiB or None; got {type(workspace_mib).__name__}.")
     if workspace_mib is not None and not 0 < workspace_mib < float("inf"):
         raise ValueError(f"workspace_mib: expected a positive number of MiB or None; got {workspace_mib}.")
 
 
 def check_finite(
-    streams: Streams, weights: torch.Tensor | None, config: DivergenceConfig, *, minus_infinity: bool = False
+    streams: Streams,
+    weights: torch.Tensor | None,
+    config: DivergenceConfig,
+    *,
+    heads: tuple[Head, Head] | None,
+    vocab_size: int,
 ) -> None:
-    """No NaN and no inf in tokens that count. ``minus_infinity``: -inf is an impossible token, not an error."""
+    """No NaN and no inf in tokens that count, nor in the rows of the heads in use. -inf is an impossible token in given logits
+    and in a bias, not an error. Weights are looked at where that is asked for by name: it reads all of them.
+    """
     if not (may_look(next(iter(streams.values()))) if config.check_finite is None else config.check_finite):
         return
     for name, x in streams.items():
@@ -359,7 +310,7 @@ def check_finite(
         if torch.isfinite(x.detach().sum(dtype=torch.float32)):
             continue
         bad = ~torch.isfinite(x.detach())
-        if minus_infinity:
+        if heads is None:
             bad &= ~torch.isneginf(x.detach())
         rows = bad.flatten(0, -2).any(dim=1)
         if weights is not None:
@@ -371,11 +322,21 @@ def check_finite(
                 f"{name}: expected finite values; got NaN or inf first in {where} ({int(rows.sum())} rows in all). "
                 "Mask padding with weights = 0, or look for overflow in that forward pass."
             )
-
-
-def may_look(tensor: torch.Tensor) -> bool:
-    """Whether values can be looked at for free: a GPU would have to be waited for, a compiler's trace has none."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    for label, head in zip(("student_head", "frozen_head"), heads or (), strict=False):
+        bias = None if head.bias is None else head.bias.detach()[:vocab_size]
+        if bias is not None and not (bias < float("inf")).all():
+            raise ValueError(
+                f"{label}.bias: expected finite values, or -inf for impossible tokens; got NaN or inf first in row "
+                f"{int((~(bias < float('inf'))).nonzero()[0])}. Look for the step after which it is not finite."
+            )
+        weight = head.weight.detach()[:vocab_size]
+        if config.check_finite and not torch.isfinite(weight.sum(dtype=torch.float32)):
+            bad = ~torch.isfinite(weight).all(dim=1)
+            if bad.any():  # the sum alone may have overflowed
+                raise ValueError(
+                    f"{label}.weight: expected finite values; got NaN or inf first in row {int(bad.nonzero()[0])} "
+                    f"({int(bad.sum())} rows in all). Set config.vocab_size if these are padding."
+                )
 
 
 def _member(argument: str, value: str, members: Mapping[str, E]) -> E:
@@ -389,12 +350,3 @@ def _member(argument: str, value: str, members: Mapping[str, E]) -> E:
     if member is None:
         raise ValueError(f"{argument}: expected one of {list(members)}; got {value!r}.")
     return member
-
-
-def _check_token_tensor(name: str, tensor: torch.Tensor, shape: Sequence[int], device: torch.device) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor of shape {list(shape)}; got {type(tensor).__name__}.")
-    if tensor.shape != torch.Size(shape):
-        raise ValueError(f"{name}: expected shape {list(shape)}, one entry per token; got {list(tensor.shape)}.")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device}; got {tensor.device}. Move it with .to().")

@@ -86,3 +86,75 @@ def test_nothing_to_learn_from_is_a_finite_zero_with_a_graph():
     loss.backward()
     assert loss == 0 and metrics["tokens"] == 0 and (leaf.grad == 0).all()
     assert all(torch.isfinite(x) for x in metrics.values())
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_weights_that_sum_to_less_than_one_are_weights_all_the_same(reduction):
+    hidden, loss_fn = batch(), PurifiedOPSDLoss(reduction=reduction)
+    expected, metrics = loss_fn(hidden, HEAD, mask=MASK)
+    for factor in (0.01, 1e-12, 3.0):
+        loss, other = loss_fn(hidden, HEAD, mask=MASK * factor)
+        assert relative_l2(loss, expected) < 1e-6
+        assert all(torch.equal(other[name], metrics[name]) for name in metrics)
+
+
+@pytest.mark.parametrize("items", [0.25, 20, 1e-3])
+def test_the_divisor_is_what_was_given_as_a_number_or_a_tensor(items):
+    hidden, loss_fn = batch(), PurifiedOPSDLoss()
+    total = popsd.linear_purified_jsd(hidden, HEAD).loss[MASK].sum()
+    for num_items in (items, torch.tensor(items), torch.tensor([items], dtype=torch.float64)):
+        loss, _ = loss_fn(hidden, HEAD, mask=MASK, num_items=num_items)
+        assert loss.ndim == 0 and relative_l2(loss, total / items) < 1e-6
+    nothing, _ = loss_fn(hidden, HEAD, mask=MASK & False, num_items=torch.tensor(0))
+    assert nothing == 0
+
+
+def test_a_mask_is_compiled_whole():
+    """A graph has one shape: what is dropped in eager mode gets weight 0 there, also where it holds NaN."""
+    dirty = HiddenStates(*(x.masked_fill(~MASK[..., None], torch.nan) for x in batch()))
+    modules = {
+        "tokens": PurifiedOPSDLoss(impl="torch"),
+        "sequences": PurifiedOPSDLoss(reduction="sequence_mean", masks=popsd.MaskConfig(top_student_entropy=0.5)),
+        "teacher": PurifiedOPSDLoss(loss_target="opsd", masks=popsd.MaskConfig(skip_first=1)),
+    }
+    for name, loss_fn in modules.items():
+
+        def step(student, mask, loss_fn=loss_fn, name=name):
+            return loss_fn(dirty._replace(student=student), HEAD, mask=mask, decompose=name == "teacher")
+
+        results = []
+        for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+            leaf = dirty.student.clone().requires_grad_()
+            loss, metrics = call(leaf, MASK)
+            loss.backward()
+            results.append([loss, leaf.grad, *metrics.values()])
+        for eager, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-9)
+
+
+def test_a_token_on_which_student_and_teacher_agree_does_not_decide_the_mean_fraction():
+    hidden = batch()
+    student = hidden.student.clone()
+    student[0, 3] = hidden.teacher[0, 3]  # ‖Δ_total‖ is 0 there but for rounding
+    student[0, 3, 0] += 1e-6
+    hidden = hidden._replace(student=student)
+    parts = popsd.decompose(hidden, HEAD)
+    assert parts.weighted_reference_fraction.max() > 1e3
+    _, metrics = PurifiedOPSDLoss()(hidden, HEAD, decompose=True)
+    for name in ("reference_fraction", "centred_reference_fraction", "weighted_reference_fraction"):
+        of_the_others = getattr(parts, name).flatten()[torch.arange(B * T) != 3]
+        assert of_the_others.max() < 10.0
+        expected = (of_the_others.sum() + 10.0) / (B * T)
+        assert relative_l2(metrics[f"decomposition/{name}"], expected) < 1e-5
+
+
+def test_cosines_stay_within_one():
+    """Of parallel differences, rounded, they were 1.0000002."""
+    hidden = make_hidden(200, D, 0.4)
+    parallel = hidden._replace(reference=2.0 * hidden.teacher - hidden.student)
+    for parts in (popsd.decompose(parallel, HEAD), popsd.decompose(parallel, HEAD, method="gram")):
+        for name, value in parts._asdict().items():
+            assert value is None or "cos" not in name or value.abs().max() <= 1.0
+    logits = [popsd.oracle.head_logits(x, HEAD) for x in parallel]
+    parts = popsd.oracle.decompose(logits[0], logits[2], logits[3], PurifiedConfig())
+    assert max(x.abs().max() for name, x in parts._asdict().items() if "cos" in name) <= 1.0

@@ -111,8 +111,8 @@ def _fields(
         total,
         induced,
         transferable,
-        _ratio(with_reference, total * induced),
-        _ratio(with_transferable, total * transferable),
+        _ratio(with_reference, total * induced).clamp(-1.0, 1.0),  # rounding: 1.0000002 of parallel ones
+        _ratio(with_transferable, total * transferable).clamp(-1.0, 1.0),
         _ratio(induced, total),
     ]
 

@@ -22,7 +22,7 @@ def stream(problem: Problem, source: ProjectedStreams) -> RowLoss:
         student_bias=source.student_bias,
         frozen_bias=source.frozen_bias,
         token_ids=problem.tensors.token_ids,
-        row_scale=problem.tensors.weights,
+        row_scale=source.row_scale,
     )
     frozen_weight = None if source.frozen_weight is source.student_weight else source.frozen_weight[:vocab]
     gradients = Gradients(

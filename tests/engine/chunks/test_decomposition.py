@@ -236,3 +236,23 @@ def test_identical_policies_decompose_into_zeros_not_nan(seed):
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
     parts = popsd.decompose(HiddenStates(x, x, x, x), make_head(31, 8))
     assert all((field == 0).all() for field in parts)
+
+
+def test_the_quadratic_form_near_the_null_space_is_off_by_what_is_documented():
+    """A difference that the head nearly ignores: relative to itself its norm has few digits, and "logits" has them all."""
+    hidden, head = make_hidden(50, 24, 0.4), make_head(97, 24)
+    centred = (head.weight - head.weight.mean(0)).double()
+    values, directions = torch.linalg.eigh(centred.T @ centred)
+    weak = centred - (centred @ directions[:, :4]) @ directions[:, :4].T * (
+        1 - 1e-4
+    )  # four directions 1e4 times weaker
+    head = Head(weak.float())
+    step = torch.randn(50, 4, dtype=torch.float64) @ directions[:, :4].T
+    hidden = hidden._replace(teacher=hidden.student + step.float())
+    exact, logits = (f(hidden, head) for f in (lambda h, w: truth_of(h, w, PurifiedConfig()), popsd.decompose))
+    gram = popsd.decompose(hidden, head, method="gram")
+    bound = 1e-6 * float(values[-1]) * step.norm(dim=-1) ** 2
+    error = (gram.centred_total_norm.double() ** 2 - exact.centred_total_norm**2).abs()
+    assert (error <= bound).all()
+    assert relative_l2(gram.centred_total_norm, exact.centred_total_norm) > 1e-3, "as badly conditioned as it should be"
+    assert relative_l2(logits.centred_total_norm, exact.centred_total_norm) < 3e-3

@@ -4,7 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import popsd
+from popsd.testing import make_head, make_hidden
+
+HIDDEN, OTHER, HEAD = make_hidden(9, 16, 0.4), make_hidden(7, 16, 0.4, seed=3), make_head(101, 16)
 CALLS = """
 import contextlib, sys, torch, popsd
 from popsd import DivergenceConfig, HiddenStates, PurifiedConfig
@@ -76,6 +81,63 @@ assert all(x.dtype == torch.float32 for x in found), [x.dtype for x in found]
 assert all(torch.equal(a, b) for a, b in zip(found, after, strict=True))
 assert all(torch.equal(a, b) for a, b in zip(after, results(), strict=True))
 import popsd.engine.torch_backend.scratch as scratch
-del scratch._pool.buffers
+scratch._pool.free = None
 assert all(torch.equal(a, b) for a, b in zip(after, results(), strict=True))
 """)
+
+
+def interrupted(at):
+    """Results and gradient of a loss during whose ``at``-th line of the torch backend another one is computed."""
+    x, lines = HIDDEN.student.clone().requires_grad_(), 0
+
+    def other():
+        popsd.linear_purified_jsd(OTHER, HEAD, decompose=True)
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if "popsd/engine" not in frame.f_code.co_filename:
+            return None
+        lines += event == "line"
+        if event == "line" and lines == at:
+            sys.settrace(None)
+            frame.f_trace = None
+            other()
+        return trace
+
+    sys.settrace(trace)
+    try:
+        output = popsd.linear_purified_jsd(HIDDEN._replace(student=x), HEAD, decompose=True)
+    finally:
+        sys.settrace(None)
+    output.loss.sum().backward()
+    return lines, [output.loss.detach(), x.grad, *output.decomposition]
+
+
+def test_a_loss_that_interrupts_another_leaves_it_alone():
+    """As a signal handler does, between any two lines; 30 of them are tried."""
+    total, expected = interrupted(-1)
+    assert total > 300
+    for at in range(1, total, total // 30):
+        _, found = interrupted(at)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), at
+
+
+def test_a_target_may_compute_a_loss():
+    def mixed(base, teacher, reference):
+        popsd.jsd(reference, teacher)
+        return 0.5 * (base + teacher)
+
+    popsd.register_target("computes a loss", mixed)
+    popsd.register_target("computes none", lambda base, teacher, _: 0.5 * (base + teacher))
+    logits = [x @ HEAD.weight.T for x in HIDDEN]
+    calls = (popsd.purified_jsd(*logits, config=popsd.TargetConfig(target=f"computes {x}")) for x in ("a loss", "none"))
+    first, second = (output.loss for output in calls)
+    assert torch.equal(first, second)
+
+
+def test_a_handler_may_come_while_the_precision_is_switched():
+    """It runs in the thread that holds the lock."""
+    from popsd.engine import precision
+
+    with precision._lock:
+        popsd.jsd(torch.randn(3, 5), torch.randn(3, 5))

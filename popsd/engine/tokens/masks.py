@@ -23,8 +23,19 @@ def token_weights(
     """The product of all rules, float32 in [0, 1] and of the shape of the entropies. See `MaskConfig`.
 
     token_ids: sampled tokens. positions: int64 place of each token in its completion, from 0. weights: tokens of weight 0
-    do not count among those of which a top share is kept. What a rule needs must be given.
+    do not count among those of which a top share is kept. What a rule needs must be given, or a ValueError names it.
     """
+    if not isinstance(config, MaskConfig):
+        raise TypeError(f"config: expected a popsd.MaskConfig; got {type(config).__name__}.")
+    given = {"decomposition": decomposition, "positions": positions, "token_ids": token_ids}
+    needed = {
+        "decomposition": config.reads_decomposition,
+        "positions": config.skip_first,
+        "token_ids": config.protect_ids,
+    }
+    for name, need in needed.items():
+        if need and given[name] is None:
+            raise ValueError(f"{name}: expected, since a rule of the masks reads it; got None.")
     result = torch.ones_like(student_entropy)
     entropies = {"student_entropy": student_entropy, "target_entropy": target_entropy}
     for name, entropy in entropies.items():
