@@ -66,10 +66,10 @@ def register_target(
         contexts: what it reads of base, teacher and reference. ``function`` gets None for the others, and trainers run no
             forward for them. Base and teacher are always among them. But ("teacher",) says that the teacher is the target,
             and needs a ``config``.
-        config: config(*numbers, **fields) returns the configuration that trainers use, and raises for numbers out of range.
-            None: a `TargetConfig`. A `PurifiedConfig` names a structure: the same target is then composed as that one is, with
-            the base as reference where ``contexts`` has none, which costs a matmul less and no pass over logits. It is taken
-            wherever hidden states are given and nothing else reads the streams.
+        config: config(*numbers, **fields) returns a configuration with these fields of `DivergenceConfig`, and raises
+            ValueError for numbers out of range. None: a `TargetConfig`. A `PurifiedConfig` names a structure: the same target
+            is then composed as that one is, with the base as reference where ``contexts`` has none, which costs a matmul less
+            and no pass over logits. It is taken wherever hidden states are given and nothing else reads the streams.
 
     Without a structure a target costs one more matmul than the purified one. On ``function``'s way come three float32 matrices
     of those few tokens and what it makes itself.
