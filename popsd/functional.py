@@ -10,6 +10,7 @@ import torch
 from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy, TargetConfig
 from popsd.engine import validation
 from popsd.engine.backends import resolve_impl
+from popsd.engine.chunks.registry import structured
 from popsd.engine.operator import divergence
 from popsd.engine.problem import problem_of
 from popsd.engine.results import columns_of, decomposition_of, loss_output
@@ -239,6 +240,8 @@ def _divergence(
     masks = checks.checked_masks(masks, purified=streams.base is not None, token_ids=token_ids, positions=positions)
     validation.check_finite(named, weights, config, heads=heads, vocab_size=vocab_size)
     method = validation.method_for_masks(validation.checked_method(decompose, heads), masks, heads)
+    if isinstance(config, TargetConfig) and heads is not None and method is None:
+        streams, config = structured(streams, config)
     problem = problem_of(
         streams,
         heads,

@@ -50,6 +50,12 @@ def arithmetic_mix(base: torch.Tensor, teacher: torch.Tensor, share: float, conf
     return torch.log((1.0 - share) * log_probs(base, config).exp() + share * log_probs(teacher, config).exp())
 
 
+def alpha_mix(base: torch.Tensor, teacher: torch.Tensor, alpha: float, config: DivergenceConfig) -> torch.Tensor:
+    """log(π_0^(1−α)·π_T^α) up to a constant of the token, from raw logits [..., V], α in (0, 1]."""
+    log_base, log_teacher = log_probs(base, config), log_probs(teacher, config)
+    return alpha * log_teacher if alpha == 1.0 else (1.0 - alpha) * log_base + alpha * log_teacher  # 0 · log 0 = 0
+
+
 def centred_difference(teacher: torch.Tensor, reference: torch.Tensor, config: PurifiedConfig) -> torch.Tensor:
     """Δ̄ of raw logits [..., V], Eq. 13 and 14; 0 outside the support."""
     log_teacher, log_reference = log_probs(teacher, config), log_probs(reference, config)

@@ -8,8 +8,11 @@
 | contrastive hints (RLCSD, arXiv 2606.11709) | `contrastive_hints`, the right hint as teacher, the wrong one as reference |
 | any geometric mix, DemoPSD (arXiv 2607.02502) among them | `geometric_mix` with ``popsd.linear_jsd`` |
 | position weights (PW-OPSD, arXiv 2605.21606) | `position_weights` as ``weights=`` |
-| arithmetic mix of base and teacher (as in AD-OPSD, arXiv 2607.10805) | `arithmetic_mix` |
+| arithmetic mix of base and teacher (AD-OPSD, arXiv 2607.10805; RP-OPSD, arXiv 2608.06347) | `arithmetic_mix` |
+| geometric mix of base and teacher with the teacher's share α (β-OPSD at β = 1/α) | `alpha_mix` |
 
+Each of these targets is registered here by name, see `popsd.register_target`: ``purified``, ``opsd``, ``beta_opsd``,
+``contrastive_hints``, ``arithmetic_mix`` and ``alpha_mix`` are what a trainer's ``loss_target`` takes.
 Not here: top-k targets (SDPO, arXiv 2601.20802) need no full vocabulary.
 """
 
@@ -23,7 +26,9 @@ import torch
 
 from popsd.config import DivergenceConfig, PurifiedConfig, TargetConfig
 from popsd.engine.chunks.registry import register_target
+from popsd.engine.torch_backend.targets import logit_difference, purified_shift
 from popsd.head import Head
+from popsd_kernels.rows import RowOptions, Rows
 
 
 def opsd(**changes: Any) -> DivergenceConfig:
@@ -56,19 +61,90 @@ def contrastive_hints(strength: float = 1.0, **changes: Any) -> PurifiedConfig:
 def arithmetic_mix(share: float, **changes: Any) -> TargetConfig:
     """Target (1 − share)·π_0 + share·π_T, share in [0, 1]. changes: fields of `DivergenceConfig` to set otherwise.
 
-    It is no geometric mix, hence no single hidden state, but a target registered with `popsd.register_target`.
+    It is no geometric mix, hence no single hidden state, but takes the logits of base and teacher.
     """
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"share: expected a number in [0, 1]; got {share}.")
     return TargetConfig(target="arithmetic_mix", numbers=(share,), **changes)
 
 
-def _mixed_logits(base: torch.Tensor, teacher: torch.Tensor, reference: torch.Tensor, share: float) -> torch.Tensor:
+def alpha_mix(alpha: float, **changes: Any) -> TargetConfig:
+    """Target ∝ π_0^(1−α)·π_T^α, α = ``alpha`` in (0, 1]. changes: fields of `DivergenceConfig` to set otherwise.
+
+    ``beta_opsd(1 / alpha)`` without its demand on ``reference``, which is not looked at. A token that is impossible to the
+    teacher is impossible, where β-OPSD keeps the base's logit.
+    """
+    _checked_alpha(alpha)
+    return TargetConfig(target="alpha_mix", numbers=(alpha,), **changes)
+
+
+def _checked_alpha(alpha: float) -> float:
+    if not 0.0 < alpha <= 1.0:
+        raise ValueError(f"alpha: expected a number in (0, 1]; got {alpha}.")
+    return alpha
+
+
+Logits = torch.Tensor
+"""[n, V] float32, log-probabilities of a target's arguments, see `popsd.register_target`."""
+
+
+def _purified_logits(
+    base: Logits, teacher: Logits, reference: Logits, pmi_beta: float = 1.0, pmi_clip: float | None = 10.0
+) -> Logits:
+    options, out = RowOptions(pmi_beta=pmi_beta, pmi_clip=pmi_clip), torch.empty_like(base)
+    offset = logit_difference(Rows(base, teacher=teacher, reference=reference), options, center=True, out=out)
+    return base + purified_shift(out, offset, options, out=out)
+
+
+def _contrast_logits(base: Logits, teacher: Logits, reference: Logits, pmi_beta: float = 1.0) -> Logits:
+    return _purified_logits(base, teacher, reference, pmi_beta, None)
+
+
+def _beta_logits(base: Logits, teacher: Logits, reference: None, pmi_beta: float = 1.0) -> Logits:
+    return _purified_logits(base, teacher, base, pmi_beta, None)
+
+
+def _teacher_logits(base: None, teacher: Logits, reference: None) -> Logits:
+    return teacher
+
+
+def _arithmetic_logits(base: Logits, teacher: Logits, reference: None, share: float) -> Logits:
     weights = [math.log(x) if x else -math.inf for x in (1.0 - share, share)]
-    return torch.logaddexp(*(torch.log_softmax(x, dim=1) + w for x, w in zip((base, teacher), weights, strict=True)))
+    return torch.logaddexp(base + weights[0], teacher + weights[1])
 
 
-register_target("arithmetic_mix", _mixed_logits)
+def _alpha_logits(base: Logits, teacher: Logits, reference: None, alpha: float) -> Logits:
+    return torch.lerp(base, teacher, alpha)
+
+
+register_target(
+    "purified",
+    _purified_logits,
+    config=lambda pmi_beta=1.0, pmi_clip=10.0, **fields: PurifiedConfig(pmi_beta=pmi_beta, pmi_clip=pmi_clip, **fields),
+)
+register_target("opsd", _teacher_logits, contexts=("teacher",), config=PurifiedConfig)
+register_target(
+    "beta_opsd",
+    _beta_logits,
+    contexts=("base", "teacher"),
+    config=lambda pmi_beta=1.0, **fields: beta_opsd(pmi_beta, **fields),
+)
+register_target(
+    "contrastive_hints", _contrast_logits, config=lambda pmi_beta=1.0, **fields: contrastive_hints(pmi_beta, **fields)
+)
+register_target(
+    "arithmetic_mix",
+    _arithmetic_logits,
+    "popsd_kernels.device.targets:arithmetic_mix_logit",
+    contexts=("base", "teacher"),
+    config=arithmetic_mix,
+)
+register_target(
+    "alpha_mix",
+    _alpha_logits,
+    contexts=("base", "teacher"),
+    config=lambda alpha, **fields: PurifiedConfig(pmi_beta=1.0 / _checked_alpha(alpha), pmi_clip=None, **fields),
+)
 
 
 def geometric_mix(streams: Sequence[torch.Tensor], powers: Sequence[float | torch.Tensor], head: Head) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from popsd_kernels.device.primitives import fma
 from popsd_kernels.launch import INTERPRETED
 from popsd_kernels.rows import RowOptions, Rows
 
@@ -47,6 +48,9 @@ def check_vectors(function: str, rows: Rows, vocabulary: int) -> None:
 
 def check_target(function: str, rows: Rows, *, composed: bool = True, finished: bool = False) -> None:
     """That there is one whole target. composed, finished: whether it may be yet to compose, and logits already."""
+    if rows.composed is not None:
+        _check_composed(function, rows, composed)
+        return
     given = [name for name in ("base", "difference", "offset") if getattr(rows, name) is not None]
     if len(given) not in (0, 3):
         raise ValueError(
@@ -68,6 +72,40 @@ def check_target(function: str, rows: Rows, *, composed: bool = True, finished: 
             f"{function}: rows.target must be raw projections, got finished logits (rows.target_is_finished=True); their "
             "normalisers are those of the row_statistics call that wrote them"
         )
+
+
+def _check_composed(function: str, rows: Rows, allowed: bool) -> None:
+    """That a device function can compose the target, and has what it reads."""
+    if not allowed:
+        raise ValueError(
+            f"{function}: rows.composed must be None, got a device function; compose the target with "
+            "row_statistics(rows, options, target_out=logits) and pass rows.with_target(logits)"
+        )
+    streams = {
+        name: getattr(rows, name) is not None for name in ("base", "teacher", "reference", "difference", "target")
+    }
+    if [name for name, given in streams.items() if given] != ["base", "teacher", "reference"]:
+        raise ValueError(
+            f"{function}: rows.composed needs rows.base, rows.teacher and rows.reference, and neither rows.difference nor "
+            f"rows.target, got {' and '.join(name for name, given in streams.items() if given) or 'none of them'}"
+        )
+    assert rows.composed is not None
+    normalisers, shape = rows.composed.normalisers, (rows.student.shape[0], 3)
+    _check(normalisers, function, "rows.composed.normalisers", shape, rows.student.device, FLOAT32)
+    if not normalisers.is_contiguous():
+        raise ValueError(
+            f"{function}: rows.composed.normalisers must be contiguous, got strides {normalisers.stride()}"
+        )
+    if not isinstance(rows.composed.function, type(fma)):
+        raise TypeError(
+            f"{function}: rows.composed.function must be decorated with triton.jit as this package's kernels are"
+            f"{', with TRITON_INTERPRET=1' * INTERPRETED}, got {type(rows.composed.function).__name__}"
+        )
+
+
+def composing(rows: Rows) -> tuple[str, ...]:
+    """Fields that a composed target's logits, or the gradient after them, may take the place of."""
+    return ("base", "difference") if rows.composed is None else ("base", "teacher", "reference")
 
 
 def check_not_relative(function: str, options: RowOptions) -> None:

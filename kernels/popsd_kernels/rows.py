@@ -6,7 +6,7 @@ Nothing here imports Triton, so a machine without it can still describe a sweep.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,19 +53,37 @@ class RowOptions:
     relative: bool = False
 
 
-_NOT_OF_TOKENS = ("student_bias", "frozen_bias", "target_is_finished")
+_NOT_OF_TOKENS = ("student_bias", "frozen_bias", "target_is_finished", "composed")
+
+
+class Composed(NamedTuple):
+    """A target that a device function composes of base, teacher and reference, in place of Eq. 13-17.
+
+    function: decorated with ``triton.jit``, function(base, teacher, reference, *numbers): from blocks of log-probabilities in
+        float32, -1e30 or so where a token is impossible, to a block of the target's logits, of any normaliser. It works entry
+        by entry.
+    numbers: its other arguments. Their values never compile a kernel again.
+    normalisers: [C, 3] float32, log-sum-exp of the tempered logits of base, teacher and reference.
+    place: [C, V] float32, where the target's logits may go; it may be ``Rows.teacher`` itself.
+    """
+
+    function: Any
+    numbers: tuple[float, ...]
+    normalisers: torch.Tensor
+    place: torch.Tensor
 
 
 class Rows(NamedTuple):
     """What the sweeps read of C tokens. Matrices are raw projections [C, V], float32, bfloat16 or float16, unit stride along V.
 
-    The target is either ``target``, or composed of ``base``, ``difference`` and ``offset`` as Eq. 13-17 have it; the other is
-    None. `row_statistics` writes a composed target's logits, which are the target from then on: see `with_target`.
+    The target is ``target``; or composed of ``base``, ``difference`` and ``offset`` as Eq. 13-17 have it; or of ``base``,
+    ``teacher`` and ``reference`` as ``composed`` has it. The rest is None. `row_statistics` writes a composed
+    target's logits, which are the target from then on: see `with_target`.
 
     student: the policy that is trained. base: the frozen policy that the target moves away from.
     difference: teacher - reference. offset: [C] float32, subtracted from inv_temperature * delta_scale * difference.
     target: the target's own projections; or, with ``target_is_finished``, its finished logits.
-    teacher, reference: needed by `logit_difference`, `row_moments` and the tail mask only.
+    teacher, reference: needed by ``composed``, `logit_difference`, `row_moments` and the tail mask only.
     student_bias, frozen_bias: [V] of any of the three dtypes, contiguous; of the student's head and of all other streams' head.
     token_ids: [C] int64, the sampled tokens; the log-probability of an id outside [0, V) is NaN.
     row_scale: [C] float32, a factor of the gradient only. Where it is 0 the gradient is exactly 0, whatever the row holds.
@@ -83,6 +101,12 @@ class Rows(NamedTuple):
     token_ids: torch.Tensor | None = None
     row_scale: torch.Tensor | None = None
     target_is_finished: bool = False
+    composed: Composed | None = None
+
+    @property
+    def target_place(self) -> torch.Tensor | None:
+        """Where a composed target's logits [C, V] may go; None where the target is there already."""
+        return self.difference if self.composed is None else self.composed.place
 
     @property
     def frozen(self) -> torch.Tensor:
@@ -92,7 +116,8 @@ class Rows(NamedTuple):
         return stream
 
     def part(self, tokens: slice) -> Rows:
-        """Some of the tokens, as views."""
+        """Some of the tokens, as views; before the target is ``composed``."""
+        assert self.composed is None
         of_token = {
             name: x[tokens] for name, x in self._asdict().items() if x is not None and name not in _NOT_OF_TOKENS
         }
@@ -100,7 +125,9 @@ class Rows(NamedTuple):
 
     def with_target(self, logits: torch.Tensor) -> Rows:
         """The same tokens with the finished ``logits`` [C, V] of the composed target in place of what they came from."""
-        return self._replace(base=None, difference=None, offset=None, target=logits, target_is_finished=True)
+        return self._replace(
+            base=None, difference=None, offset=None, composed=None, target=logits, target_is_finished=True
+        )
 
 
 class Heads(NamedTuple):

@@ -98,13 +98,14 @@ class TritonBackend:
 
         if self.single_read and gradient is not None:
             return popsd_kernels.row_single_read(rows, options, gradient=gradient)[1]
-        moved = launch.sweep_bytes(options, rows.difference is not None, gradient is not None)
+        place = rows.target_place
+        moved = launch.sweep_bytes(options, place is not None, gradient is not None)
         tokens, device = rows.student.shape[0], rows.student.device
         if not options.relative and launch.too_few_rows(tokens, *moved, device):
             return popsd_kernels.row_split_sweeps(rows, options, gradient=gradient)
-        statistics = popsd_kernels.row_statistics(rows, options, target_out=rows.difference)
-        if rows.difference is not None:
-            rows = rows.with_target(rows.difference)
+        statistics = popsd_kernels.row_statistics(rows, options, target_out=place)
+        if place is not None:
+            rows = rows.with_target(place)
         return popsd_kernels.row_loss_gradient(rows, statistics, options, gradient=gradient)
 
     def logit_difference(self, rows: Rows, options: RowOptions, *, center: bool, out: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch.autograd import forward_ad
 
 from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy, TargetConfig
-from popsd.engine.chunks.registry import known_targets
+from popsd.engine.chunks.registry import checked_target
 from popsd.engine.problem import Problem
 from popsd.engine.tokens.checks import check_dense, may_look
 from popsd.head import Head
@@ -34,14 +34,10 @@ def checked_config(config: DivergenceConfig | None, kind: type[C]) -> C:
 
 
 def target_config(config: PurifiedConfig | TargetConfig | None) -> PurifiedConfig | TargetConfig:
-    """Of a target composed of base, teacher and reference; a registered one is known."""
+    """Of a target composed of base, teacher and reference; a registered one is known and has all its numbers."""
     if not isinstance(config, TargetConfig):
         return checked_config(config, PurifiedConfig)
-    if config.target not in known_targets():
-        raise ValueError(
-            f"config.target: expected one of {known_targets()}; got {config.target!r}. Register it with popsd.register_target."
-        )
-    return config
+    return checked_target(config)
 
 
 def two_distributions_config(config: DivergenceConfig | None) -> DivergenceConfig:

@@ -46,6 +46,9 @@ CALLS = {
     "linear_jsd": lambda x: popsd.linear_jsd(x[0], Head(x[1]), x[2], strategy="chunked"),
     "linear_purified_jsd": lambda x: popsd.linear_purified_jsd(HiddenStates(*x), Head(x[3]), decompose="gram"),
     "registered target": lambda x: popsd.purified_jsd(*x, config=popsd.presets.arithmetic_mix(0.3), impl="torch"),
+    "structure of a target": lambda x: popsd.linear_purified_jsd(
+        HiddenStates(*x), Head(x[3]), config=popsd.presets.alpha_mix(0.3)
+    ),
 }
 
 

@@ -6,72 +6,135 @@
 | opsd | the teacher itself | teacher | ``PurifiedConfig()``; OPSD's own are ``popsd.presets.opsd`` |
 | beta_opsd | ∝ π_0^(1−1/β)·π_T^(1/β), arXiv 2607.28582 | base, teacher | ``popsd.presets.beta_opsd`` |
 | contrastive_hints | ∝ π_0·(π_right/π_wrong)^(1/β) | base, right hint, wrong hint | ``popsd.presets.contrastive_hints`` |
+| arithmetic_mix | (1 − share)·π_0 + share·π_T | base, teacher | ``popsd.presets.arithmetic_mix`` |
+| alpha_mix | ∝ π_0^(1−α)·π_T^α | base, teacher | ``popsd.presets.alpha_mix`` |
+| any other given to ``popsd.register_target`` | its function's | its ``contexts`` | a ``popsd.TargetConfig`` |
 
-β is ``pmi_beta``. Every geometric mix of base and teacher is beta_opsd at some β.
+β is ``pmi_beta``; share, α and the numbers of one's own are ``target_parameters``. ``module:name`` imports the module, and is
+what it registers as ``name``, or its function or its ``popsd.TargetConfig`` of that name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+import importlib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from popsd import HiddenStates, MaskConfig, PurifiedConfig, PurifiedOPSDLoss, presets
+from popsd import DivergenceConfig, HiddenStates, MaskConfig, PurifiedConfig, PurifiedOPSDLoss, TargetConfig
+from popsd.engine.chunks.registry import checked_target, known_targets, numbers_of, register_target, target_named
 from popsd_integrations.huggingface.frozen import FrozenStates
 from popsd_integrations.huggingface.heads import gathered, head_from_model, hidden_states, same_head
 from popsd_integrations.huggingface.packing import Packed
 
-LossTarget = Literal["purified", "opsd", "beta_opsd", "contrastive_hints"]
-
-_PRESETS: dict[str, Callable[..., PurifiedConfig]] = {
-    "beta_opsd": lambda pmi_beta=1.0, **changes: presets.beta_opsd(pmi_beta, **changes),
-    "contrastive_hints": lambda pmi_beta=1.0, **changes: presets.contrastive_hints(pmi_beta, **changes),
-}
+_DIVERGENCE = {field.name for field in fields(DivergenceConfig)}
+_PURIFIED = {field.name for field in fields(PurifiedConfig)}
 
 
-def target_config(loss_target: LossTarget, **changes: Any) -> PurifiedConfig:
-    """The configuration of a target: its own defaults, changed by ``changes``, fields of `popsd.PurifiedConfig`.
+def target_config(
+    loss_target: str, parameters: Mapping[str, float] | None = None, **changes: Any
+) -> PurifiedConfig | TargetConfig:
+    """The configuration of a target: its own defaults, with ``parameters``, its numbers by name, and ``changes``, fields of
+    `popsd.PurifiedConfig`; of `popsd.DivergenceConfig` alone where the target is no purified one.
 
-    Raises ValueError for an unknown target, and what `popsd.PurifiedConfig` raises.
+    Raises ValueError for an unknown target, a number or a field that it does not read, and what the configuration raises.
     """
-    if loss_target not in get_args(LossTarget):
-        raise ValueError(f"loss_target: expected one of {list(get_args(LossTarget))}; got {loss_target!r}.")
-    return _PRESETS.get(loss_target, PurifiedConfig)(**changes)
+    name, found = _resolved(loss_target)
+    target = target_named(name, "loss_target")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise ValueError(f"target_parameters: expected a dictionary of numbers; got {parameters!r}.")
+    given, numbers = dict(parameters or {}), () if found is None else found.numbers
+    if found is not None:
+        changes = {field: getattr(found, field) for field in _DIVERGENCE} | changes
+    numbers = numbers_of(name, () if given else numbers, given)
+    purified = takes_purified_options(loss_target)
+    readable = (_PURIFIED if purified else _DIVERGENCE) - given.keys()
+    for field in sorted(changes.keys() - readable):
+        raise ValueError(
+            f"{field}: expected none with loss_target={loss_target!r} and target_parameters={given}, which leave "
+            f"{sorted(readable)}; got {changes[field]!r}."
+        )
+    if purified or target.is_teacher:
+        return cast(PurifiedConfig, target.config(**given, **changes))
+    return checked_target(TargetConfig(target=name, numbers=numbers, **changes))
+
+
+def takes_purified_options(loss_target: str) -> bool:
+    """Whether a target is configured by `popsd.PurifiedConfig` alone, whose fields its numbers are."""
+    target = target_named(_resolved(loss_target)[0], "loss_target")
+    fits = target.parameters is not None and target.parameters.keys() <= _PURIFIED and not target.is_teacher
+    return fits and isinstance(target.config(), PurifiedConfig)
 
 
 def loss_function(
-    loss_target: LossTarget,
-    config: PurifiedConfig | None = None,
+    loss_target: str,
+    config: PurifiedConfig | TargetConfig | None = None,
     *,
     masks: MaskConfig | None = None,
     **options: Any,
 ) -> PurifiedOPSDLoss:
     """The loss towards a target. config: None is `target_config`'s. options: of `popsd.PurifiedOPSDLoss`.
 
-    Raises ValueError for masks that read Eq. 4 where no reference-only teacher is run.
+    Raises ValueError for a configuration of another target, and for masks that read Eq. 4 where no reference-only teacher
+    is run.
     """
-    config = config or target_config(loss_target)
-    if masks is not None and masks.reads_decomposition and loss_target in ("opsd", "beta_opsd"):
+    name, _ = _resolved(loss_target)
+    target, config = target_named(name, "loss_target"), config or target_config(loss_target)
+    expected = PurifiedConfig if target.is_teacher or takes_purified_options(loss_target) else TargetConfig
+    if not isinstance(config, expected) or getattr(config, "target", name) != name:
+        raise ValueError(
+            f"loss: expected a popsd.{expected.__name__} of the target {name!r}, which is loss_target={loss_target!r}; got "
+            f"{config}."
+        )
+    if masks is not None and masks.reads_decomposition and "reference" not in target.contexts:
         raise ValueError(
             "masks: max_reference_fraction and min_cos_transferable need the reference-only teacher; got "
             f"loss_target={loss_target!r}, which runs none. Use the entropy rules, or another target."
         )
-    form: Any = "opsd" if loss_target == "opsd" else "purified"
+    form: Any = "opsd" if target.is_teacher else "purified"
     return PurifiedOPSDLoss(config, loss_target=form, masks=masks, **options)
 
 
-def needed_contexts(loss_target: LossTarget, decompose: bool) -> list[str]:
+def needed_contexts(loss_target: str, decompose: bool) -> list[str]:
     """The frozen contexts that a target is built of. OPSD needs the reference only to measure Eq. 4 (``decompose``)."""
-    if loss_target == "opsd":
-        return ["teacher", "reference"] if decompose else ["teacher"]
-    return ["base", "teacher"] if loss_target == "beta_opsd" else ["base", "teacher", "reference"]
+    target = target_named(_resolved(loss_target)[0], "loss_target")
+    return [*target.contexts, *(["reference"] if target.is_teacher and decompose else [])]
 
 
-def measures_decomposition(loss_target: LossTarget) -> bool:
-    """Whether Eq. 4 can be logged. Not for β-OPSD, which has the base in the place of the reference."""
-    return loss_target != "beta_opsd"
+def measures_decomposition(loss_target: str) -> bool:
+    """Whether Eq. 4 can be logged. Not where no reference-only teacher is run, as in β-OPSD: the base is in its place."""
+    target = target_named(_resolved(loss_target)[0], "loss_target")
+    return target.is_teacher or "reference" in target.contexts
+
+
+def _resolved(loss_target: str) -> tuple[str, TargetConfig | None]:
+    """The registered name of ``loss_target`` and, where that names a module's configuration, this one. Imports the module."""
+    module_name, colon, name = loss_target.partition(":")
+    if not colon:
+        return loss_target, None
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"loss_target: expected 'module:name' of a module on the path; got {loss_target!r} ({error}). Put its folder on "
+            "PYTHONPATH."
+        ) from error
+    found, own = getattr(module, name, None), f"{module_name}.{name}"
+    if isinstance(found, TargetConfig):
+        return found.target, found
+    if name in known_targets() and target_named(name).function.__module__ == module.__name__:
+        return name, None
+    if own not in known_targets():
+        if not callable(found):
+            raise ValueError(
+                f"loss_target: expected {module_name!r} to register a target {name!r}, or to hold a function or a "
+                f"popsd.TargetConfig of that name; got {found!r}."
+            )
+        register_target(own, found)
+    return own, None
 
 
 def student_loss(

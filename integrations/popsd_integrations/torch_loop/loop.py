@@ -24,12 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from popsd import MaskConfig, PurifiedConfig, PurifiedOPSDLoss
+from popsd import MaskConfig, PurifiedConfig, PurifiedOPSDLoss, TargetConfig
 from popsd.markers import EpistemicMarkers
 from popsd_integrations.huggingface.frozen import FrozenWeights, frozen_states, frozen_weights
 from popsd_integrations.huggingface.heads import causal_model, check_head, eval_mode
 from popsd_integrations.huggingface.objective import (
-    LossTarget,
     loss_function,
     measures_decomposition,
     needed_contexts,
@@ -61,8 +60,9 @@ class TrainConfig:
 
     steps, batch_size: optimiser steps, and questions per step. micro_batch_size: rows per forward, None for all; the
         result does not depend on it. lora_rank: None is full fine-tuning, which keeps a frozen copy of the weights.
-    temperature: of sampling; 0 is greedy. loss_target: see ``huggingface.objective``; "contrastive_hints" wants prompts
-        built with ``ContextConfig(reference="wrong_hint")``. loss: None is the target's own defaults.
+    temperature: of sampling; 0 is greedy. loss_target: see ``huggingface.objective``, one's own among them; "contrastive_hints"
+        wants prompts built with ``ContextConfig(reference="wrong_hint")``. target_parameters: the target's numbers by name.
+        loss: its whole configuration instead; None is its own defaults.
     masks: which completion tokens the loss keeps; logged as kept_share. Under micro-batches a top share is of each.
     decompose_every: log Eq. 4 every so many steps, 0 never; β-OPSD has none. evaluate_every, checkpoint_every: steps, 0
         is at the end only.
@@ -82,8 +82,9 @@ class TrainConfig:
     lora_targets: str | tuple[str, ...] = "all-linear"
     max_new_tokens: int = 1024
     temperature: float = 1.0
-    loss_target: LossTarget = "purified"
-    loss: PurifiedConfig | None = None
+    loss_target: str = "purified"
+    target_parameters: dict[str, float] | None = None
+    loss: PurifiedConfig | TargetConfig | None = None
     masks: MaskConfig | None = None
     markers: EpistemicMarkers = field(default_factory=EpistemicMarkers)
     decompose_every: int = 10
@@ -102,7 +103,11 @@ class TrainConfig:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a positive finite number; got {getattr(self, name)}.")
         if self.loss is None:
-            object.__setattr__(self, "loss", target_config(self.loss_target))
+            object.__setattr__(self, "loss", target_config(self.loss_target, self.target_parameters))
+        elif self.target_parameters and self.loss != target_config(self.loss_target, self.target_parameters):
+            raise ValueError(
+                f"target_parameters: expected None beside loss, which has them; got {self.target_parameters}."
+            )
         self.loss_function()
         if not all(0 <= beta < 1 for beta in self.adam_betas) or len(self.adam_betas) != 2:
             raise ValueError(f"adam_betas: expected two numbers in [0, 1); got {self.adam_betas}.")

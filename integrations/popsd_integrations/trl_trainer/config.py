@@ -10,7 +10,7 @@ import torch
 
 from popsd import Impl, MaskConfig, PurifiedConfig, PurifiedOPSDLoss, Strategy, presets
 from popsd.markers import DEFAULT_MARKERS, EpistemicMarkers
-from popsd_integrations.huggingface.objective import LossTarget, loss_function, target_config
+from popsd_integrations.huggingface.objective import loss_function, takes_purified_options, target_config
 from popsd_integrations.huggingface.prompts import ContextConfig
 from popsd_integrations.trl_trainer.compat import DistillationConfig
 
@@ -48,6 +48,7 @@ class PurifiedOPSDConfig(DistillationConfig):
         *DistillationConfig._VALID_DICT_FIELDS,
         "teacher_chat_template_kwargs",
         "reference_chat_template_kwargs",
+        "target_parameters",
         "loss_kwargs",
         "masks",
         "position_weights",
@@ -57,15 +58,20 @@ class PurifiedOPSDConfig(DistillationConfig):
     learning_rate: float = _option(5e-6, "The initial learning rate for AdamW.")
     max_completion_length: int | None = _option(1024, "Maximum number of tokens to generate per completion.")
 
-    loss_target: LossTarget = field(
-        default="purified",
-        metadata={
-            "help": "'purified' subtracts the reference-only teacher; 'opsd' distils the teacher itself; 'beta_opsd' "
-            "mixes base and teacher; 'contrastive_hints' subtracts a teacher with the hint in wrong_privileged_context."
-        },
+    loss_target: str = _option(
+        "purified",
+        "'purified' subtracts the reference-only teacher; 'opsd' distils the teacher itself; 'beta_opsd' and 'alpha_mix' "
+        "mix the logits of base and teacher, 'arithmetic_mix' their probabilities; 'contrastive_hints' subtracts a teacher "
+        "with the hint in wrong_privileged_context. Or a target of your own: a name given to popsd.register_target, or "
+        "'module:name', which imports the module.",
     )
-    pmi_beta: float = _option(
-        1.0, "Divides the signal: softmax(log base + signal / pmi_beta). At 1 the target of beta_opsd is the teacher."
+    target_parameters: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Numbers of the target by name, such as alpha of alpha_mix and share of arithmetic_mix."},
+    )
+    pmi_beta: float | None = _option(
+        None,
+        "Divides the signal: softmax(log base + signal / pmi_beta). At 1 the target of beta_opsd is the teacher. None: 1.",
     )
     pmi_clip: float | str | None = _option(
         "auto",
@@ -172,11 +178,15 @@ class PurifiedOPSDConfig(DistillationConfig):
                 "Leave it out."
             )
         Impl(self.impl), Strategy(self.strategy)
-        if self.pmi_clip == "auto":
-            self.pmi_clip = target_config(self.loss_target).pmi_clip
-        elif isinstance(self.pmi_clip, str):  # a flag; in YAML a number or null
+        if isinstance(self.pmi_clip, str) and self.pmi_clip != "auto":  # a flag; in YAML a number or null
             self.pmi_clip = None if self.pmi_clip.lower() in ("none", "null") else float(self.pmi_clip)
-        self.loss_function()
+        config = self.loss_function().config
+        if (
+            isinstance(config, PurifiedConfig)
+            and takes_purified_options(self.loss_target)
+            and not self.target_parameters
+        ):
+            self.pmi_beta, self.pmi_clip = config.pmi_beta, config.pmi_clip  # as they will be logged
         self.token_weights(torch.ones(1, 1))
         self.context_config()
         self.epistemic_markers()
@@ -184,12 +194,14 @@ class PurifiedOPSDConfig(DistillationConfig):
     def loss_function(self, tokenizer: Any = None) -> PurifiedOPSDLoss:
         """The loss that these options describe. tokenizer: needed for the tokens of protect_markers."""
         own = {name: getattr(self, option) for name, option in _OPTION_OF.items()}
-        if own["temperature"] is None:
-            own["temperature"] = self.temperature
+        own["temperature"] = self.temperature if own["temperature"] is None else own["temperature"]
+        own = {name: value for name, value in own.items() if value is not None and value != "auto"}
+        if self.pmi_clip is None:
+            own["pmi_clip"] = None  # which says something, where another None says nothing
         further = self._fields("loss_kwargs", {entry.name for entry in fields(PurifiedConfig)} - _OPTION_OF.keys())
         return loss_function(
             self.loss_target,
-            target_config(self.loss_target, **own, **further),
+            target_config(self.loss_target, self.target_parameters, **own, **further),  # type: ignore[arg-type]
             masks=self._mask_config(tokenizer),
             impl=self.impl,
             strategy=self.strategy,

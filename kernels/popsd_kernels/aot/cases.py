@@ -11,8 +11,9 @@ import torch
 
 from popsd_kernels import checks, launch
 from popsd_kernels.aot import streaming_cases
+from popsd_kernels.device.targets import arithmetic_mix_logit
 from popsd_kernels.launch import Launch, LaunchConfig, Outputs
-from popsd_kernels.rows import MOMENTS, EntryMasks, LogitTransform, RowLoss, RowOptions, Rows, RowStatistics
+from popsd_kernels.rows import MOMENTS, Composed, EntryMasks, LogitTransform, RowLoss, RowOptions, Rows, RowStatistics
 from popsd_kernels.sweeps import (
     difference,
     entry_masks,
@@ -44,6 +45,7 @@ class Case:
     gradient: torch.dtype | None = torch.bfloat16
     center: bool = True
     phase: int = 0
+    device_function: bool = False
 
     def config(self, architecture: str) -> LaunchConfig:
         key = loss_gradient.table_key(self.options) if self.kernel == "loss_gradient" else self.kernel
@@ -96,6 +98,10 @@ class Case:
             self._matrix(self.dtype), student_bias=bias, frozen_bias=bias, token_ids=vector.long(), row_scale=vector
         )  # fmt: skip
         frozen = self._matrix(self.dtype)
+        if self.device_function:
+            place = self._matrix(torch.float32)
+            mix = Composed(arithmetic_mix_logit, (0.3,), torch.empty(TOKENS, 3, device="meta"), place)
+            return rows._replace(base=frozen, teacher=place, reference=place, composed=mix)
         if self.composed:
             return rows._replace(base=frozen, difference=self._matrix(torch.float32), offset=vector)
         return rows._replace(target=frozen)
@@ -132,6 +138,11 @@ def shipped_cases() -> list[AnyCase]:
         Case("statistics", "two distributions, bf16", 4, PLAIN, torch.bfloat16, composed=False),
         Case("statistics", "purified, no clip, softcap, bias, odd V", 16, replace(SOFTCAP, pmi_clip=None),
              vocabulary=ODD_VOCABULARY, bias=True),
+        Case("statistics", "device function", 12, PLAIN, device_function=True),
+        Case("statistics", "device function, softcap, bias, bf16, odd V", 10, SOFTCAP, torch.bfloat16, ODD_VOCABULARY,
+             bias=True, device_function=True),
+        *(Case("single_read", f"split, device function, launch {phase}", 12, PLAIN, phase=phase, device_function=True)
+          for phase in (1, 2, 3)),
         Case("loss_gradient", "forward KL", 8, forward),
         Case("loss_gradient", "reverse KL", 8, reverse),
         Case("loss_gradient", "JSD", 8, PLAIN),

@@ -6,7 +6,7 @@ import torch
 
 from popsd_kernels.device.logits import Stream, logit_stream, projection_stream
 from popsd_kernels.device.row_loss import Gradient
-from popsd_kernels.device.targets import Difference
+from popsd_kernels.device.targets import Composition, Difference, Pair
 from popsd_kernels.rows import RowOptions, Rows
 
 
@@ -36,11 +36,26 @@ def difference_operand(rows: Rows, options: RowOptions) -> Difference | None:
     return Difference(rows.difference, rows.difference.stride(0), gain)
 
 
-def composition(rows: Rows, options: RowOptions) -> tuple[float | None, float | None]:
-    """pmi_beta and pmi_clip, None where no target is composed. None is a switch at compile time, a float is not."""
+def composing_operand(rows: Rows, options: RowOptions) -> Difference | Pair | None:
+    """What the target is composed of beside the base: a difference or, by a device function, teacher and reference."""
+    if rows.composed is None:
+        return difference_operand(rows, options)
+    assert rows.teacher is not None and rows.reference is not None
+    return Pair(rows.teacher, rows.teacher.stride(0), rows.reference, rows.reference.stride(0))
+
+
+def offset_operand(rows: Rows) -> torch.Tensor | None:
+    """[C], subtracted from the difference; or [C, 3], the log-normalisers that a device function's arguments are less."""
+    return rows.offset if rows.composed is None else rows.composed.normalisers
+
+
+def composition(rows: Rows, options: RowOptions) -> Composition:
+    """How the target is composed; all None where it is not. None is a switch at compile time, a float is not."""
+    if rows.composed is not None:
+        return Composition(None, None, rows.composed.function, tuple(map(float, rows.composed.numbers)))
     if rows.difference is None:
-        return None, None
-    return float(options.pmi_beta), optional(options.pmi_clip)
+        return Composition(None, None, None, None)
+    return Composition(float(options.pmi_beta), optional(options.pmi_clip), None, None)
 
 
 def gradient_operand(gradient: torch.Tensor | None) -> Gradient | None:

@@ -234,6 +234,10 @@ class _Backward:
 def _check_inputs(rows: Rows, heads: Heads, options: RowOptions) -> None:
     check_not_relative(_NAME, options)
     check_target(_NAME, rows)
+    if rows.composed is not None:
+        raise ValueError(
+            f"{_NAME}: rows.composed must be None, got a device function; use row_statistics, which takes one"
+        )
     frozen = "rows.base" if rows.target is None else "rows.target"
     for name, tensor in (("rows.student", rows.student), ("heads.student", heads.student), (frozen, rows.frozen)):
         if tensor.dim() != 2 or tensor.shape[1] == 0:

@@ -100,7 +100,7 @@ class Call:
             target_operand(rows, options),
             difference_operand(rows, options),
             rows.offset,
-            *composition(rows, options),
+            *composition(rows, options)[:2],
             student,
             student.stride(0),
             frozen,

@@ -70,7 +70,7 @@ def row_split_kernel(
     out_ptr,
     out_row_stride,
     partials_ptr,
-    pmi,
+    composition,
     clips,
     beta,
     V: tl.constexpr,
@@ -85,6 +85,6 @@ def row_split_kernel(
     vectors = Vectors(offset_ptr, token_ids_ptr, row_scale_ptr)
     exchange = Exchange(out_ptr, out_row_stride, partials_ptr, None)
     row_slice(
-        student, target, difference, vectors, gradient, exchange, pmi, clips, tl.cast(beta, tl.float32), row, part,
+        student, target, difference, vectors, gradient, exchange, composition, clips, tl.cast(beta, tl.float32), row, part,
         V, SLICE, MODE, PHASE, FAST,
     )  # fmt: skip

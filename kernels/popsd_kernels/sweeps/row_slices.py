@@ -16,13 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from popsd_kernels.checks import check_not_relative, check_output, check_rows, check_target
+from popsd_kernels.checks import check_not_relative, check_output, check_rows, check_target, composing
 from popsd_kernels.device.divergence import divergence_mode, kernel_beta
 from popsd_kernels.device.logits import floor_logit, load_logit
 from popsd_kernels.device.operands import (
+    composing_operand,
     composition,
-    difference_operand,
     gradient_operand,
+    offset_operand,
     optional,
     student_operand,
     target_operand,
@@ -30,7 +31,7 @@ from popsd_kernels.device.operands import (
 from popsd_kernels.device.primitives import LOG2E, LOGIT_FLOOR, NOTHING, fma, lse_finish
 from popsd_kernels.device.probabilities import entries_from, exact_logarithms, scalars_from
 from popsd_kernels.device.row_loss import Sums, accumulate, finish_row, projection_gradient, store_block, zero_sums
-from popsd_kernels.device.targets import load_target_logit, target_gain
+from popsd_kernels.device.targets import load_offset, load_target_logit, target_gain
 from popsd_kernels.launch import LaunchConfig, Outputs
 from popsd_kernels.rows import RowLoss, RowOptions, Rows, RowStatistics
 
@@ -73,15 +74,15 @@ class SliceCall:
         return {
             "student": student_operand(rows, options),
             "target": target_operand(rows, options),
-            "difference": difference_operand(rows, options),
-            "offset_ptr": rows.offset,
+            "difference": composing_operand(rows, options),
+            "offset_ptr": offset_operand(rows),
             "token_ids_ptr": rows.token_ids,
             "row_scale_ptr": rows.row_scale,
             "gradient": gradient_operand(self.outputs.matrix),
             "out_ptr": results,
             "out_row_stride": results.stride(0),
             "partials_ptr": self.partials,
-            "pmi": composition(rows, options),
+            "composition": composition(rows, options),
             "clips": (optional(options.entry_clip), optional(options.token_clip)),
             "beta": kernel_beta(options.beta),
             "V": self.vocabulary,
@@ -104,7 +105,7 @@ def check_slices(function: str, rows: Rows, options: RowOptions, gradient: torch
     check_target(function, rows, finished=True)
     check_not_relative(function, options)
     check_output(
-        function, "gradient", gradient, rows, replaceable=("target", "base", "difference"), untouchable=("student",)
+        function, "gradient", gradient, rows, replaceable=("target", *composing(rows)), untouchable=("student",)
     )  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def row_slice(
     vectors,
     gradient,
     exchange,
-    pmi,
+    composition,
     clips,
     beta,
     row,
@@ -152,11 +153,11 @@ def row_slice(
     out_ptr, out_row_stride = exchange.out_ptr + row, exchange.out_row_stride
     offset = 0.0
     if difference is not None:
-        offset = tl.load(vectors.offset_ptr + row)
+        offset = load_offset(vectors.offset_ptr, row, composition)
     if part < V // SLICE:
-        s, u = _load_slice(student, target, difference, offset, pmi, row, columns, V, False, FAST)
+        s, u = _load_slice(student, target, difference, offset, composition, row, columns, V, False, FAST)
     else:
-        s, u = _load_slice(student, target, difference, offset, pmi, row, columns, V, True, FAST)
+        s, u = _load_slice(student, target, difference, offset, composition, row, columns, V, True, FAST)
     if PHASE <= 1:
         _store_normaliser(partials + part, s, columns, V, slices, MASKED)
         _store_normaliser(partials + part + 2 * slices, u, columns, V, slices, MASKED)
@@ -191,11 +192,20 @@ def row_slice(
 
 @triton.jit
 def _load_slice(
-    student, target, difference, offset, pmi, row, columns, V: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr
+    student,
+    target,
+    difference,
+    offset,
+    composition,
+    row,
+    columns,
+    V: tl.constexpr,
+    MASKED: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """Floored logits of student and target."""
     s = floor_logit(load_logit(student, row, columns, V, MASKED, FAST), columns, V, MASKED)
-    u = load_target_logit(target, difference, offset, pmi[0], pmi[1], row, columns, V, MASKED, FAST)
+    u = load_target_logit(target, difference, offset, composition, row, columns, V, MASKED, FAST)
     if difference is None:  # a composed target is floored already
         u = floor_logit(u * target_gain(target, difference), columns, V, MASKED)
     return s, u

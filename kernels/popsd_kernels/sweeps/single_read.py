@@ -139,7 +139,7 @@ def row_single_read_kernel(
     partials_ptr,
     counters_ptr,
     rows,
-    pmi,
+    composition,
     clips,
     beta,
     V: tl.constexpr,
@@ -157,7 +157,7 @@ def row_single_read_kernel(
     # disable_licm: what is hoisted out of the loop stays in registers across it (forward KL, sm_90: 4 spills at 64)
     for row in tl.range(tl.program_id(0) // slices, rows, tl.num_programs(0) // slices, disable_licm=True):
         row_slice(
-            student, target, difference, vectors, gradient, exchange, pmi, clips, beta,
+            student, target, difference, vectors, gradient, exchange, composition, clips, beta,
             tl.cast(row, tl.int32), part,  # the interpreter counts in Python's integers
             V, SLICE, MODE, PHASE, FAST,
         )  # fmt: skip

@@ -13,11 +13,17 @@ import triton
 import triton.language as tl
 
 from popsd_kernels import launch
-from popsd_kernels.checks import FLOAT32, check_output, check_rows, check_target
+from popsd_kernels.checks import FLOAT32, check_output, check_rows, check_target, composing
 from popsd_kernels.device.logits import load_scaled, stream_gain
-from popsd_kernels.device.operands import composition, difference_operand, student_operand, target_operand
+from popsd_kernels.device.operands import (
+    composing_operand,
+    composition,
+    offset_operand,
+    student_operand,
+    target_operand,
+)
 from popsd_kernels.device.primitives import NOTHING, lse_finish, lse_fold, lse_fold_sum
-from popsd_kernels.device.targets import load_target_logit, target_gain
+from popsd_kernels.device.targets import load_offset, load_target_logit, target_gain
 from popsd_kernels.launch import Launch, LaunchConfig, Outputs, fast_instructions, result_rows
 from popsd_kernels.rows import RowOptions, Rows, RowStatistics
 
@@ -29,8 +35,8 @@ def row_statistics(rows: Rows, options: RowOptions, *, target_out: torch.Tensor 
 
     rows: raw projections; read only, but for the aliasing below. token_ids and row_scale are not used.
     target_out: [C, V] float32, needed exactly where the target is composed: base + clip(difference) / pmi_beta, tempered,
-        floored at LOGIT_FLOOR; less the student where ``options.relative``. It may be ``rows.base`` or
-        ``rows.difference`` itself.
+        floored at LOGIT_FLOOR; less the student where ``options.relative``. Or what ``rows.composed.function`` makes. It may
+        be ``rows.base``, ``rows.difference`` or, with ``rows.composed``, ``rows.teacher`` or ``rows.reference`` itself.
     Returns four [C] float32 tensors in nats. A NaN anywhere in a row makes that row's normalisers NaN.
     Raises ValueError, TypeError or RuntimeError before any launch. Rows that start at multiples of 16 bytes load as 128-bit
     vectors.
@@ -49,12 +55,13 @@ def row_statistics(rows: Rows, options: RowOptions, *, target_out: torch.Tensor 
     check_rows(_NAME, rows)
     check_target(_NAME, rows, finished=not options.relative)
     check_output(
-        _NAME, "target_out", target_out, rows, dtypes=FLOAT32, replaceable=("base", "difference"), untouchable=("student",)
+        _NAME, "target_out", target_out, rows, dtypes=FLOAT32, replaceable=composing(rows), untouchable=("student",)
     )  # fmt: skip
-    if (rows.difference is None) != (target_out is None):
-        given = "rows.difference" if target_out is None else "target_out"
+    composed = "rows.difference" if rows.composed is None else "rows.composed"
+    if (rows.difference is None and rows.composed is None) != (target_out is None):
+        given = composed if target_out is None else "target_out"
         raise ValueError(
-            f"{_NAME}: rows.difference and target_out must be given together, got {given} alone; a composed target needs a "
+            f"{_NAME}: {composed} and target_out must be given together, got {given} alone; a composed target needs a "
             "place for its logits, rows.target needs none"
         )
     count, device = rows.student.shape[0], rows.student.device
@@ -68,19 +75,17 @@ def row_statistics(rows: Rows, options: RowOptions, *, target_out: torch.Tensor 
 def plan(rows: Rows, options: RowOptions, outputs: Outputs, config: LaunchConfig, fast: bool) -> Launch:
     """The launch that `row_statistics` makes, unchecked. outputs: [4, C], and ``target_out``."""
     results, target_out = outputs
-    pmi_beta, pmi_clip = composition(rows, options)
     return Launch(
         row_statistics_kernel,
         rows.student.shape[0],
         {
             "student": student_operand(rows, options),
             "target": target_operand(rows, options),
-            "difference": difference_operand(rows, options),
-            "offset_ptr": rows.offset,
+            "difference": composing_operand(rows, options),
+            "offset_ptr": offset_operand(rows),
             "target_out_ptr": target_out,
             "target_out_row_stride": None if target_out is None else target_out.stride(0),
-            "pmi_beta": pmi_beta,
-            "pmi_clip": pmi_clip,
+            "composition": composition(rows, options),
             "out_ptr": results,
             "out_row_stride": results.stride(0),
             "V": rows.student.shape[1],
@@ -101,8 +106,7 @@ def row_statistics_kernel(
     offset_ptr,
     target_out_ptr,
     target_out_row_stride,
-    pmi_beta,
-    pmi_clip,
+    composition,
     out_ptr,
     out_row_stride,
     V: tl.constexpr,
@@ -120,11 +124,13 @@ def row_statistics_kernel(
     s_gain, u_gain = stream_gain(student), target_gain(target, difference)
     offset = 0.0
     if difference is not None:
-        offset = tl.load(offset_ptr + row)
+        offset = load_offset(offset_ptr, row, composition)
     full: tl.constexpr = V // BLOCK * BLOCK
-    for start in tl.range(0, full, BLOCK, loop_unroll_factor=8):  # 22 to 18 instructions per entry: addresses, counters
+    # 22 to 18 instructions per entry: addresses, counters. A device function would take 225 registers (soft cap, bias, bf16).
+    unroll: tl.constexpr = 8 if composition.function is None else 2
+    for start in tl.range(0, full, BLOCK, loop_unroll_factor=unroll):
         s, u = _logits(
-            student, target, difference, offset, target_out_ptr, target_out_row_stride, pmi_beta, pmi_clip,
+            student, target, difference, offset, target_out_ptr, target_out_row_stride, composition,
             row, start + tl.arange(0, BLOCK), V, False, FAST,
         )  # fmt: skip
         student_top, student_total = lse_fold(s, student_top, student_total, VEC, s_gain)
@@ -134,7 +140,7 @@ def row_statistics_kernel(
             target_top, target_total = lse_fold(u, target_top, target_total, VEC, u_gain)
     if full < V:
         s, u = _logits(
-            student, target, difference, offset, target_out_ptr, target_out_row_stride, pmi_beta, pmi_clip,
+            student, target, difference, offset, target_out_ptr, target_out_row_stride, composition,
             row, full + tl.arange(0, BLOCK), V, True, FAST,
         )  # fmt: skip
         student_top, student_total = lse_fold(s, student_top, student_total, VEC, s_gain)
@@ -158,8 +164,7 @@ def _logits(
     offset,
     target_out_ptr,
     target_out_row_stride,
-    pmi_beta,
-    pmi_clip,
+    composition,
     row,
     columns,
     V: tl.constexpr,
@@ -168,7 +173,7 @@ def _logits(
 ):
     """A block of student and target logits but for their gains, -inf beyond the vocabulary; a composed target is stored."""
     s = load_scaled(student, row, columns, V, MASKED, FAST)
-    u = load_target_logit(target, difference, offset, pmi_beta, pmi_clip, row, columns, V, MASKED, FAST)
+    u = load_target_logit(target, difference, offset, composition, row, columns, V, MASKED, FAST)
     if difference is not None:
         pointers = target_out_ptr + row.to(tl.int64) * target_out_row_stride + columns
         if MASKED:

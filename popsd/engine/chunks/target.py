@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 
 from popsd.config import Impl
-from popsd.engine.backends import Backend, backend_for
-from popsd.engine.chunks.registry import registered_logits
+from popsd.engine.backends import Backend, TritonBackend, backend_for
+from popsd.engine.chunks.registry import composed_rows, registered_logits
 from popsd.engine.problem import Problem
 from popsd.engine.sources import GivenLogits, Source
 from popsd.engine.torch_backend.entry_masks import tail_reach
@@ -16,14 +16,17 @@ from popsd_kernels.rows import EntryMasks, Rows
 
 
 def with_target(problem: Problem, source: Source, backend: Backend, rows: Rows) -> Rows:
-    """The rows as the sweeps take them: with their finished difference, masks on its entries applied, or a registered target.
+    """The rows as the sweeps take them: with their finished difference, masks on its entries applied, or with a registered
+    target: its device function where the sweeps can call one, else its logits.
 
     Where the target is one of the streams they stay as they are.
     """
     if rows.target is not None:
         return rows
     if problem.options.target is not None:
-        return rows.with_target(registered_logits(problem, rows, source.difference_of(rows)))
+        place = source.difference_of(rows)
+        composed = composed_rows(problem, rows, place) if isinstance(backend, TritonBackend) else None
+        return composed or rows.with_target(registered_logits(problem, rows, place))
     mask = entry_mask(problem, backend, rows)  # before the difference takes the place of a stream
     if problem.needs_separate_logits:
         out = source.difference_of(rows)
@@ -51,6 +54,7 @@ def target_logits(problem: Problem) -> torch.Tensor:
     rows = with_target(problem, source, backend, source.load(slice(0, problem.tokens)))
     if rows.target is not None:
         return rows.target
-    assert rows.difference is not None
-    backend.statistics(rows, problem.row_options, target_out=rows.difference)
-    return rows.difference
+    place = rows.target_place
+    assert place is not None
+    backend.statistics(rows, problem.row_options, target_out=place)
+    return place

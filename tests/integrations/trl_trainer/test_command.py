@@ -105,6 +105,15 @@ def test_bad_flags_are_an_exit_status_and_a_message(work, capsys, flags, message
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_target_and_its_numbers_are_flags(work, capsys):
+    flags = ["--config", str(work / "config.yaml"), "--loss_target", "arithmetic_mix", "--dry_run", "true"]
+    assert cli.main(["train", *flags, "--target_parameters", '{"share": 0.25}']) == 0
+    assert cli.main(["train", *flags, "--target_parameters", '{"part": 0.25}']) == 2
+    assert "target 'arithmetic_mix': expected its numbers (share); got {'part': 0.25}" in capsys.readouterr().err
+    assert cli.main(["train", *flags[:3], "none:mine", *flags[4:]]) == 2
+    assert "loss_target: expected 'module:name' of a module on the path; got 'none:mine'" in capsys.readouterr().err
+
+
 def test_a_misspelt_key_in_the_file_is_refused(work, capsys):
     options = yaml.safe_load((work / "config.yaml").read_text()) | {"pmi_bta": 1.0}
     (work / "config.yaml").write_text(yaml.safe_dump(options))

@@ -1,5 +1,8 @@
 """The family of targets and the masks in the trainer: each against the float64 oracle, and what is refused."""
 
+import dataclasses
+import sys
+
 import pytest
 import torch
 
@@ -9,8 +12,9 @@ from trl_helpers import ROWS, TEMPLATES, build, completion_of, config, logs, tin
 
 import popsd
 from popsd import MaskConfig, PurifiedConfig, oracle, presets
+from popsd.engine.chunks import registry
 from popsd_integrations.huggingface import frozen
-from popsd_integrations.huggingface.objective import needed_contexts
+from popsd_integrations.huggingface.objective import needed_contexts, target_config
 from popsd_integrations.huggingface.prompts import ContextBuilder, ContextConfig, Problem
 from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
 from popsd_integrations.torch_loop.loop import TrainConfig, train
@@ -234,8 +238,152 @@ def test_the_plain_loop_takes_the_same_steps(tmp_path, target):
     assert 0.05 < rows[0]["masks/kept_share"] < 0.95
 
 
+def geometric(base, teacher, _):
+    return 0.7 * base + 0.3 * teacher
+
+
+def arithmetic(base, teacher, _):
+    return torch.log(0.7 * base.exp() + 0.3 * teacher.exp())
+
+
+def own(base, teacher, reference):
+    return base + 0.3 * (teacher - 2.0 * reference)
+
+
+MODULE = """
+import popsd
+
+def mine(base, teacher, reference, strength=1.0, share=2.0):
+    return base + strength * (teacher - share * reference)
+
+some = popsd.TargetConfig(target="registered", numbers=(0.3,), temperature=2.0)
+popsd.register_target("registered", lambda base, teacher, reference, strength: mine(base, teacher, reference, strength))
+popsd.register_target("two", lambda base, teacher, reference: teacher, contexts=("base", "teacher"))
+nothing = 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_targets", dict(registry._targets))
+    monkeypatch.delitem(sys.modules, "popsd_test_module", raising=False)
+    (tmp_path / "popsd_test_module.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "popsd_test_module"
+
+
+@pytest.mark.parametrize(
+    ("target", "parameters", "forwards", "log_target"),
+    [
+        ("alpha_mix", {"alpha": 0.3}, 2, geometric),
+        ("arithmetic_mix", {"share": 0.3}, 2, arithmetic),
+        ("popsd_test_module:mine", {"strength": 0.3}, 3, own),
+        ("popsd_test_module:some", None, 3, own),
+    ],
+)
+@pytest.mark.usefixtures("module")
+def test_registered_targets_in_trainer_and_loop(tmp_path, monkeypatch, target, parameters, forwards, log_target):
+    """The loss is the oracle's, no context is run in vain, and both take the same options."""
+    seen, real = [], frozen.hidden_states
+    monkeypatch.setattr(frozen, "hidden_states", lambda *args: seen.append(0) or real(*args))
+    trainer = build(
+        tmp_path / "trl", per_device_train_batch_size=8, max_steps=1, loss_target=target, target_parameters=parameters
+    )
+    trainer.train()
+    assert len(seen) == forwards
+
+    def expected(*streams):
+        return oracle.jsd(
+            streams[0], log_target(*(x.log_softmax(-1) for x in streams)), popsd.DivergenceConfig(beta=0.3)
+        )
+
+    loss = torch.cat(per_token(expected, contexts())).mean().item()
+    logged = logs(trainer)[0]
+    assert logged["loss"] == pytest.approx(loss, rel=1e-4) and loss > 0.005
+    assert ("decomposition/reference_fraction" in logged) == (forwards == 3)
+    loop = TrainConfig(
+        steps=1, batch_size=8, learning_rate=1e-2, lora_rank=None, max_new_tokens=6, decompose_every=1,
+        loss_target=target, loss=target_config(target, parameters, beta=0.3, temperature=1.0),
+    )  # fmt: skip
+    rows = train(
+        tiny().eval(), build_tokenizer(), contexts(), loop, output_dir=tmp_path / "loop", progress=False,
+        generate=lambda model, prompts, **_: [completion_of(row) for row in prompts],
+    ).metrics  # fmt: skip
+    assert rows[0]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_what_a_module_holds_under_a_name(module):
+    assert target_config(f"{module}:mine") == popsd.TargetConfig(target=f"{module}.mine", numbers=(1.0, 2.0))
+    assert target_config(f"{module}:mine", {"share": 3.0}).numbers == (1.0, 3.0)
+    assert target_config(f"{module}:registered", {"strength": 2.0}).target == "registered"
+    some = popsd.TargetConfig(target="registered", numbers=(0.3,), temperature=2.0)
+    assert target_config(f"{module}:some") == some == TrainConfig(loss_target=f"{module}:some").loss
+    assert target_config(f"{module}:some", {"strength": 0.5}, beta=0.1) == dataclasses.replace(
+        some, numbers=(0.5,), beta=0.1
+    )
+    assert needed_contexts(f"{module}:two", True) == ["base", "teacher"]
+    assert target_config("purified", {"pmi_beta": 2.0}, plausibility=0.1) == PurifiedConfig(
+        pmi_beta=2.0, plausibility=0.1
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_target": "nowhere:mine"}, "loss_target: expected 'module:name' of a module on the path.*PYTHONPATH"),
+        ({"loss_target": "popsd_test_module:nothing"}, "loss_target: expected .*to register a target 'nothing'.*got 3"),
+        ({"loss_target": "arithmetic_mix"}, r"target 'arithmetic_mix': expected its numbers \(share\)"),
+        (
+            {"target_parameters": {"alpha": 1.0}},
+            r"target 'purified': .*\(pmi_beta=1, pmi_clip=10\); got {'alpha': 1.0}",
+        ),
+        ({"target_parameters": "much"}, "target_parameters: expected a dictionary of numbers; got 'much'"),
+        ({"loss_target": "alpha_mix", "target_parameters": {"alpha": 2.0}}, r"alpha: expected a number in \(0, 1\]"),
+        (
+            {"loss_target": "alpha_mix", "target_parameters": {"alpha": 0.5}, "pmi_beta": 2.0},
+            "pmi_beta: expected none with loss_target='alpha_mix'.*got 2.0",
+        ),
+        (
+            {"target_parameters": {"pmi_beta": 1.0}, "pmi_beta": 2.0},
+            "pmi_beta: expected none with loss_target='purified'",
+        ),
+        ({"loss_target": "opsd", "pmi_clip": 5.0}, "pmi_clip: expected none with loss_target='opsd'"),
+        ({"loss_target": "opsd", "plausibility": 0.1}, "plausibility: expected none with loss_target='opsd'"),
+        ({"loss_target": "opsd", "loss_kwargs": {"exact_difference": True}}, "exact_difference: expected none"),
+        (
+            {
+                "loss_target": "arithmetic_mix",
+                "target_parameters": {"share": 0.5},
+                "masks": {"max_reference_fraction": 1.0},
+            },
+            "masks: max_reference_fraction and .*'arithmetic_mix'",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("module")
+def test_options_that_a_target_does_not_read_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+def test_the_loops_loss_must_be_the_targets():
+    for options in (
+        {"loss_target": "arithmetic_mix", "loss": PurifiedConfig()},
+        {"loss_target": "arithmetic_mix", "loss": presets.alpha_mix(0.5)},
+        {"loss": presets.alpha_mix(0.5)},
+    ):
+        with pytest.raises(
+            ValueError, match=r"loss: expected a popsd.\w+Config of the target '(arithmetic_mix|purified)'"
+        ):
+            TrainConfig(**options)
+    options = {"loss_target": "alpha_mix", "target_parameters": {"alpha": 0.5}}
+    with pytest.raises(ValueError, match="target_parameters: expected None beside loss"):
+        TrainConfig(**options, loss=presets.alpha_mix(0.25))
+    assert dataclasses.replace(TrainConfig(**options), steps=3).loss == presets.alpha_mix(0.5)
+
+
 def test_unknown_targets_are_refused(tmp_path):
     for make in (lambda: config(tmp_path, loss_target="sdpo"), lambda: TrainConfig(loss_target="sdpo")):
-        with pytest.raises(ValueError, match=r"loss_target: expected one of \['purified', 'opsd', 'beta_opsd'"):
+        with pytest.raises(ValueError, match=r"loss_target: expected one of \['alpha_mix', .*'purified'\]; got 'sdpo'"):
             make()
     assert needed_contexts("opsd", True) == ["teacher", "reference"]
