@@ -45,6 +45,23 @@ def test_phrases_and_non_latin_markers():
     }
 
 
+def test_letters_whose_lower_case_is_no_ascii_letter_count_as_the_ones_they_match():
+    markers = EpistemicMarkers(("perhaps", "hmm", "wait", "kaı"))
+    counts = markers.count_text(["perhapſ PERHAPſ", "waİt waıt", "\u212aaı"]).counts
+    assert counts == {"perhaps": 2, "hmm": 0, "wait": 2, "kaı": 1}
+
+    class Long:
+        words = ("perhapſ", " Wait,", "hmm")
+
+        def __len__(self):
+            return 3
+
+        def decode(self, token_ids, *, skip_special_tokens):
+            return self.words[token_ids[0]]
+
+    assert EpistemicMarkers(("perhaps", "wait")).token_ids(Long()) == {"perhaps": (0,), "wait": (1,)}
+
+
 def test_no_completions_give_zero_rates():
     counts = EpistemicMarkers().count_text([])
     assert (counts.total, counts.per_completion(), counts.per_thousand_tokens()) == (0, 0.0, 0.0)

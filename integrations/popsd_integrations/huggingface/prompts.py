@@ -41,7 +41,7 @@ class ContextConfig:
     system_prompt: a first message of every chat, or None. It needs a tokenizer with a chat template.
     student_kwargs, teacher_kwargs, reference_kwargs: ``chat_template_kwargs`` of each context, such as
         ``enable_thinking``.
-    max_prompt_tokens: longest prompt allowed in any context, or None.
+    max_prompt_length: longest prompt allowed in any context, or None.
     on_overflow: what happens to a longer one. "error" raises. "truncate" cuts the solution, alike in teacher and reference
         (and a wrong hint to the same number of tokens). "drop" leaves the row out. The question is never cut.
     Raises ValueError where a template has other fields, and for unknown values.
@@ -61,7 +61,7 @@ class ContextConfig:
     student_kwargs: Mapping[str, Any] = field(default_factory=dict)
     teacher_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reference_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    max_prompt_tokens: int | None = None
+    max_prompt_length: int | None = None
     on_overflow: str = "error"
 
     def __post_init__(self) -> None:
@@ -81,8 +81,8 @@ class ContextConfig:
             raise ValueError(f"reference: expected 'solution_only' or 'wrong_hint'; got {self.reference!r}.")
         if self.on_overflow not in ("error", "truncate", "drop"):
             raise ValueError(f"on_overflow: expected 'error', 'truncate' or 'drop'; got {self.on_overflow!r}.")
-        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
-            raise ValueError(f"max_prompt_tokens: expected at least 1, or None; got {self.max_prompt_tokens}.")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length: expected at least 1, or None; got {self.max_prompt_length}.")
 
 
 _FIELD = re.compile(r"\{question\}|\{solution\}")
@@ -108,6 +108,14 @@ class ContextBuilder:
         self.truncated = 0
         self.dropped = 0
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        # Special tokens steer the model: turns, begin and end. The unknown token is special too, but is text.
+        special = {
+            token: added.content
+            for token, added in getattr(tokenizer, "added_tokens_decoder", {}).items()
+            if added.special and added.content != tokenizer.unk_token
+        }
+        self._control_ids = set(special)
+        self._control = re.compile("|".join(map(re.escape, special.values()))) if special else None
         self._text_as_chat = text_as_chat and self._has_template
         if self.config.system_prompt is not None and not self._has_template:
             raise ValueError(
@@ -118,11 +126,12 @@ class ContextBuilder:
     def build(self, problem: Problem) -> Prompts | None:
         """The prompts of one problem, or None where ``on_overflow="drop"`` left it out.
 
-        Raises ValueError where the question or the solution is empty, or a prompt is longer than max_prompt_tokens.
+        Raises ValueError as `check` does, where the chat template fails, and where a prompt is longer than
+        max_prompt_length.
         """
         self.check(problem)
         prompts = self._prompts(problem)
-        limit = self.config.max_prompt_tokens
+        limit = self.config.max_prompt_length
         if limit is None or max(map(len, prompts)) <= limit:
             return prompts
         if self.config.on_overflow == "truncate" and len(prompts.question) <= limit:
@@ -135,8 +144,8 @@ class ContextBuilder:
             return None
         lengths = ", ".join(f"{name} {len(ids)}" for name, ids in zip(Prompts._fields, prompts, strict=True))
         raise ValueError(
-            f"max_prompt_tokens: expected prompts of at most {limit} tokens; got {lengths}, and the question is never "
-            "cut. Raise max_prompt_tokens, or set on_overflow to 'truncate' (cuts the solution) or 'drop'."
+            f"max_prompt_length: expected prompts of at most {limit} tokens; got {lengths}, and the question is never "
+            "cut. Raise max_prompt_length, or set on_overflow to 'truncate' (cuts the solution) or 'drop'."
         )
 
     def build_all(self, problems: Sequence[Problem]) -> list[Prompts]:
@@ -144,25 +153,18 @@ class ContextBuilder:
         built = [prompts for problem in problems if (prompts := self.build(problem)) is not None]
         if not built:
             raise ValueError(
-                f"problems: expected at least one that fits max_prompt_tokens={self.config.max_prompt_tokens}; "
-                f"got {len(problems)} problems, {self.dropped} dropped. Raise max_prompt_tokens."
+                f"problems: expected at least one that fits max_prompt_length={self.config.max_prompt_length}; "
+                f"got {len(problems)} problems, {self.dropped} dropped. Raise max_prompt_length."
             )
         return built
 
     def check(self, problem: Problem) -> None:
-        """Raise ValueError where question or solution is empty, or a conversation does not end with the user."""
+        """Raise ValueError where a text is empty, cannot be encoded or holds control tokens, and for a conversation that
+        does not end with the user's message or whose messages lack role or content.
+        """
         question, solution, wrong = problem
-        if not isinstance(question, str):
-            if not self._has_template:
-                raise ValueError(
-                    "question: expected text, since this tokenizer has no chat_template; got a conversation. Set "
-                    "tokenizer.chat_template (instruction-tuned models bring one), or write the questions as text."
-                )
-            if not question or question[-1]["role"] != "user":
-                roles = [message["role"] for message in question]
-                raise ValueError(f"question: expected a conversation that ends with the user's message; got {roles}.")
-            question = question[-1]["content"]
-        texts = {"question": question, "solution": solution}
+        spoken = {} if isinstance(question, str) else self._messages(question)
+        texts = {"question": question if isinstance(question, str) else question[-1]["content"], "solution": solution}
         if self.config.reference == "wrong_hint":
             texts["wrong_solution"] = wrong
             if wrong == solution:
@@ -172,10 +174,51 @@ class ContextBuilder:
                 raise ValueError(
                     f"{name}: expected non-empty text; got {text!r}. Leave problems without one out of the data."
                 )
+        for name, text in (spoken | texts).items():
+            self._check_text(name, text)
         if not self.tokenizer(solution, add_special_tokens=False)["input_ids"]:
             raise ValueError(
                 f"solution: expected at least one token; got none from {solution!r}. Without it the teacher knows no "
                 "more than the student; leave the problem out of the data."
+            )
+
+    def _messages(self, question: Any) -> dict[str, str]:
+        """The contents of a conversation by their place in it. Raises ValueError where it is none."""
+        if not isinstance(question, Sequence) or not all(isinstance(message, Mapping) for message in question):
+            raise ValueError(f"question: expected text or a list of messages; got {question!r}.")
+        if not self._has_template:
+            raise ValueError(
+                "question: expected text, since this tokenizer has no chat_template; got a conversation. Set "
+                "tokenizer.chat_template (instruction-tuned models bring one), or write the questions as text."
+            )
+        for place, message in enumerate(question):
+            content = "" if message.get("tool_calls") else message.get("content")
+            if not isinstance(message.get("role"), str) or not isinstance(content, str):
+                raise ValueError(
+                    f"question[{place}]: expected a message whose 'role' and 'content' are text; got {dict(message)!r}. "
+                    "ShareGPT's 'from' and 'value' have to be renamed, and images cannot be used."
+                )
+        roles = [message["role"] for message in question]
+        if roles[-1:] != ["user"]:
+            raise ValueError(f"question: expected a conversation that ends with the user's message; got {roles}.")
+        return {f"question[{place}]": message.get("content") or "" for place, message in enumerate(question)}
+
+    def _check_text(self, name: str, text: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name}: expected text that UTF-8 can encode; got {text[error.start]!r} at character {error.start}, half "
+                "of a surrogate pair. Leave the problem out of the data, or write the whole character."
+            ) from error
+        if self._control is None:
+            return
+        found = self._control.findall(text)
+        if found and not self._control_ids.isdisjoint(self.tokenizer(text, add_special_tokens=False)["input_ids"]):
+            raise ValueError(
+                f"{name}: expected text without the tokenizer's control tokens; got {found[0]!r}. In a prompt that is "
+                "rendered already the solution would land in the assistant's turn: pass messages with 'role' and "
+                "'content', which the chat template renders. Take such tokens out of other texts."
             )
 
     def _prompts(self, problem: Problem) -> Prompts:
@@ -209,12 +252,24 @@ class ContextBuilder:
     def _encode(self, template: str, problem: Problem, chat_template_kwargs: Mapping[str, Any]) -> list[int]:
         written = self._write(template, problem)
         if isinstance(written, str):
-            return list(self.tokenizer(written)["input_ids"])
-        return list(
-            self.tokenizer.apply_chat_template(
-                written, add_generation_prompt=True, tokenize=True, return_dict=False, **chat_template_kwargs
+            begin = getattr(self.tokenizer, "bos_token", None)
+            begun = begin is not None and written.startswith(begin)  # by the template: the tokenizer adds no second one
+            return list(self.tokenizer(written, add_special_tokens=not begun)["input_ids"])
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                written, add_generation_prompt=True, tokenize=False, **chat_template_kwargs
             )
-        )
+        except Exception as error:  # a template raises what it likes
+            roles = [message["role"] for message in written]
+            raise ValueError(
+                f"chat_template: expected to write a conversation of {roles}; got {type(error).__name__}: {error}"
+            ) from error
+        if written[-1]["content"].strip() not in rendered:
+            raise ValueError(
+                "chat_template: expected the user's message in what it writes; got a prompt without it. Templates of "
+                "some vision models write lists of contents alone; set tokenizer.chat_template to one that writes text."
+            )
+        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
     def _truncate(self, problem: Problem, prompts: Prompts, limit: int) -> Prompts | None:
         """The prompts with the longest beginning of the solution that fits both. Δ_it needs the same solution in both."""
@@ -224,7 +279,8 @@ class ContextBuilder:
         while max(map(len, prompts)) > limit:
             # Decoding and encoding again may change the number of tokens, hence the loop.
             keep -= max(map(len, prompts)) - limit
-            solution, *wrong = (self.tokenizer.decode(hint[: max(keep, 0)]).strip() for hint in ids)
+            # A token may end amid a character, which then decodes as U+FFFD.
+            solution, *wrong = (self.tokenizer.decode(hint[: max(keep, 0)]).rstrip("\ufffd").strip() for hint in ids)
             if not all((solution, *wrong)):
                 return None
             prompts = self._prompts(Problem(problem.question, solution, *wrong))

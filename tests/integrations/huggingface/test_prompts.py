@@ -65,14 +65,14 @@ def test_fields_inside_the_data_stay_literal():
 
 
 def test_too_long_is_an_error_by_default():
-    builder = ContextBuilder(word_tokenizer(), ContextConfig(**TEMPLATES, max_prompt_tokens=12))
-    with pytest.raises(ValueError, match=r"max_prompt_tokens: .*at most 12.*teacher 18.*on_overflow to 'truncate'"):
+    builder = ContextBuilder(word_tokenizer(), ContextConfig(**TEMPLATES, max_prompt_length=12))
+    with pytest.raises(ValueError, match=r"max_prompt_length: .*at most 12.*teacher 18.*on_overflow to 'truncate'"):
         builder.build(PROBLEM)
 
 
 def test_truncation_cuts_the_same_solution_in_both_and_never_the_question():
     tokenizer = word_tokenizer()
-    builder = ContextBuilder(tokenizer, ContextConfig(**TEMPLATES, max_prompt_tokens=12, on_overflow="truncate"))
+    builder = ContextBuilder(tokenizer, ContextConfig(**TEMPLATES, max_prompt_length=12, on_overflow="truncate"))
     prompts = builder.build(PROBLEM)
     assert tokenizer.decode(prompts.teacher) == f"Question: {PROBLEM.question} Solution: It is four Again:"
     assert tokenizer.decode(prompts.reference) == "Solution: It is four Again:"
@@ -83,21 +83,29 @@ def test_truncation_cuts_the_same_solution_in_both_and_never_the_question():
 @pytest.mark.parametrize("limit", [5, 9])  # the question alone is too long; nothing is left of the solution
 def test_truncation_that_would_lose_the_question_or_the_solution_is_refused(limit):
     builder = ContextBuilder(
-        word_tokenizer(), ContextConfig(**TEMPLATES, max_prompt_tokens=limit, on_overflow="truncate")
+        word_tokenizer(), ContextConfig(**TEMPLATES, max_prompt_length=limit, on_overflow="truncate")
     )
     with pytest.raises(ValueError, match=r"the question is never cut"):
         builder.build(PROBLEM)
 
 
 def test_dropped_rows_are_counted_and_none_left_is_an_error():
-    builder = ContextBuilder(word_tokenizer(), ContextConfig(**TEMPLATES, max_prompt_tokens=12, on_overflow="drop"))
+    builder = ContextBuilder(word_tokenizer(), ContextConfig(**TEMPLATES, max_prompt_length=12, on_overflow="drop"))
     assert len(builder.build_all([PROBLEM, Problem("What ?", "It is four")])) == 1
     assert builder.dropped == 1
-    with pytest.raises(ValueError, match=r"problems: expected at least one .*Raise max_prompt_tokens"):
+    with pytest.raises(ValueError, match=r"problems: expected at least one .*Raise max_prompt_length"):
         builder.build_all([PROBLEM])
 
 
-@pytest.mark.parametrize(("problem", "name"), [(Problem(" ", "x"), "question"), (Problem("x", ""), "solution")])
+@pytest.mark.parametrize(
+    ("problem", "name"),
+    [
+        (Problem(" ", "x"), "question"),
+        (Problem("x", ""), "solution"),
+        (Problem("x", None), "solution"),
+        (Problem("x", float("nan")), "solution"),
+    ],
+)
 def test_empty_text_is_named(problem, name):
     with pytest.raises(ValueError, match=rf"^{name}: expected non-empty text.*Leave problems without one out"):
         ContextBuilder(word_tokenizer()).build(problem)
@@ -109,7 +117,7 @@ def test_empty_text_is_named(problem, name):
         ({"reference_template": "{question} {solution}"}, r"reference_template: .*the reference never the question"),
         ({"question_template": "solve it"}, r"question_template: expected the fields"),
         ({"on_overflow": "cut"}, r"on_overflow: expected 'error'"),
-        ({"max_prompt_tokens": 0}, r"max_prompt_tokens: expected at least 1"),
+        ({"max_prompt_length": 0}, r"max_prompt_length: expected at least 1"),
     ],
 )
 def test_bad_config_is_named(options, message):
@@ -167,3 +175,82 @@ def test_thinking_states():
     options = {"student_kwargs": {"enable_thinking": True}, "teacher_kwargs": {"enable_thinking": False}}
     prompts = ContextBuilder(tokenizer, ContextConfig(**TEMPLATES, **options)).build(PROBLEM)
     assert thinking_states(tokenizer, prompts) == {"question": "open", "teacher": "none", "reference": "none"}
+
+
+def byte_tokenizer(chat_template=None):
+    """A token for each byte, as a byte-level BPE without merges, and a begin token that it adds to text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.add_special_tokens(["<s>", "<|end|>", "<unk>"])
+    inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<|end|>", unk_token="<unk>")
+    fast.chat_template = chat_template
+    return fast
+
+
+def test_truncation_leaves_no_half_character():
+    tokenizer = byte_tokenizer()
+    config = {"teacher_template": "{question}{solution}", "reference_template": "{solution}", "on_overflow": "truncate"}
+    kept = []
+    for limit in range(4, 9):
+        builder = ContextBuilder(tokenizer, ContextConfig(**config, max_prompt_length=limit))
+        kept.append(tokenizer.decode(builder.build(Problem("Q", "aé世z")).reference, skip_special_tokens=True))
+    assert kept == ["a", "aé", "aé", "aé", "aé世"]
+
+
+BROKEN = {
+    "None": None,
+    "a number": 3,
+    "no messages": [],
+    "a message that is text": ["What"],
+    "ShareGPT": [{"from": "human", "value": "What"}],
+    "no content": [{"role": "user", "content": None}],
+    "no role": [{"role": None, "content": "What"}],
+    "an image": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What"}]}],
+    "half a pair": "two \ud800",
+    "half a pair amid": [{"role": "system", "content": "\udc00"}, {"role": "user", "content": "What"}],
+    "rendered": "<s>user: What<|end|>assistant:",
+    "a turn within": [{"role": "user", "content": "What<|end|>assistant: this"}],
+}
+
+
+@pytest.mark.parametrize("question", BROKEN.values(), ids=BROKEN)
+def test_a_question_that_is_none_is_named(question):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"^question(\[0\])?: expected") as raised:
+        ContextBuilder(byte_tokenizer(template)).build(Problem(question, "four"))
+    if "<|end|>" in str(question):
+        assert "control tokens; got '<" in str(raised.value) and "pass messages with 'role'" in str(raised.value)
+
+
+def test_control_tokens_in_a_solution_are_named_and_those_of_a_template_are_not():
+    builder = ContextBuilder(byte_tokenizer())
+    with pytest.raises(ValueError, match=r"^solution: expected text without .*got '<\|end\|>'"):
+        builder.build(Problem("What", "four<|end|>"))
+    assert builder.build(Problem("What <unk> <end|>", "four <|e"))
+    templates = {"question_template": "<s>{question}<|end|>", "teacher_template": "<s>{question}{solution}"}
+    prompts = ContextBuilder(byte_tokenizer(), ContextConfig(**templates)).build(Problem("What", "four"))
+    assert all(ids.count(256) == 1 and ids[0] == 256 for ids in prompts), "begun once"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{{ raise_exception('no system') }}",
+            r"chat_template: expected to write a conversation of \['user'\]; .*no system",
+        ),
+        (
+            "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}"
+            "{% endfor %}{% endfor %}A",
+            r"chat_template: expected the user's message in what it writes; got a prompt without it",
+        ),
+    ],
+)
+def test_a_template_that_fails_or_loses_the_question_is_refused(template, message):
+    with pytest.raises(ValueError, match=message):
+        ContextBuilder(word_tokenizer(template)).build(PROBLEM)
