@@ -20,7 +20,7 @@ from torch import nn
 
 from popsd import HiddenStates, MaskConfig, PurifiedConfig, PurifiedOPSDLoss, presets
 from popsd_integrations.huggingface.frozen import FrozenStates
-from popsd_integrations.huggingface.heads import gathered, head_from_model, hidden_states, same_head
+from popsd_integrations.huggingface.heads import gathered, hidden_states, local_head, same_head
 from popsd_integrations.huggingface.packing import Packed
 
 LossTarget = Literal["purified", "opsd", "beta_opsd", "contrastive_hints"]
@@ -93,7 +93,7 @@ def student_loss(
     matmul.
     """
     states = hidden_states(model, packed.input_ids, packed.attention_mask, packed.position_ids)
-    head = head_from_model(model)
+    head = local_head(model)
     frozen_head = None
     if head.weight.requires_grad or not same_head(head, frozen.head):
         with torch.no_grad():
