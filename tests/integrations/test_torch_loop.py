@@ -297,5 +297,7 @@ def test_no_prompts_and_two_adapters_are_refused(tmp_path):
     adapted = run(tmp_path / "a", replace(CONFIG, steps=1, lora_rank=4)).model
     with pytest.raises(ValueError, match=r"lora_rank: expected None for a model that has an adapter"):
         run(tmp_path / "b", replace(CONFIG, lora_rank=4), model=adapted, generate=no_work)
-    again = run(tmp_path / "c", replace(CONFIG, steps=1), model=adapted)
-    assert again.metrics[0]["loss"] > 0
+    with pytest.raises(ValueError, match=r"frozen: expected .* a divergence of 0; got .*trained already\. Merge it"):
+        run(tmp_path / "c", replace(CONFIG, steps=1), model=adapted, generate=no_work)
+    merged = run(tmp_path / "d", replace(CONFIG, steps=1), model=adapted.merge_and_unload())
+    assert merged.metrics[0]["loss"] > 0

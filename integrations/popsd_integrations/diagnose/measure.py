@@ -19,7 +19,8 @@ from torch import nn
 from popsd import Head, HiddenStates, PurifiedConfig, head_logits, linear_purified_jsd, purified_target_logits
 from popsd.markers import EpistemicMarkers
 from popsd_integrations.huggingface.frozen import FrozenModel, frozen_states
-from popsd_integrations.huggingface.heads import causal_model, check_head, eval_mode
+from popsd_integrations.huggingface.heads import causal_model, eval_mode
+from popsd_integrations.huggingface.invariants import check_model
 from popsd_integrations.huggingface.packing import pack_contexts
 from popsd_integrations.huggingface.prompts import Prompts
 from popsd_integrations.huggingface.sampling import Generate, Sampler, check_positions
@@ -116,15 +117,15 @@ def diagnose(
 
     generate: see ``huggingface.Sampler``; None: ``hf_generate``.
     Raises ValueError for no problem, for completions without a token, where no marker is a token of ``tokenizer``, and for
-    a model whose head popsd would get wrong.
+    a model that ``huggingface.check_model`` refuses.
     """
     config = config or DiagnoseConfig()
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one problem; got none. Build them with ContextBuilder.build_all.")
     markers = config.markers.token_ids(tokenizer)
-    check_head(model)
     sampling: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     sampler = Sampler(model, tokenizer, **sampling, generate=generate, vocab_size=config.loss.vocab_size)
+    side = check_model(model, prompts, pad_token_id=sampler.pad_token_id)
     chosen = list(prompts[: config.completions])
     check_positions(model, chosen, config.max_new_tokens)
     tokens: list[dict[str, Any]] = []
@@ -133,7 +134,9 @@ def diagnose(
         for first in _progress(range(0, len(chosen), config.batch_size), progress):
             rows = chosen[first : first + config.batch_size]
             completions = sampler(model, rows)
-            tokens += _measure(model, tokenizer, rows, completions, first, markers, config, sampler.pad_token_id)
+            tokens += _measure(
+                model, tokenizer, rows, completions, first, markers, config, (sampler.pad_token_id, side)
+            )
     if not tokens:
         raise ValueError(
             "prompts: expected completions of at least one token; got none. Look at the prompts' templates."
@@ -149,13 +152,14 @@ def _measure(
     first: int,
     markers: dict[str, tuple[int, ...]],
     config: DiagnoseConfig,
-    pad: int,
+    padding: tuple[int, str],
 ) -> list[dict[str, Any]]:
     kept = [place for place, ids in enumerate(completions) if ids]
     if not kept:
         return []
     rows, completions = [rows[place] for place in kept], [completions[place] for place in kept]
-    packed = pack_contexts(rows, completions, pad_token_id=pad, device=causal_model(model).device)
+    pad, side = padding
+    packed = pack_contexts(rows, completions, pad_token_id=pad, side=side, device=causal_model(model).device)
     states = frozen_states(FrozenModel(model), packed)
     assert states.base is not None and states.reference is not None
     mask = packed["base"].completion_mask

@@ -10,10 +10,11 @@ A training step of one row, from the prompts to the gradient. The examples of th
 
 >>> source = frozen_weights(model)  # a copy, or the adapter off under LoRA: the weights before training
 >>> prompts = [Prompts(question=[1, 2], teacher=[1, 2, 3, 4], reference=[3, 4])]
+>>> side = check_model(model, prompts, source)  # where padding does not change this architecture's logits
 >>> completions = hf_generate(
 ...     model, [[1, 2]], max_new_tokens=3, temperature=1.0, eos_token_id=[49], pad_token_id=0
 ... )
->>> packed = pack_contexts(prompts, completions, pad_token_id=0)
+>>> packed = pack_contexts(prompts, completions, pad_token_id=0, side=side)
 >>> frozen, student = frozen_states(source, packed), packed["base"]
 >>> states = hidden_states(model, student.input_ids, student.attention_mask, student.position_ids)
 >>> loss, metrics = popsd.PurifiedOPSDLoss()(
@@ -30,13 +31,15 @@ True
 from popsd_integrations.huggingface.frozen import (
     EMA,
     AdapterOff,
+    FrozenChecksum,
     FrozenCopy,
     FrozenModel,
     FrozenStates,
     frozen_states,
     frozen_weights,
 )
-from popsd_integrations.huggingface.heads import check_head, eval_mode, head_from_model, hidden_states
+from popsd_integrations.huggingface.heads import eval_mode, head_from_model, hidden_states, use_head
+from popsd_integrations.huggingface.invariants import check_model
 from popsd_integrations.huggingface.packing import (
     Packed,
     check_same_completions,
@@ -61,6 +64,7 @@ __all__ = [
     "AdapterOff",
     "ContextBuilder",
     "ContextConfig",
+    "FrozenChecksum",
     "FrozenCopy",
     "FrozenModel",
     "FrozenStates",
@@ -68,7 +72,7 @@ __all__ = [
     "Problem",
     "Prompts",
     "Sampler",
-    "check_head",
+    "check_model",
     "check_positions",
     "check_same_completions",
     "eval_mode",
@@ -85,4 +89,5 @@ __all__ = [
     "position_limit",
     "special_tokens",
     "unpad",
+    "use_head",
 ]

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from popsd import Head
-from popsd_integrations.huggingface.heads import eval_mode, head_from_model, hidden_states, is_sharded
+from popsd_integrations.huggingface.heads import eval_mode, hidden_states, is_sharded, local_head, unwrapped
 from popsd_integrations.huggingface.packing import CONTEXT_OF, Packed, joined
 
 
@@ -27,18 +28,18 @@ class FrozenWeights(Protocol):
 
 
 class AdapterOff:
-    """The model under its PEFT adapter. It needs no memory beyond the student's.
+    """The model under its adapter: a PEFT model, or one with ``model.add_adapter``. No memory beyond the student's.
 
     Raises ValueError for a model without an adapter.
     """
 
     def __init__(self, model: Any) -> None:
-        if not hasattr(model, "disable_adapter"):
+        if not has_adapter(model):
             raise ValueError(
                 f"model: expected a PEFT model; got {type(model).__name__}, which has no adapter to disable. "
                 "Use FrozenCopy under full fine-tuning."
             )
-        self.model = model
+        self.model = unwrapped(model)
 
     @contextmanager
     def weights(self) -> Iterator[nn.Module]:
@@ -47,11 +48,32 @@ class AdapterOff:
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         with eval_mode(self.model):
             try:
-                with self.model.disable_adapter():
+                with self._off():
                     yield self.model
             finally:
                 for parameter, requires_grad in flags:
                     parameter.requires_grad_(requires_grad)
+
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        if hasattr(self.model, "disable_adapter"):
+            with self.model.disable_adapter():
+                yield
+            return
+        # After model.add_adapter. transformers' own enable_adapters() does not switch modules_to_save on again.
+        layers = [x for x in self.model.modules() if isinstance(getattr(type(x), "disable_adapters", None), property)]
+        active = [layer for layer in layers if not layer.disable_adapters]
+        for layer in active:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in active:
+                layer.enable_adapters(True)
+
+    def constant(self) -> dict[str, nn.Parameter]:
+        """The parameters that training must leave as they are."""
+        return {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
 
 
 class FrozenModel:
@@ -64,6 +86,10 @@ class FrozenModel:
     def weights(self) -> Iterator[nn.Module]:
         yield self.model
 
+    def constant(self) -> dict[str, nn.Parameter]:
+        """The parameters that training must leave as they are."""
+        return dict(self.model.named_parameters())
+
 
 class FrozenCopy(FrozenModel):
     """A copy of the weights as they are now, for full fine-tuning. It takes the memory of the weights once more.
@@ -72,11 +98,11 @@ class FrozenCopy(FrozenModel):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if hasattr(model, "disable_adapter"):
+        if has_adapter(model):
             raise ValueError(
                 f"model: expected a model without adapters; got {type(model).__name__}. AdapterOff needs no copy."
             )
-        super().__init__(copy.deepcopy(model).requires_grad_(False))
+        super().__init__(copy.deepcopy(unwrapped(model)).requires_grad_(False))
 
 
 class EMA(FrozenModel):
@@ -103,6 +129,10 @@ class EMA(FrozenModel):
             name: p.requires_grad_(False) for name, p in self.model.named_parameters() if name in self._live
         }
         self._average = {name: p.detach().float() for name, p in self._followers.items()}
+
+    def constant(self) -> dict[str, nn.Parameter]:
+        """What the average shares with the model, because it is not trained."""
+        return {name: p for name, p in super().constant().items() if name not in self._followers}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -134,7 +164,65 @@ class EMA(FrozenModel):
 
 def frozen_weights(model: nn.Module) -> AdapterOff | FrozenCopy:
     """The source that fits the model: `AdapterOff` under PEFT, otherwise `FrozenCopy`. Call it before training."""
-    return AdapterOff(model) if hasattr(model, "disable_adapter") else FrozenCopy(model)
+    return AdapterOff(model) if has_adapter(model) else FrozenCopy(model)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether the model has an adapter: PEFT's wrapper, or one put on by ``model.add_adapter``."""
+    inner = unwrapped(model)
+    return hasattr(inner, "disable_adapter") or getattr(inner, "_hf_peft_config_loaded", False)
+
+
+class FrozenChecksum:
+    """What tells whether the frozen weights are still those of the start: sums of the bits of a few matrices.
+
+    source: `AdapterOff`, `FrozenCopy`, `FrozenModel` or `EMA`. Of the last, what it shares with the model is compared.
+    The sums are integers, so they do not depend on the order of summation and the comparison is exact. Sharded parameters
+    are summed over all processes, each of which must take part.
+    """
+
+    def __init__(self, source: AdapterOff | FrozenModel) -> None:
+        self.source = source
+        self.values = self._sums()
+
+    def check(self) -> None:
+        """Raise RuntimeError where a frozen weight has changed since the start."""
+        moved = [name for name, value in self._sums().items() if value != self.values[name]]
+        if moved:
+            raise RuntimeError(
+                f"frozen weights: expected those of the start; {len(moved)} of {len(self.values)} compared matrices have "
+                f"changed, such as {moved[0]}. Base, teacher and reference are no longer the initial model's. Something "
+                "writes to them: merging an adapter into 16-bit weights and out again does (vLLM's weight sync). Load the "
+                "model in float32, generate without vLLM, or keep the weights apart as teacher_model or FrozenCopy."
+            )
+
+    @torch.no_grad()
+    def _sums(self) -> dict[str, int]:
+        constant = self.source.constant()
+        # What an adapter can be merged into comes first. A vector is not compared: others move with it.
+        adapted = {name: p for name, p in constant.items() if ".base_layer." in name and _shard(p).ndim > 1}
+        chosen = list((adapted or {name: p for name, p in constant.items() if p.ndim > 1}).items())
+        if len(chosen) > _COMPARED:
+            chosen = [chosen[round(i * (len(chosen) - 1) / (_COMPARED - 1))] for i in range(_COMPARED)]
+        sums = [_shard(p).view(_BITS[p.dtype.itemsize]).sum(dtype=torch.int64) for _, p in chosen]
+        if not sums:
+            return {}
+        total = torch.stack(sums)
+        if any(is_sharded(p) for _, p in chosen) and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        return dict(zip((name for name, _ in chosen), total.tolist(), strict=True))
+
+
+_COMPARED = 8
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _shard(parameter: Any) -> torch.Tensor:
+    """What this rank holds of a parameter: all of it, or FSDP2's or ZeRO-3's part."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    shard: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
+    return shard.detach()
 
 
 class FrozenStates(NamedTuple):
@@ -192,7 +280,7 @@ def frozen_states(
             states = _states(model, joined([packed[name] for name in names]), batch_size).chunk(len(names))
         else:
             states = tuple(_states(model, packed[name], batch_size) for name in names)
-        head = head_from_model(model)  # after the forwards: under ZeRO-3 they empty a head tied to the embeddings
+        head = local_head(model)  # after the forwards: under ZeRO-3 they empty a head tied to the embeddings
     found = dict(zip(names, states, strict=True))
     return FrozenStates(found.get("base"), found["teacher"], found.get("reference"), head)
 

@@ -2,48 +2,79 @@
 
 What a model does between the projection and its logits is read from its configuration. The models name it differently,
 and one name has two meanings: ``logits_scaling`` divides in Granite and MiniCPM, and multiplies in HyperCLOVA X.
-``check_head`` compares the result with the model's own logits, so that an unknown architecture is refused and not trained
-wrongly.
+``invariants.check_model`` compares the result with the model's own logits, so that an unknown architecture is refused and
+not trained wrongly.
 """
 
 from __future__ import annotations
 
+import gc
 import inspect
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
+from torch.nn.parallel import DistributedDataParallel
 
 from popsd import Head
 
 _MULTIPLIES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _LOGITS_SCALING_MULTIPLIES = ("hyperclovax",)
+_HEAD_FN = "popsd_head_fn"
+_FORWARDS: ContextVar[frozenset[int]] = ContextVar("forwards", default=frozenset())
+"""The wrappers whose forward is running, by id: inside it their module is called and not the wrapper once more."""
+
+T = TypeVar("T")
+
+
+def use_head(model: nn.Module, head_fn: Callable[[Any], Head]) -> None:
+    """Hand over the head of a model where popsd cannot read it: from now on ``head_from_model`` calls ``head_fn``.
+
+    head_fn: takes the Hugging Face model without any PEFT wrapper, and returns the `popsd.Head` that makes its logits of
+        `hidden_states`. It is called again for every forward, with the adapter on or off. It is kept on the model, and a
+        copy of the model has it too.
+
+    >>> use_head(model, lambda causal: popsd.Head(causal.lm_head.weight))
+    """
+    setattr(causal_model(model), _HEAD_FN, head_fn)
 
 
 def head_from_model(model: nn.Module) -> Head:
-    """The head of a causal language model, PEFT-wrapped or not. It holds the model's own parameters, not copies.
+    """The head of a causal language model, in a PEFT or DDP wrapper or not. It holds the model's own parameters.
 
     The weight is [V, D] in the model's dtype, the bias [V] or None. Under an adapter that trains the head
     (``modules_to_save``) the answer depends on whether the adapter is on. For the frozen head call it inside the context
-    that switches the adapter off.
+    that switches the adapter off. A head that FSDP2 shards is gathered, and its gradient goes back as FSDP2's mean.
     Raises ValueError for a head that is adapted or absent, TypeError for one that is quantised.
 
     >>> list(head_from_model(model).weight.shape)
     [50, 16]
     """
+    return gathered(local_head(model))
+
+
+def local_head(model: nn.Module) -> Head:
+    """`head_from_model`, but as this rank holds it: under FSDP2 a head of DTensors."""
     causal = causal_model(model)
+    head_fn = getattr(causal, _HEAD_FN, None)
+    if head_fn is not None:
+        head: Head = head_fn(causal)
+        return head
     lm_head = _active_module(causal.get_output_embeddings())
     weight = getattr(lm_head, "weight", None)
     bias = getattr(lm_head, "bias", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         raise ValueError(
             f"model: expected a causal language model whose get_output_embeddings() has a weight of shape [V, D]; "
-            f"got {type(lm_head).__name__} in {type(causal).__name__}. Load it with AutoModelForCausalLM."
+            f"got {type(lm_head).__name__} in {type(causal).__name__}. Load it with AutoModelForCausalLM, or hand over its "
+            "popsd.Head with use_head(model, head_fn)."
         )
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise TypeError(
@@ -68,32 +99,123 @@ def hidden_states(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Last hidden states [B, L, D] as the head takes them: the backbone without the head, adapters active.
+    """Last hidden states [B, L, D] as the head takes them: no logits are computed, adapters are active.
 
+    model: a causal language model, its PEFT wrapper, its DDP wrapper, or one that FSDP2 shards. A wrapper is called as
+        such, so that it gathers its shards and reduces the gradients.
     input_ids, attention_mask, position_ids: [B, L] int64, on the model's device. A model that takes no position_ids
         (ALiBi, state-space) is not given any.
-    Raises ValueError for a model without a backbone under its head, and for a prompt-learning adapter.
+    Raises ValueError for a head that is not called on the states, for a prompt-learning adapter, for FSDP1, and for a
+    module in training whose DDP wrapper was not passed: its gradients would never be reduced.
 
     >>> list(hidden_states(model, torch.tensor([[1, 2, 3]])).shape)
     [1, 3, 16]
     """
     causal = causal_model(model)
-    backbone = causal.base_model
-    if backbone is causal:
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    given = {name: value for name, value in given.items() if value is not None}
+
+    def run() -> torch.Tensor:
+        return _states(causal, given, position_ids)
+
+    if isinstance(model, DistributedDataParallel | FSDPModule) and id(model) not in _FORWARDS.get():
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        return run_in_forward(model, inner, run)
+    _check_reduced(model)
+    return run()
+
+
+def _states(causal: Any, given: dict[str, Any], position_ids: torch.Tensor | None) -> torch.Tensor:
+    """The backbone's states where the model is backbone and head; else what its own forward hands to its head."""
+    backbone, lm_head = causal.base_model, causal.get_output_embeddings()
+    plain = backbone is not causal and {*causal.children()} <= {backbone, lm_head}
+    module = backbone if plain or (lm_head is None and backbone is not causal) else causal
+    if position_ids is not None and _takes_position_ids(module):
+        given = {**given, "position_ids": position_ids + _first_position(module)}
+    if module is not causal:
+        states: torch.Tensor = backbone(**given)[0]
+        return states
+    if lm_head is None:
         raise ValueError(
-            f"model: expected a backbone under the lm_head (base_model_prefix); got none in {type(causal).__name__}. "
+            f"model: expected a head that get_output_embeddings() returns; got none in {type(causal).__name__}. "
             "Load it with AutoModelForCausalLM."
         )
-    arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if position_ids is not None and _takes_position_ids(backbone):
-        arguments["position_ids"] = position_ids
-    states: torch.Tensor = backbone(**arguments)[0]
-    return states
+    taken: list[torch.Tensor] = []
+
+    def take(states: torch.Tensor) -> torch.Tensor:
+        taken.append(states)
+        return states
+
+    # The identity in the place of the head: what follows it in the model's forward costs D columns instead of V.
+    with _forward_as(lm_head, take):
+        causal.forward(**given)
+    if len(taken) != 1:
+        raise ValueError(
+            f"model: expected a forward of {type(causal).__name__} that calls its {type(lm_head).__name__} head once; got "
+            f"{len(taken)} calls, so its hidden states are not known. popsd cannot train this architecture."
+        )
+    return taken[0]
+
+
+def run_in_forward(wrapper: nn.Module, inner: nn.Module, function: Callable[[], T]) -> T:
+    """Call ``function`` as the forward of ``wrapper`` (DDP, FSDP, or the model itself), and return its result.
+
+    They reduce gradients and gather shards only for what runs inside their forward. ``inner`` is the module that
+    ``wrapper`` calls in the end. Autocast that accelerate put on ``inner.forward`` is not entered; enter it in ``function``.
+    """
+
+    def once(*_: Any, **__: Any) -> T:
+        restore()  # function may want the real forward
+        token = _FORWARDS.set(_FORWARDS.get() | {id(wrapper)})
+        try:
+            return function()
+        finally:
+            _FORWARDS.reset(token)
+
+    with _forward_as(inner, once) as restore:
+        result: T = wrapper()
+    return result
+
+
+@contextmanager
+def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Callable[[], None]]:
+    """Another forward of one module inside; yields what ends it earlier. A forward that was set before comes back."""
+    own = module.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = own
+
+    module.__dict__["forward"] = forward
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+def _check_reduced(model: nn.Module) -> None:
+    """Raise ValueError for a module in training that is called past its DDP wrapper."""
+    if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
+        return
+    # A module does not know its wrapper, so the wrappers are looked for. This takes tenths of a second at most.
+    if any(type(x) is DistributedDataParallel and x.module is model for x in gc.get_objects()):
+        raise ValueError(
+            "model: expected the DistributedDataParallel wrapper, which reduces the gradients; got the module within it. "
+            "Pass the wrapper to hidden_states."
+        )
 
 
 def causal_model(model: Any) -> Any:
-    """The Hugging Face model inside a PEFT wrapper, or the model itself. Raises ValueError on prompt learning."""
-    if not hasattr(model, "peft_config"):
+    """The Hugging Face model inside DDP and PEFT wrappers, or the model itself.
+
+    Raises ValueError on prompt learning and on FSDP1.
+    """
+    model = unwrapped(model)
+    if not hasattr(model, "get_base_model"):
         return model
     for name, adapter in model.peft_config.items():
         # These add virtual tokens in the wrapper's forward, and a call of the backbone would skip them silently.
@@ -102,37 +224,17 @@ def causal_model(model: Any) -> Any:
                 f"model: expected a weight adapter such as LoRA; got the prompt-learning adapter {name!r} "
                 f"({adapter.peft_type}). Train with LoraConfig instead."
             )
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model()
 
 
-def check_head(model: nn.Module, *, tolerance: float = 1e-2) -> None:
-    """Compare ``head_from_model(model)`` on ``hidden_states`` with the model's own logits on four tokens.
-
-    tolerance: relative to the largest logit. bf16 rounds at 4e-3, and a missed scale or softcap is off by far more.
-    Raises ValueError where they disagree, because the loss would be taken of other distributions than the model's.
-
-    >>> check_head(model)
-    """
-    head = head_from_model(model)
-    causal = causal_model(model)
-    vocab_size = causal.get_input_embeddings().weight.shape[0]
-    input_ids = torch.tensor([[index * (vocab_size - 1) // 3 for index in range(4)]], device=head.weight.device)
-    with eval_mode(model), torch.no_grad():
-        expected = model(input_ids=input_ids).logits.float()
-        states = hidden_states(model, input_ids).to(head.weight.dtype)
-        logits = nn.functional.linear(states, head.weight, head.bias).float() * head.logit_scale
-        if head.softcap is not None:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
-    error = math.inf
-    if expected.shape == logits.shape:
-        error = ((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
-    if not error <= tolerance:
+def unwrapped(model: Any) -> Any:
+    """The module inside DDP, or the model itself. Raises ValueError on FSDP1."""
+    if isinstance(model, FullyShardedDataParallel):
         raise ValueError(
-            f"model: expected the head read from {type(causal).__name__} to give the model's own logits within "
-            f"{tolerance:g}; got a relative difference of {error:.3g}, shapes {list(logits.shape)} and "
-            f"{list(expected.shape)}. This architecture transforms its hidden states or logits in a way popsd does not "
-            "know; build the popsd.Head by hand."
+            "model: expected DDP or FSDP2; got FullyShardedDataParallel (FSDP1), whose parameters are not seen outside "
+            "its forward. Shard the model with torch.distributed.fsdp.fully_shard."
         )
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @contextmanager
@@ -147,7 +249,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def gathered(head: Head, dtype: torch.dtype) -> Head:
+def gathered(head: Head, dtype: torch.dtype | None = None) -> Head:
     """The head as plain tensors: a head that FSDP2 shards by itself is gathered here, once, in ``dtype``.
 
     Its gradient goes back as the mean over the ranks, which is how FSDP2 reduces every other parameter's.
@@ -232,5 +334,13 @@ def _active_module(lm_head: Any) -> Any:
     return lm_head
 
 
-def _takes_position_ids(backbone: nn.Module) -> bool:
-    return "position_ids" in inspect.signature(backbone.forward).parameters
+def _takes_position_ids(module: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(module.forward).parameters
+
+
+def _first_position(module: nn.Module) -> int:
+    """RoBERTa and its like count from the row after the one that their position embedding keeps for padding."""
+    for name, part in module.named_modules():
+        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
+            return int(part.padding_idx) + 1
+    return 0

@@ -27,7 +27,7 @@ from torch import nn
 from popsd import DivergenceConfig, HiddenStates, MaskConfig, PurifiedConfig, PurifiedOPSDLoss, TargetConfig
 from popsd.engine.chunks.registry import checked_target, known_targets, numbers_of, register_target, target_named
 from popsd_integrations.huggingface.frozen import FrozenStates
-from popsd_integrations.huggingface.heads import gathered, head_from_model, hidden_states, same_head
+from popsd_integrations.huggingface.heads import gathered, hidden_states, local_head, same_head
 from popsd_integrations.huggingface.packing import Packed
 
 _DIVERGENCE = {field.name for field in fields(DivergenceConfig)}
@@ -156,7 +156,7 @@ def student_loss(
     matmul.
     """
     states = hidden_states(model, packed.input_ids, packed.attention_mask, packed.position_ids)
-    head = head_from_model(model)
+    head = local_head(model)
     frozen_head = None
     if head.weight.requires_grad or not same_head(head, frozen.head):
         with torch.no_grad():

@@ -26,8 +26,9 @@ from torch import nn
 
 from popsd import MaskConfig, PurifiedConfig, PurifiedOPSDLoss, TargetConfig
 from popsd.markers import EpistemicMarkers
-from popsd_integrations.huggingface.frozen import FrozenWeights, frozen_states, frozen_weights
-from popsd_integrations.huggingface.heads import causal_model, check_head, eval_mode
+from popsd_integrations.huggingface.frozen import FrozenChecksum, FrozenWeights, frozen_states, frozen_weights
+from popsd_integrations.huggingface.heads import causal_model, eval_mode
+from popsd_integrations.huggingface.invariants import check_model
 from popsd_integrations.huggingface.objective import (
     loss_function,
     measures_decomposition,
@@ -150,7 +151,8 @@ def train(
         not covered.
 
     Raises ValueError before any work: for no prompts; for a checkpoint that is there without ``resume``, is unreadable, is
-    of another run, or has taken more steps; for a model whose head popsd would get wrong.
+    of another run, or has taken more steps; for a model that ``huggingface.check_model`` refuses. RuntimeError, before a
+    checkpoint is written, where the frozen weights have changed.
     """
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one problem; got none. Build them with ContextBuilder.build_all.")
@@ -162,12 +164,13 @@ def train(
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     fingerprint = run_fingerprint(options, model, prompts)
     checkpoint = read_checkpoint(output / CHECKPOINT, fingerprint, resume)
-    check_head(model)
     seed_everything(config.seed)
     if config.lora_rank is not None:
         model = _with_lora(model, config)
-    output.mkdir(parents=True, exist_ok=True)
     source = frozen_weights(model)
+    side = check_model(model, prompts, source, pad_token_id=sampler.pad_token_id)
+    checksum = FrozenChecksum(source)
+    output.mkdir(parents=True, exist_ok=True)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(
         trained.values(), lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
@@ -191,7 +194,9 @@ def train(
             generated = time.perf_counter()
             decompose = config.decompose_every > 0 and step % config.decompose_every == 0
             decompose = decompose and measures_decomposition(config.loss_target)
-            metrics = _backward(model, source, loss_fn, rows, completions, config, sampler.pad_token_id, decompose)
+            metrics = _backward(
+                model, source, loss_fn, rows, completions, config, (sampler.pad_token_id, side), decompose
+            )
             norm = nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -209,6 +214,7 @@ def train(
             log.write(json.dumps(metrics) + "\n")
             log.flush()
             if last or _due(step, config.checkpoint_every):
+                checksum.check()
                 save_checkpoint(output / CHECKPOINT, fingerprint, step + 1, trained, optimizer)
     return TrainResult(model, history)
 
@@ -220,17 +226,21 @@ def _backward(
     rows: Sequence[Prompts],
     completions: Sequence[Sequence[int]],
     config: TrainConfig,
-    pad: int,
+    padding: tuple[int, str],
     decompose: bool,
 ) -> dict[str, float]:
-    """Accumulate the gradient of the batch's mean loss per completion token, and return the means of the metrics."""
+    """Accumulate the gradient of the batch's mean loss per completion token, and return the means of the metrics.
+
+    padding: the token and the side.
+    """
     tokens = sum(map(len, completions))
     size = config.micro_batch_size or len(rows)
     contexts = needed_contexts(config.loss_target, decompose)
     totals: dict[str, torch.Tensor] = {}
     for first in range(0, len(rows), size):
         part, ids = rows[first : first + size], completions[first : first + size]
-        packed = pack_contexts(part, ids, pad_token_id=pad, device=causal_model(model).device)
+        pad, side = padding
+        packed = pack_contexts(part, ids, pad_token_id=pad, side=side, device=causal_model(model).device)
         frozen = frozen_states(source, packed, contexts, batched=config.batched_frozen)
         loss, metrics = student_loss(model, loss_fn, packed["base"], frozen, num_items=tokens, decompose=decompose)
         loss.backward()

@@ -7,12 +7,11 @@ trainer uses only the public ``DistillationTrainer`` and what ``transformers.Tra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import trl
 from packaging.version import Version
-from torch import nn
 from transformers import Trainer
 
 from popsd_integrations.huggingface.sampling import unused_tokens
@@ -31,8 +30,6 @@ GENERATED = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "
 """What ``_generate_and_score_completions`` returns at least. TRL shuffles and splits what else is in it: tensors along
 their first dimension, and lists. It leaves 0-dim tensors alone."""
 
-T = TypeVar("T")
-
 
 def require_supported(version: str) -> None:
     """Raise ImportError for a TRL that this trainer was not tested with."""
@@ -45,32 +42,6 @@ def require_supported(version: str) -> None:
 
 require_supported(trl.__version__)  # before any name that an older one does not have
 DistillationConfig, DistillationTrainer = trl.DistillationConfig, trl.DistillationTrainer
-
-
-def run_in_forward(wrapper: nn.Module, inner: nn.Module, function: Callable[[], T]) -> T:
-    """Call ``function`` as the forward of ``wrapper`` (DDP, FSDP, or the model itself), and return its result.
-
-    They reduce gradients and gather shards only for what runs inside their forward. ``inner`` is the module that
-    ``wrapper`` calls in the end. Autocast that accelerate put on ``inner.forward`` is not entered; enter it in ``function``.
-    """
-    own = inner.__dict__.get("forward")
-
-    def restore() -> None:
-        if own is None:
-            inner.__dict__.pop("forward", None)
-        else:
-            inner.forward = own
-
-    def once(*_: Any, **__: Any) -> T:
-        restore()  # function may want the real forward
-        return function()
-
-    inner.forward = once
-    try:
-        result: T = wrapper()
-    finally:
-        restore()
-    return result
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):

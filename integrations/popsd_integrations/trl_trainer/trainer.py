@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +21,8 @@ from datasets import IterableDataset
 from torch import nn
 from transformers import ProcessorMixin
 
-from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states
-from popsd_integrations.huggingface.heads import check_head, head_from_model, held, is_sharded
+from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states, has_adapter
+from popsd_integrations.huggingface.heads import held, local_head, run_in_forward
 from popsd_integrations.huggingface.objective import measures_decomposition, needed_contexts, student_loss
 from popsd_integrations.huggingface.packing import Packed, pack_padded, padded, unpad
 from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts, thinking_states
@@ -32,10 +33,10 @@ from popsd_integrations.trl_trainer.compat import (
     EpochSampler,
     accumulation_factor,
     record,
-    run_in_forward,
     suppress_unused_tokens,
 )
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
+from popsd_integrations.trl_trainer.frozen import FrozenWeightsCallback, agreed, check_teacher, copy_of, exact_side
 
 __all__ = ["PurifiedOPSDConfig", "PurifiedOPSDTrainer"]
 
@@ -64,8 +65,9 @@ class PurifiedOPSDTrainer(DistillationTrainer):
     ``args`` is copied, so that the same one can build another trainer.
 
     Raises, at construction: ValueError and TypeError for missing columns, problems without question or solution, prompts
-    too long, a conversation without chat template, a head that popsd would get wrong, options that would do nothing.
-    ``train`` raises ValueError where the data gives no batch, or a stream gave none.
+    too long, a conversation without chat template, a model that ``check_model`` refuses, options that would do nothing.
+    ``train`` raises ValueError where the data gives no batch, or a stream gave none, and where the checkpoint to resume
+    began from other initial weights; RuntimeError where the frozen weights have changed at a checkpoint or at the end.
     """
 
     loss_is_scaled_for_ga = True
@@ -96,10 +98,11 @@ class PurifiedOPSDTrainer(DistillationTrainer):
                 f"processing_class: expected a tokenizer; got {type(processing_class).__name__}. Images are not supported."
             )
         args = copy.copy(args)  # TRL reads the teacher's options from it, and below they are set
-        _check_teacher(teacher_model, args)
-        adapter = peft_config is not None or hasattr(model, "peft_config")
+        check_teacher(teacher_model, args)
+        given = teacher_model is not None
+        adapter = peft_config is not None or (not isinstance(model, str) and has_adapter(model))
         if teacher_model is None and not adapter and args.frozen_weights == "initial":
-            teacher_model = _copy_of(model, args)
+            teacher_model = copy_of(model, args)
         super().__init__(
             model=model,
             teacher_model=teacher_model,
@@ -113,14 +116,6 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             peft_config=peft_config,
         )
         self._zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-        sharded = any(map(is_sharded, self.model.parameters()))
-        if self.accelerator.is_main_process and not sharded:  # other ranks may not hold the weights yet
-            check_head(self.model)
-        if any(module.p > 0 for module in self.model.modules() if isinstance(module, nn.Dropout)):
-            logger.warning(
-                "The student has dropout: its completions are then sampled from another model than the one trained "
-                "(TRL generates in train mode). Set lora_dropout=0.0."
-            )
         self._loss_fn = args.loss_function(self.processing_class)
         suppress_unused_tokens(self, self._loss_fn.config.vocab_size)
         self._markers = args.epistemic_markers()
@@ -136,8 +131,24 @@ class PurifiedOPSDTrainer(DistillationTrainer):
                 )
             self._ema = EMA(self.model, args.ema_decay)
             self.add_callback(EMACallback(self._ema))
+        self._side = self._checked_model(given=given)
+        self.add_callback(FrozenWeightsCallback(self._frozen_source))
         if args.plot_metrics:
             self.add_callback(PlotMetrics())
+
+    def _checked_model(self, given: bool) -> str:
+        """The padding side that `check_model` finds exact. given: the frozen weights are others than the student's own."""
+        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+        built = [self._prompts(problem_of(row)) for row in islice(dataset or (), 2)]
+        self.model.train()  # as it will be
+        source, pad = self._frozen_source(), self.processing_class.pad_token_id
+        return agreed(self.accelerator, lambda: exact_side(self.model, source, built, pad, given))
+
+    def _frozen_source(self) -> AdapterOff | FrozenModel:
+        if self.teacher_model is not None:
+            return FrozenModel(self.accelerator.unwrap_model(self.teacher_model))
+        return self._ema or AdapterOff(self.accelerator.unwrap_model(self.model))
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt", *SOLUTION_COLUMNS, WRONG_COLUMN]
@@ -217,6 +228,7 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         return pack_padded(
             *(inputs[f"{name}_{kind}"] for name in (_PROMPT_OF[context], "completion") for kind in ("ids", "mask")),
             pad_token_id=self.processing_class.pad_token_id,
+            side=self._side,
             lengths=[(row[place], row[-1]) for row in inputs["lengths"]],
         )
 
@@ -226,17 +238,17 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             return frozen_states(source, packed, contexts, **options)
 
         if self.teacher_model is None:
-            return run(self._ema or AdapterOff(student))
+            return run(self._frozen_source())
         inner = self.accelerator.unwrap_model(self.teacher_model)
 
         def run_and_hold() -> FrozenStates:
-            states = run(FrozenModel(inner))
+            states = run(self._frozen_source())
             return states._replace(head=held(states.head))
 
         with torch.no_grad():
             states = run_in_forward(self.teacher_model, inner, run_and_hold)
         # FSDP2 may have sharded the head again on leaving, which empties the one that was seen inside.
-        return states if self._zero3 else states._replace(head=head_from_model(inner))
+        return states if self._zero3 else states._replace(head=local_head(inner))
 
     def _prompts(self, problem: Problem) -> Prompts:
         prompts = self._contexts.build(problem)
@@ -345,37 +357,3 @@ def problem_of(row: Mapping[str, Any]) -> Problem:
     if column is None or "prompt" not in row:
         raise ValueError(f"expected the columns 'prompt' and one of {list(SOLUTION_COLUMNS)}; got {list(row)}.")
     return Problem(row["prompt"], row[column], row.get(WRONG_COLUMN))
-
-
-def _check_teacher(teacher_model: Any, args: PurifiedOPSDConfig) -> None:
-    """Raise ValueError for options of a teacher that is not loaded here."""
-    if teacher_model is not None and args.frozen_weights == "ema":
-        raise ValueError("teacher_model: expected None with frozen_weights='ema'; the average is the teacher.")
-    for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
-        if getattr(args, name) is not None and not isinstance(teacher_model, str):
-            raise ValueError(
-                f"{name}: expected None; got {getattr(args, name)!r}. It applies to a teacher_model given by its path. "
-                "The student's own frozen weights are loaded as the student is (model_init_kwargs)."
-            )
-
-
-def _copy_of(model: Any, args: PurifiedOPSDConfig) -> Any:
-    """What TRL takes as a teacher to be the frozen initial weights: the path, loaded once more, or a copy."""
-    if isinstance(model, str):
-        kwargs = dict(args.model_init_kwargs or {})
-        if isinstance(kwargs.get("dtype"), torch.dtype):
-            kwargs["dtype"] = str(kwargs["dtype"]).removeprefix("torch.")  # TRL reads the teacher's as a name only
-        args.teacher_model_init_kwargs = kwargs
-        return model
-    if any(map(is_sharded, model.parameters())):
-        raise ValueError(
-            "model: expected whole parameters, to keep a copy of the initial weights; got sharded ones. Train LoRA, pass "
-            "the frozen weights as teacher_model, or let accelerate shard the model."
-        )
-    try:
-        return copy.deepcopy(model).requires_grad_(False)
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(
-            "model: no memory for the copy of the initial weights that full fine-tuning needs. Train LoRA "
-            "(peft_config), which needs none, or build the trainer from a path."
-        ) from error

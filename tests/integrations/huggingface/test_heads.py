@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from popsd_integrations.huggingface.heads import check_head, head_from_model, hidden_states, same_head
+from popsd_integrations.huggingface.heads import head_from_model, hidden_states, same_head
+from popsd_integrations.huggingface.invariants import check_model
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -82,7 +83,7 @@ def test_head_and_hidden_states_give_the_models_own_logits(name):
         assert getattr(head, field) == value
     assert (head.bias is not None) == (name == "Phi")
     assert head.weight is model.get_output_embeddings().weight
-    check_head(model)
+    check_model(model)
 
 
 def test_position_ids_undo_left_padding():
@@ -122,7 +123,7 @@ def test_lora_is_active_and_the_frozen_head_is_fetched_inside(options, tied):
             torch.testing.assert_close(off, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
     assert (on - off).abs().max() > 1e-2
     assert same_head(outside, inside) == (not options)
-    check_head(model)
+    check_model(model)
 
 
 @pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"trainable_token_indices": [5, 7]}])
@@ -153,10 +154,79 @@ def test_model_without_a_head_is_refused():
         head_from_model(tiny().model)
 
 
-def test_unknown_transform_of_the_logits_is_refused():
-    model = tiny()
-    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.5)
-    model.train()
-    with pytest.raises(ValueError, match=r"model: .*Qwen3ForCausalLM.*relative difference of 0\.3.*by hand"):
-        check_head(model)
-    assert model.training and model.lm_head.training
+def test_a_head_that_is_more_than_a_projection_is_read_at_its_last_step():
+    """RoBERTa's head is a dense layer, a norm and a projection; the states are what the projection takes."""
+    model = tiny("Roberta", is_decoder=True, max_position_embeddings=64, num_key_value_heads=None, head_dim=None)
+    torch.nn.init.normal_(model.lm_head.bias)
+    ids = torch.randint(3, V, (2, 7))
+    states = hidden_states(model, ids)
+    torch.testing.assert_close(
+        logits_of(head_from_model(model), states), model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+    )
+    states.square().sum().backward()
+    assert model.lm_head.dense.weight.grad.norm() > 0
+    assert "forward" not in vars(model.get_output_embeddings())
+    check_model(model)
+
+
+def test_a_backbone_below_another_is_found():
+    """In Llama 4 and Mllama the text model, head included, is one part of the multimodal model."""
+    text = {key: SIZES[key] for key in SIZES if key != "head_dim"} | {"head_dim": 16, "intermediate_size_mlp": 32}
+    text |= {"num_local_experts": 2, "attn_temperature_tuning": False, "attention_chunk_size": 64}
+    vision = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": 28,
+    }
+    vision |= {"vision_output_dim": 32, "projector_input_dim": 16, "projector_output_dim": 16, "patch_size": 14}
+    config = transformers.Llama4Config(vision_config=vision, text_config=text)
+    model = transformers.Llama4ForConditionalGeneration(config).eval()
+    ids = torch.randint(3, V, (1, 7))
+    with torch.no_grad():
+        logits = logits_of(head_from_model(model), hidden_states(model, ids))
+        torch.testing.assert_close(logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def process_group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_wrappers_run_in_their_own_forward(process_group, monkeypatch, wrapper, tied):
+    """Their forward is where gradients are reduced and shards gathered; an own loop passes the wrapper itself."""
+    ids = torch.randint(3, V, (2, 7))
+    plain = tiny(tie_word_embeddings=tied).train()
+    logits_of(head_from_model(plain), hidden_states(plain, ids)).square().mean().backward()
+    model = tiny(tie_word_embeddings=tied).train()
+    if wrapper == "ddp":
+        model = torch.nn.parallel.DistributedDataParallel(model)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(ValueError, match=r"model: expected the DistributedDataParallel wrapper.*Pass the wrapper"):
+            hidden_states(model.module, ids)
+    else:
+        fully_shard = torch.distributed.fsdp.fully_shard
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    calls = []
+    model.register_forward_hook(lambda module, inputs, output: calls.append(output))
+    states = hidden_states(model, ids)
+    assert len(calls) == 1
+    logits_of(head_from_model(model), states).square().mean().backward()
+    for (name, p), q in zip(plain.named_parameters(), model.parameters(), strict=True):
+        grad = q.grad.full_tensor() if hasattr(q.grad, "full_tensor") else q.grad
+        torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_fsdp1_is_refused(process_group):
+    model = torch.distributed.fsdp.FullyShardedDataParallel(tiny(), device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"model: expected DDP or FSDP2; got FullyShardedDataParallel"):
+        hidden_states(model, torch.tensor([[5]]))

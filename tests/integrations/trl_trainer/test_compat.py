@@ -16,6 +16,7 @@ from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 from trl_helpers import ROWS, FixedTrainer, build, tiny, trl_loss
 
 from popsd.testing import relative_l2
+from popsd_integrations.huggingface.heads import run_in_forward
 from popsd_integrations.huggingface.packing import unpad
 from popsd_integrations.miniature.tokenizer import build_tokenizer
 from popsd_integrations.trl_trainer import compat, fast_jsd
@@ -85,18 +86,18 @@ def test_run_in_forward_goes_through_the_wrapper_and_leaves_no_trace():
     inner = nn.Linear(2, 2)
     wrapper = Wrapper(inner)
     ones = torch.ones(2)
-    result = compat.run_in_forward(wrapper, inner, lambda: inner(ones))  # the real forward, from within
+    result = run_in_forward(wrapper, inner, lambda: inner(ones))  # the real forward, from within
     assert torch.equal(result, inner(ones)) and wrapper.calls == 1
     assert "forward" not in vars(inner)
     patched = inner.forward = lambda x: x + 1  # as accelerate patches it
-    compat.run_in_forward(wrapper, inner, lambda: None)
+    run_in_forward(wrapper, inner, lambda: None)
     assert inner.forward is patched
 
     def fail():
         raise KeyError("inside")
 
     with pytest.raises(KeyError, match="inside"):
-        compat.run_in_forward(wrapper, inner, fail)
+        run_in_forward(wrapper, inner, fail)
     assert inner.forward is patched
 
 

@@ -1,0 +1,132 @@
+"""The frozen weights of ``PurifiedOPSDTrainer``: where they come from, that the student starts from them, that they stay."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import TrainerCallback
+
+from popsd_integrations.huggingface.frozen import AdapterOff, FrozenChecksum, FrozenModel
+from popsd_integrations.huggingface.heads import is_sharded
+from popsd_integrations.huggingface.invariants import check_model
+from popsd_integrations.huggingface.prompts import Prompts
+from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
+
+T = TypeVar("T")
+
+FROZEN_FILE = "popsd_frozen.json"
+
+
+def check_teacher(teacher_model: Any, args: PurifiedOPSDConfig) -> None:
+    """Raise ValueError for options of a teacher that is not loaded here."""
+    if teacher_model is not None and args.frozen_weights == "ema":
+        raise ValueError("teacher_model: expected None with frozen_weights='ema'; the average is the teacher.")
+    for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+        if getattr(args, name) is not None and not isinstance(teacher_model, str):
+            raise ValueError(
+                f"{name}: expected None; got {getattr(args, name)!r}. It applies to a teacher_model given by its path. "
+                "The student's own frozen weights are loaded as the student is (model_init_kwargs)."
+            )
+
+
+def copy_of(model: Any, args: PurifiedOPSDConfig) -> Any:
+    """What TRL takes as a teacher to be the frozen initial weights: the path, loaded once more, or a copy."""
+    if isinstance(model, str):
+        # TRL loads a student without dtype in float32, and a teacher in the checkpoint's own: 1.3 % apart in bfloat16.
+        kwargs = {"dtype": "float32", **(args.model_init_kwargs or {})}
+        if isinstance(kwargs.get("dtype"), torch.dtype):
+            kwargs["dtype"] = str(kwargs["dtype"]).removeprefix("torch.")  # TRL reads the teacher's as a name only
+        args.teacher_model_init_kwargs = kwargs
+        return model
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "model: expected whole parameters, to keep a copy of the initial weights; got sharded ones. Train LoRA, pass "
+            "the frozen weights as teacher_model, or let accelerate shard the model."
+        )
+    try:
+        return copy.deepcopy(model).requires_grad_(False)
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            "model: no memory for the copy of the initial weights that full fine-tuning needs. Train LoRA "
+            "(peft_config), which needs none, or build the trainer from a path."
+        ) from error
+
+
+def exact_side(
+    model: nn.Module, source: AdapterOff | FrozenModel, prompts: Sequence[Prompts], pad_token_id: int, given: bool
+) -> str:
+    """`check_model` of student and frozen weights. given: these are not the student's own, and may diverge from it.
+
+    Nothing can be run here of sharded weights. Left padding is then taken to be exact.
+    """
+    if any(map(is_sharded, model.parameters())):
+        return "left"
+    whole = not any(map(is_sharded, source.model.parameters()))
+    side = check_model(model, prompts, source if whole and not given else None, pad_token_id=pad_token_id)
+    if whole and given:
+        check_model(source.model, prompts, pad_token_id=pad_token_id, sides=[side])
+    return side
+
+
+def agreed(accelerator: Any, function: Callable[[], T]) -> T:
+    """What ``function`` returns or raises on the main process, on all of them: others may not hold the weights yet."""
+    if accelerator.num_processes == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+class FrozenWeightsCallback(TrainerCallback):
+    """Compares the frozen weights' checksum before every checkpoint and at the end, and keeps it in the checkpoints.
+
+    A resumed run must have the same. ``source``: returns the frozen weights as they are when training begins.
+    Raises RuntimeError where they changed, ValueError where a run resumes from other ones.
+    """
+
+    def __init__(self, source: Callable[[], AdapterOff | FrozenModel]) -> None:
+        self.source = source
+        self.checksum: FrozenChecksum | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.checksum = FrozenChecksum(self.source())
+        path = _path(args, state)
+        if state.global_step > 0 and path.exists():
+            began = json.loads(path.read_text(encoding="utf-8"))
+            if began != self.checksum.values:
+                raise ValueError(
+                    f"model: expected the initial weights of the run in {path.parent}; got others, and they would become "
+                    "base, teacher and reference. Build the trainer from the model that the run began with, not from a "
+                    "checkpoint; resume_from_checkpoint loads the trained weights."
+                )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save and self.checksum is not None:  # decided already, by a callback that comes first
+            self.checksum.check()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.checksum is not None:
+            _path(args, state).write_text(json.dumps(self.checksum.values), encoding="utf-8")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.checksum is not None:
+            self.checksum.check()
+
+
+def _path(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / FROZEN_FILE
