@@ -28,13 +28,13 @@ from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prom
 from popsd_integrations.huggingface.sampling import only_given_settings
 from popsd_integrations.trl_trainer.callbacks import EMACallback, NothingTrained, PlotMetrics
 from popsd_integrations.trl_trainer.compat import (
-    DistillationTrainer,
     EpochSampler,
     accumulation_factor,
     record,
     run_in_forward,
 )
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
+from popsd_integrations.trl_trainer.guards import GuardedTrainer
 
 __all__ = ["PurifiedOPSDConfig", "PurifiedOPSDTrainer"]
 
@@ -46,7 +46,7 @@ _PROMPT_OF = {"base": "prompt", "teacher": "teacher_prompt", "reference": "refer
 """What TRL's batch calls each context's prompts, in the order of the fields of `Prompts`."""
 
 
-class PurifiedOPSDTrainer(DistillationTrainer):
+class PurifiedOPSDTrainer(GuardedTrainer):
     """Distil a model into itself on its own completions, towards the purified target or, as a baseline, the teacher.
 
     Args:
