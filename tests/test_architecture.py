@@ -240,9 +240,15 @@ ARROWS = {
     "popsd.engine": {"popsd.config", "popsd.head", "popsd.outputs", "popsd.engine"},
     "popsd.functional": {"popsd.config", "popsd.head", "popsd.outputs", "popsd.engine"},
     "popsd_integrations.huggingface": {"popsd_integrations.huggingface"},
-    "popsd_integrations.torch_loop": {"popsd_integrations.huggingface", "popsd_integrations.torch_loop"},
+    "popsd_integrations.run_folder": set(),
+    "popsd_integrations.finite_steps": set(),
+    "popsd_integrations.torch_loop": {
+        f"popsd_integrations.{x}" for x in ("huggingface", "run_folder", "finite_steps", "torch_loop")
+    },
     "popsd_integrations.plotting": set(),
-    "popsd_integrations.trl_trainer": {f"popsd_integrations.{x}" for x in ("huggingface", "plotting", "trl_trainer")},
+    "popsd_integrations.trl_trainer": {
+        f"popsd_integrations.{x}" for x in ("huggingface", "run_folder", "finite_steps", "plotting", "trl_trainer")
+    },
     "popsd_integrations.miniature": {
         f"popsd_integrations.{x}" for x in ("huggingface", "torch_loop", "plotting", "miniature")
     },

@@ -1,55 +1,19 @@
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import tiny_qwen3
+from loop_helpers import CONFIG, PROMPTS, deterministic, fixed_generate, no_work, run, tiny
 
 import popsd
 from popsd_integrations.huggingface.heads import head_from_model, hidden_states
 from popsd_integrations.huggingface.prompts import Prompts
 from popsd_integrations.huggingface.sampling import hf_generate
-from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
-from popsd_integrations.torch_loop.loop import TrainConfig, train
+from popsd_integrations.torch_loop.loop import TrainConfig
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-
-EOS = VOCABULARY.index("EOS")
-PROMPTS = [Prompts([11, a, 13], [11, a, 20, b, 17, 13], [12, b, 17, 13]) for a in range(5) for b in range(2)]
-CONFIG = TrainConfig(
-    steps=6,
-    batch_size=4,
-    learning_rate=1e-2,
-    lora_rank=None,
-    max_new_tokens=6,
-    decompose_every=2,
-    checkpoint_every=2,
-    loss=popsd.PurifiedConfig(beta=0.3),
-)
-
-
-def tiny(seed=0):
-    special = {"eos_token_id": EOS, "pad_token_id": 10, "bos_token_id": None}
-    return tiny_qwen3(len(VOCABULARY), seed, tie_word_embeddings=True, initializer_range=0.2, **special).eval()
-
-
-def run(folder, config=CONFIG, model=None, prompts=PROMPTS, **options):
-    return train(model or tiny(), build_tokenizer(), prompts, config, output_dir=folder, progress=False, **options)
-
-
-def deterministic(metrics):
-    return [{name: value for name, value in row.items() if not name.startswith("seconds/")} for row in metrics]
-
-
-def fixed_generate(model, prompts, **options):
-    """Completions that depend on the question alone."""
-    return [[prompt[1], 14, 3, EOS][: 2 + prompt[1] % 3] for prompt in prompts]
 
 
 @pytest.mark.parametrize("lora_rank", [None, 4])
@@ -195,49 +159,6 @@ def test_fewer_steps_than_the_checkpoint_has_taken_are_refused(tmp_path):
     assert len(run(tmp_path, replace(CONFIG, steps=4), resume=True, generate=no_work).metrics) == 4
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = {folders!r}
-import torch
-torch.set_num_threads(1)
-import test_torch_loop as t
-calls = iter(range(1, 100))
-
-def generate(model, prompts, **options):
-    if next(calls) == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return t.hf_generate(model, prompts, **options)
-
-t.run({folder!r}, generate=generate)
-"""
-
-
-def test_a_killed_run_resumes_to_the_same_metrics(tmp_path):
-    script = KILLED.format(
-        folders=[os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))], folder=str(tmp_path / "killed")
-    )
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    log = tmp_path / "killed" / "metrics.jsonl"
-    assert len(log.read_text().splitlines()) == 5  # the checkpoint is of step 4
-    with open(log, "a") as file:
-        file.write('{"step": 6, "lo')  # a line torn by the kill
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        resumed = run(tmp_path / "killed", resume=True)
-        unbroken = run(tmp_path / "unbroken")
-    finally:
-        torch.set_num_threads(threads)
-    assert deterministic(resumed.metrics) == deterministic(unbroken.metrics)
-    assert len(log.read_text().splitlines()) == 6
-    assert not list((tmp_path / "killed").glob("checkpoint.pt?*"))
-
-
-def no_work(model, prompts, **options):
-    raise AssertionError("work was begun")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -253,20 +174,6 @@ def test_a_foreign_checkpoint_is_refused_before_any_work(tmp_path, change, messa
     with pytest.raises(ValueError, match=rf"output_dir: expected a checkpoint of this very run.*{message}"):
         run(tmp_path, **{"config": CONFIG, **change}, resume=True, generate=no_work)
     assert content == ((tmp_path / "checkpoint.pt").read_bytes(), (tmp_path / "metrics.jsonl").read_bytes())
-
-
-@pytest.mark.parametrize("damage", ["truncated", "text", "another"])
-def test_an_unreadable_checkpoint_is_refused_before_any_work(tmp_path, damage):
-    path = tmp_path / "checkpoint.pt"
-    run(tmp_path, replace(CONFIG, steps=2))
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:1000])
-    elif damage == "text":
-        path.write_text("not a checkpoint")
-    else:
-        torch.save({"model": {}}, path)
-    with pytest.raises(ValueError, match=r"output_dir: expected a readable popsd checkpoint.*Delete the file"):
-        run(tmp_path, resume=True, generate=no_work)
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path):

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from torch import nn
 
 from popsd import MaskConfig, PurifiedConfig, PurifiedOPSDLoss, TargetConfig
 from popsd.markers import EpistemicMarkers
+from popsd_integrations.finite_steps import FiniteSteps
 from popsd_integrations.huggingface.frozen import FrozenChecksum, FrozenWeights, frozen_states, frozen_weights
 from popsd_integrations.huggingface.heads import causal_model, eval_mode
 from popsd_integrations.huggingface.invariants import check_model
@@ -39,9 +42,11 @@ from popsd_integrations.huggingface.objective import (
 from popsd_integrations.huggingface.packing import pack_contexts
 from popsd_integrations.huggingface.prompts import Prompts
 from popsd_integrations.huggingface.sampling import Generate, Sampler, check_positions
+from popsd_integrations.run_folder import exclusive, finishing_on_sigterm, writing
 from popsd_integrations.torch_loop.checkpoint import (
     random_state,
     read_checkpoint,
+    read_metrics,
     restore,
     run_fingerprint,
     save_checkpoint,
@@ -150,60 +155,78 @@ def train(
         states of PyTorch and of ``random`` are seeded, saved and restored. A ``generate`` with a generator of its own is
         not covered.
 
-    Raises ValueError before any work: for no prompts; for a checkpoint that is there without ``resume``, is unreadable, is
-    of another run, or has taken more steps; for a model that ``huggingface.check_model`` refuses. RuntimeError, before a
-    checkpoint is written, where the frozen weights have changed.
+    One run at a time works in ``output_dir``. After a SIGTERM the run finishes its step, saves, and raises SystemExit(143).
+    A step whose gradient is not finite is refused: the weights stay, a warning names the rows, and ``step_refused`` is 1.
+
+    Raises ValueError before any work: for no prompts; for a folder that cannot be written to or that another run works in;
+    for a checkpoint that is there without ``resume``, is damaged, is of another run, or has taken more steps; for a model
+    that ``huggingface.check_model`` refuses. Raises RuntimeError, before a checkpoint is written, where the frozen weights
+    have changed, FloatingPointError after three refused steps in a row and for parameters that are not finite, and OSError
+    on a full disk. The last checkpoint then stays.
     """
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one problem; got none. Build them with ContextBuilder.build_all.")
-    output = Path(output_dir)
-    vocab_size = config.loss_function().config.vocab_size
+    with exclusive(output_dir) as output, finishing_on_sigterm() as asked_to_end:
+        return _train(
+            model, tokenizer, prompts, config, output, generate, evaluate, resume, progress, asked_to_end=asked_to_end
+        )
+
+
+def _train(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompts],
+    config: TrainConfig,
+    output: Path,
+    generate: Generate | None,
+    evaluate: Callable[[Any], dict[str, float]] | None,
+    resume: bool,
+    progress: bool,
+    asked_to_end: Callable[[], bool],
+) -> TrainResult:
+    loss_fn = config.loss_function()
     sampling: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-    sampler = Sampler(model, tokenizer, **sampling, generate=generate, vocab_size=vocab_size)
+    sampler = Sampler(model, tokenizer, **sampling, generate=generate, vocab_size=loss_fn.config.vocab_size)
     check_positions(model, prompts, config.max_new_tokens)
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     fingerprint = run_fingerprint(options, model, prompts)
-    checkpoint = read_checkpoint(output / CHECKPOINT, fingerprint, resume)
+    checkpoint = read_checkpoint(output / CHECKPOINT, fingerprint, resume, config.steps)
     seed_everything(config.seed)
     if config.lora_rank is not None:
         model = _with_lora(model, config)
     source = frozen_weights(model)
     side = check_model(model, prompts, source, pad_token_id=sampler.pad_token_id)
     checksum = FrozenChecksum(source)
-    output.mkdir(parents=True, exist_ok=True)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(
         trained.values(), lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
     )
-    loss_fn = config.loss_function()
-    start = 0
-    if checkpoint is not None:
-        if checkpoint["step"] > config.steps:
-            raise ValueError(
-                f"steps: expected at least the {checkpoint['step']} that the checkpoint in {output} has taken; got "
-                f"{config.steps}. Raise steps, or pass another output_dir."
-            )
-        start = restore(checkpoint, trained, optimizer)
-    history = _read_metrics(output / METRICS, upto=start)
+    start = 0 if checkpoint is None else restore(checkpoint, trained, optimizer)
+    history = read_metrics(output / METRICS, upto=start)
+    finite = FiniteSteps()
+    backward = partial(_backward, model, source, loss_fn, config, (sampler.pad_token_id, side))
 
-    with open(output / METRICS, "a") as log:
+    with writing(output / METRICS), open(output / METRICS, "a") as log:
         for step in _progress(range(start, config.steps), config, start, progress):
             began = time.perf_counter()
-            rows = [prompts[index] for index in _rows(step, config, len(prompts))]
+            indices = _rows(step, config, len(prompts))
+            rows = [prompts[index] for index in indices]
             completions = sampler(model, rows)
             generated = time.perf_counter()
             decompose = config.decompose_every > 0 and step % config.decompose_every == 0
             decompose = decompose and measures_decomposition(config.loss_target)
-            metrics = _backward(
-                model, source, loss_fn, rows, completions, config, (sampler.pad_token_id, side), decompose
-            )
-            norm = nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
-            optimizer.step()
+            metrics = backward(rows, completions, decompose)
+            norm = nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm).item()
+            look = partial(_not_finite, indices, rows, completions, backward, list(trained.values()))
+            refused = finite.refuses(norm, step + 1, look)
+            if not refused:
+                optimizer.step()
             optimizer.zero_grad()
 
-            metrics = {"step": step + 1, **metrics, "grad_norm": norm.item()}
+            metrics = {"step": step + 1, **metrics, "grad_norm": norm, "step_refused": float(refused)}
             metrics |= _completion_metrics(completions, tokenizer, sampler.eos_token_id, config.markers)
             metrics |= {"seconds/generate": generated - began, "seconds/update": time.perf_counter() - generated}
+            ending = asked_to_end()
             last = step + 1 == config.steps
             if evaluate is not None and (last or _due(step, config.evaluate_every)):
                 state = random_state()
@@ -213,9 +236,12 @@ def train(
             history.append(metrics)
             log.write(json.dumps(metrics) + "\n")
             log.flush()
-            if last or _due(step, config.checkpoint_every):
+            if last or ending or _due(step, config.checkpoint_every):
                 checksum.check()
+                os.fsync(log.fileno())
                 save_checkpoint(output / CHECKPOINT, fingerprint, step + 1, trained, optimizer)
+            if ending:
+                break
     return TrainResult(model, history)
 
 
@@ -223,10 +249,10 @@ def _backward(
     model: nn.Module,
     source: FrozenWeights,
     loss_fn: PurifiedOPSDLoss,
-    rows: Sequence[Prompts],
-    completions: Sequence[Sequence[int]],
     config: TrainConfig,
     padding: tuple[int, str],
+    rows: Sequence[Prompts],
+    completions: Sequence[Sequence[int]],
     decompose: bool,
 ) -> dict[str, float]:
     """Accumulate the gradient of the batch's mean loss per completion token, and return the means of the metrics.
@@ -248,6 +274,25 @@ def _backward(
         weighted["loss"] = loss.detach()
         totals = {name: value + totals.get(name, 0) for name, value in weighted.items()}
     return {name: value.item() for name, value in totals.items()}
+
+
+def _not_finite(
+    indices: Sequence[int],
+    rows: Sequence[Prompts],
+    completions: Sequence[Sequence[int]],
+    backward: Callable[..., dict[str, float]],
+    trained: Sequence[nn.Parameter],
+) -> list[str]:
+    """Run each row by itself, and name those whose loss or gradient is not finite."""
+    names = []
+    for index, row, ids in zip(indices, rows, completions, strict=True):
+        for parameter in trained:
+            parameter.grad = None
+        loss = backward([row], [ids], False)["loss"] if ids else 0.0
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if not math.isfinite(loss) or not norm.isfinite():
+            names.append(f"prompts[{index}]")
+    return names
 
 
 def _completion_metrics(
@@ -302,12 +347,3 @@ def _progress(steps: range, config: TrainConfig, start: int, shown: bool) -> Any
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and (step + 1) % every == 0
-
-
-def _read_metrics(path: Path, upto: int) -> list[dict[str, float]]:
-    """Keep the lines up to the checkpoint. Later steps, and a line that a kill cut short, are run and written again."""
-    lines = path.read_text().splitlines()[:upto] if path.exists() else []
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines))
-    os.replace(temporary, path)
-    return [json.loads(line) for line in lines]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import TrainerCallback
 
 from popsd_integrations.huggingface.frozen import EMA
 from popsd_integrations.plotting import BLUE, VERMILLION, figure, legend, save, style
+from popsd_integrations.run_folder import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ PANELS = {
 
 
 class EMACallback(TrainerCallback):
-    """Updates the average after every optimiser step, and saves and loads it with the checkpoints."""
+    """Updates the average after every optimiser step, and loads it with a checkpoint. The trainer calls ``save``."""
 
     def __init__(self, ema: EMA) -> None:
         self.ema = ema
@@ -38,11 +38,9 @@ class EMACallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.ema.update()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            path = _checkpoint(args, state) / EMA_FILE
-            torch.save(self.ema.state_dict(), path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)
+    def save(self, checkpoint: Path) -> None:
+        """Write the average into a checkpoint's folder."""
+        write_whole(checkpoint / EMA_FILE, lambda file: torch.save(self.ema.state_dict(), file))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:

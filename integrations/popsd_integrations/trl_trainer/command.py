@@ -5,10 +5,8 @@ Flags override the file, and a misspelt name is refused in both. ``--dry_run`` s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from trl import (
 from popsd.engine.workspace import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB
 from popsd_integrations.huggingface.objective import needed_contexts
 from popsd_integrations.huggingface.prompts import ContextBuilder, thinking_states
+from popsd_integrations.trl_trainer.guards import newest_whole_checkpoint
 from popsd_integrations.trl_trainer.trainer import (
     SOLUTION_COLUMNS,
     WRONG_COLUMN,
@@ -192,22 +191,11 @@ def memory_plan(model: str, args: PurifiedOPSDConfig, peft_config: Any) -> str:
 
 
 def checkpoint_to_resume(args: PurifiedOPSDConfig) -> str | None:
-    """The checkpoint that ``--resume_from_checkpoint`` names. ``true`` is the last whole one in output_dir, if there is one.
-
-    A run killed while it saved leaves a folder without trainer_state.json, which is written last.
-    """
+    """The checkpoint that ``--resume_from_checkpoint`` names. ``true`` is the last whole one in output_dir, if there is one."""
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() not in ("true", "1", "yes"):
         return None if str(wanted).lower() in ("none", "false", "0", "no") else wanted
-    whole = [path for path in Path(args.output_dir).glob("checkpoint-*") if _is_whole(path)]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return path.name.split("-")[1].isdigit() and bool(json.loads((path / "trainer_state.json").read_text()))
-    except (OSError, ValueError):
-        return False
+    return newest_whole_checkpoint(args.output_dir)
 
 
 def _as_conversation(row: dict[str, Any]) -> dict[str, Any]:

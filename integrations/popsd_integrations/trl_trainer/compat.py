@@ -23,6 +23,7 @@ PRIVATE = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_get_train_sampler": ["self", "dataset"],
     "_tokenize_prompts": ["self", "prompts"],
+    "_prepare_inputs": ["self", "generation_batch"],
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
 }
 """Methods of DistillationTrainer that are overridden or relied on, with their parameters."""

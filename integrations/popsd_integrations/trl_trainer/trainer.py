@@ -29,7 +29,6 @@ from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prom
 from popsd_integrations.huggingface.sampling import check_sampled, only_given_settings
 from popsd_integrations.trl_trainer.callbacks import EMACallback, NothingTrained, PlotMetrics
 from popsd_integrations.trl_trainer.compat import (
-    DistillationTrainer,
     EpochSampler,
     accumulation_factor,
     record,
@@ -37,6 +36,7 @@ from popsd_integrations.trl_trainer.compat import (
 )
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
 from popsd_integrations.trl_trainer.frozen import FrozenWeightsCallback, agreed, check_teacher, copy_of, exact_side
+from popsd_integrations.trl_trainer.guards import GuardedTrainer
 
 __all__ = ["PurifiedOPSDConfig", "PurifiedOPSDTrainer"]
 
@@ -48,7 +48,7 @@ _PROMPT_OF = {"base": "prompt", "teacher": "teacher_prompt", "reference": "refer
 """What TRL's batch calls each context's prompts, in the order of the fields of `Prompts`."""
 
 
-class PurifiedOPSDTrainer(DistillationTrainer):
+class PurifiedOPSDTrainer(GuardedTrainer):
     """Distil a model into itself on its own completions, towards the purified target or, as a baseline, the teacher.
 
     Args:

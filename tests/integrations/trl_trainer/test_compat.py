@@ -20,6 +20,7 @@ from popsd_integrations.huggingface.heads import run_in_forward
 from popsd_integrations.huggingface.packing import unpad
 from popsd_integrations.miniature.tokenizer import build_tokenizer
 from popsd_integrations.trl_trainer import compat, fast_jsd
+from popsd_integrations.trl_trainer.guards import GuardedTrainer
 from popsd_integrations.trl_trainer.trainer import PurifiedOPSDTrainer, problem_of
 
 
@@ -56,6 +57,8 @@ def test_the_trainer_overrides_nothing_else():
     overridden = {name for name, value in vars(PurifiedOPSDTrainer).items() if callable(value) and name in theirs}
     expected = {"__init__", "_set_signature_columns_if_needed", "_generate_and_score_completions", "compute_loss"}
     assert overridden == expected | {"_get_train_sampler", "_tokenize_prompts"}
+    guarded = {name for name, value in vars(GuardedTrainer).items() if callable(value) and name in theirs}
+    assert guarded == {"train", "save_model", "_prepare_inputs"}
 
 
 def test_what_generation_returns(tmp_path):
