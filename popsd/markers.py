@@ -14,6 +14,10 @@ from functools import cached_property
 from typing import Protocol
 
 DEFAULT_MARKERS = ("wait", "maybe", "perhaps", "check", "hmm", "actually", "but", "however")
+PAPER_MARKERS = ("wait", "maybe", "perhaps", "check")
+"""Those of the paper's tables, which count totals over a benchmark's completions."""
+KIM_MARKERS = (*PAPER_MARKERS, "hmm", "actually", "alternatively", "seems", "might", "likely")
+"""The ten of Kim et al., whom the paper follows. Their code counts lower-case substrings: ``whole_words=False``."""
 
 
 class Decoder(Protocol):
@@ -63,9 +67,15 @@ class EpistemicMarkers:
     """Counts whole words, whatever their case: ``Wait,`` counts, ``waiter`` does not.
 
     words: the markers, matched literally; a marker may be several words.
+    whole_words: False counts every place where the marker stands, ``waiter`` and ``unlikely`` too. Such counts are larger
+        and are not to be compared with those of whole words.
+
+    >>> [EpistemicMarkers(("wait",), whole).count_text(["Wait, waiter"]).total for whole in (True, False)]
+    [1, 2]
     """
 
     words: tuple[str, ...] = DEFAULT_MARKERS
+    whole_words: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.words, str):
@@ -83,8 +93,8 @@ class EpistemicMarkers:
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         # The longest alternative first, so that "wait a moment" is not counted as "wait".
-        words = sorted(self.words, key=len, reverse=True)
-        return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, words)) + r")(?!\w)", re.IGNORECASE)
+        words = "|".join(map(re.escape, sorted(self.words, key=len, reverse=True)))
+        return re.compile(rf"(?<!\w)(?:{words})(?!\w)" if self.whole_words else words)
 
     def token_ids(self, tokenizer: Vocabulary) -> dict[str, tuple[int, ...]]:
         """Of each marker, all tokens that are this word alone: any case, with spaces or punctuation around it.
@@ -118,8 +128,9 @@ class EpistemicMarkers:
             raise TypeError("texts: expected a list of completions; got one string. Wrap it in a list.")
         counts = dict.fromkeys(self.words, 0)
         for text in texts:
-            for match in self._pattern.findall(text):
-                counts[match.lower()] += 1
+            # re.IGNORECASE would also match letters whose lower case is another one, such as ı for i
+            for match in self._pattern.findall(text.lower()):
+                counts[match] += 1
         return MarkerCounts(counts, len(texts))
 
     def count_ids(self, completions: Sequence[Sequence[int]], tokenizer: Decoder) -> MarkerCounts:

@@ -241,13 +241,17 @@ ARROWS = {
     "popsd.functional": {"popsd.config", "popsd.head", "popsd.outputs", "popsd.engine"},
     "popsd_integrations.huggingface": {"popsd_integrations.huggingface"},
     "popsd_integrations.torch_loop": {"popsd_integrations.huggingface", "popsd_integrations.torch_loop"},
-    "popsd_integrations.plotting": set(),
+    **{f"popsd_integrations.{name}": set() for name in ("plotting", "estimates", "scoring")},
     "popsd_integrations.trl_trainer": {f"popsd_integrations.{x}" for x in ("huggingface", "plotting", "trl_trainer")},
     "popsd_integrations.miniature": {
         f"popsd_integrations.{x}" for x in ("huggingface", "torch_loop", "plotting", "miniature")
     },
     "popsd_integrations.diagnose": {
-        f"popsd_integrations.{x}" for x in ("huggingface", "torch_loop", "miniature", "plotting", "diagnose")
+        f"popsd_integrations.{x}"
+        for x in ("huggingface", "torch_loop", "miniature", "plotting", "estimates", "diagnose")
+    },
+    "popsd_integrations.evaluate": {
+        f"popsd_integrations.{x}" for x in ("huggingface", "plotting", "estimates", "scoring", "evaluate")
     },
 }
 """Within a package: what a module may import of it. The longest name counts; what is not listed may import anything."""
