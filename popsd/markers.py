@@ -91,10 +91,19 @@ class EpistemicMarkers:
             )
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
+    def _by_length(self) -> list[str]:
         # The longest alternative first, so that "wait a moment" is not counted as "wait".
-        words = "|".join(map(re.escape, sorted(self.words, key=len, reverse=True)))
-        return re.compile(rf"(?<!\w)(?:{words})(?!\w)" if self.whole_words else words)
+        return sorted(self.words, key=len, reverse=True)
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        """A group for each of `_by_length`. The text that matched need not be the marker's in lower case: "ſ" matches s."""
+        groups = "|".join(f"({re.escape(word)})" for word in self._by_length)
+        return re.compile(rf"(?<!\w)(?:{groups})(?!\w)" if self.whole_words else groups, re.IGNORECASE)
+
+    def _marker(self, match: re.Match[str]) -> str:
+        assert match.lastindex is not None
+        return self._by_length[match.lastindex - 1]
 
     def token_ids(self, tokenizer: Vocabulary) -> dict[str, tuple[int, ...]]:
         """Of each marker, all tokens that are this word alone: any case, with spaces or punctuation around it.
@@ -105,10 +114,10 @@ class EpistemicMarkers:
         """
         found: dict[str, list[int]] = {word: [] for word in self.words}
         for token in range(len(tokenizer)):
-            text = tokenizer.decode([token], skip_special_tokens=True).strip().lower()
-            word = text if text in found else re.sub(r"^\W+|\W+$", "", text)
-            if word in found:
-                found[word].append(token)
+            text = tokenizer.decode([token], skip_special_tokens=True).strip()
+            match = self._pattern.fullmatch(text) or self._pattern.fullmatch(re.sub(r"^\W+|\W+$", "", text))
+            if match is not None:
+                found[self._marker(match)].append(token)
         missing = [word for word, tokens in found.items() if not tokens]
         if len(missing) == len(found):
             raise ValueError(
@@ -128,9 +137,8 @@ class EpistemicMarkers:
             raise TypeError("texts: expected a list of completions; got one string. Wrap it in a list.")
         counts = dict.fromkeys(self.words, 0)
         for text in texts:
-            # re.IGNORECASE would also match letters whose lower case is another one, such as ı for i
-            for match in self._pattern.findall(text.lower()):
-                counts[match] += 1
+            for match in self._pattern.finditer(text):
+                counts[self._marker(match)] += 1
         return MarkerCounts(counts, len(texts))
 
     def count_ids(self, completions: Sequence[Sequence[int]], tokenizer: Decoder) -> MarkerCounts:

@@ -45,6 +45,23 @@ def test_phrases_and_non_latin_markers():
     }
 
 
+def test_letters_whose_lower_case_is_no_ascii_letter_count_as_the_ones_they_match():
+    markers = EpistemicMarkers(("perhaps", "hmm", "wait", "kaı"))
+    counts = markers.count_text(["perhapſ PERHAPſ", "waİt waıt", "\u212aaı"]).counts
+    assert counts == {"perhaps": 2, "hmm": 0, "wait": 2, "kaı": 1}
+
+    class Long:
+        words = ("perhapſ", " Wait,", "hmm")
+
+        def __len__(self):
+            return 3
+
+        def decode(self, token_ids, *, skip_special_tokens):
+            return self.words[token_ids[0]]
+
+    assert EpistemicMarkers(("perhaps", "wait")).token_ids(Long()) == {"perhaps": (0,), "wait": (1,)}
+
+
 def test_no_completions_give_zero_rates():
     counts = EpistemicMarkers().count_text([])
     assert (counts.total, counts.per_completion(), counts.per_thousand_tokens()) == (0, 0.0, 0.0)
@@ -72,7 +89,7 @@ def test_bad_arguments_are_named():
 
 
 def test_substrings_count_wherever_they_stand():
-    text = "Wait, unlikely. CHECKING the waiter: waıt, perhapſ"
+    text = "Wait, unlikely. CHECKING the waiter"
     words = EpistemicMarkers(KIM_MARKERS).count_text([text]).counts
     inside = EpistemicMarkers(KIM_MARKERS, whole_words=False).count_text([text]).counts
     assert {word: count for word, count in words.items() if count} == {"wait": 1}

@@ -184,7 +184,7 @@ def test_nothing_to_diagnose_is_named():
             tiny(),
             TOKENIZER,
             PROMPTS,
-            DiagnoseConfig(markers=MARKERS),
+            DiagnoseConfig(markers=MARKERS, max_new_tokens=5),
             generate=lambda *a, **k: [[]] * 6,
             progress=False,
         )

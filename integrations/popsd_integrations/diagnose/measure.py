@@ -22,7 +22,7 @@ from popsd_integrations.huggingface.frozen import FrozenModel, frozen_states
 from popsd_integrations.huggingface.heads import causal_model, check_head, eval_mode
 from popsd_integrations.huggingface.packing import pack_contexts
 from popsd_integrations.huggingface.prompts import Prompts
-from popsd_integrations.huggingface.sampling import Generate, Sampler
+from popsd_integrations.huggingface.sampling import Generate, Sampler, check_positions
 
 CONTEXTS = ("base", "teacher", "reference", "target")
 CURVES = (
@@ -123,10 +123,10 @@ def diagnose(
         raise ValueError("prompts: expected at least one problem; got none. Build them with ContextBuilder.build_all.")
     markers = config.markers.token_ids(tokenizer)
     check_head(model)
-    sampler = Sampler(
-        model, tokenizer, max_new_tokens=config.max_new_tokens, temperature=config.temperature, generate=generate
-    )
+    sampling: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+    sampler = Sampler(model, tokenizer, **sampling, generate=generate, vocab_size=config.loss.vocab_size)
     chosen = list(prompts[: config.completions])
+    check_positions(model, chosen, config.max_new_tokens)
     tokens: list[dict[str, Any]] = []
     with eval_mode(model), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(config.seed)

@@ -47,7 +47,14 @@ from popsd_integrations.huggingface.packing import (
     unpad,
 )
 from popsd_integrations.huggingface.prompts import ContextBuilder, ContextConfig, Problem, Prompts
-from popsd_integrations.huggingface.sampling import Sampler, hf_generate, only_given_settings, special_tokens
+from popsd_integrations.huggingface.sampling import (
+    Sampler,
+    check_positions,
+    hf_generate,
+    only_given_settings,
+    position_limit,
+    special_tokens,
+)
 
 __all__ = [
     "EMA",
@@ -62,6 +69,7 @@ __all__ = [
     "Prompts",
     "Sampler",
     "check_head",
+    "check_positions",
     "check_same_completions",
     "eval_mode",
     "frozen_states",
@@ -74,6 +82,7 @@ __all__ = [
     "pack_contexts",
     "pack_padded",
     "padded",
+    "position_limit",
     "special_tokens",
     "unpad",
 ]

@@ -41,7 +41,7 @@ class ContextConfig:
     system_prompt: a first message of every chat, or None. It needs a tokenizer with a chat template.
     student_kwargs, teacher_kwargs, reference_kwargs: ``chat_template_kwargs`` of each context, such as
         ``enable_thinking``.
-    max_prompt_tokens: longest prompt allowed in any context, or None.
+    max_prompt_length: longest prompt allowed in any context, or None.
     on_overflow: what happens to a longer one. "error" raises. "truncate" cuts the solution, alike in teacher and reference
         (and a wrong hint to the same number of tokens). "drop" leaves the row out. The question is never cut.
     Raises ValueError where a template has other fields, and for unknown values.
@@ -61,7 +61,7 @@ class ContextConfig:
     student_kwargs: Mapping[str, Any] = field(default_factory=dict)
     teacher_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reference_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    max_prompt_tokens: int | None = None
+    max_prompt_length: int | None = None
     on_overflow: str = "error"
 
     def __post_init__(self) -> None:
@@ -81,8 +81,8 @@ class ContextConfig:
             raise ValueError(f"reference: expected 'solution_only' or 'wrong_hint'; got {self.reference!r}.")
         if self.on_overflow not in ("error", "truncate", "drop"):
             raise ValueError(f"on_overflow: expected 'error', 'truncate' or 'drop'; got {self.on_overflow!r}.")
-        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
-            raise ValueError(f"max_prompt_tokens: expected at least 1, or None; got {self.max_prompt_tokens}.")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length: expected at least 1, or None; got {self.max_prompt_length}.")
 
 
 _FIELD = re.compile(r"\{question\}|\{solution\}")
@@ -118,11 +118,11 @@ class ContextBuilder:
     def build(self, problem: Problem) -> Prompts | None:
         """The prompts of one problem, or None where ``on_overflow="drop"`` left it out.
 
-        Raises ValueError where the question or the solution is empty, or a prompt is longer than max_prompt_tokens.
+        Raises ValueError where the question or the solution is empty, or a prompt is longer than max_prompt_length.
         """
         self.check(problem)
         prompts = self._prompts(problem)
-        limit = self.config.max_prompt_tokens
+        limit = self.config.max_prompt_length
         if limit is None or max(map(len, prompts)) <= limit:
             return prompts
         if self.config.on_overflow == "truncate" and len(prompts.question) <= limit:
@@ -135,8 +135,8 @@ class ContextBuilder:
             return None
         lengths = ", ".join(f"{name} {len(ids)}" for name, ids in zip(Prompts._fields, prompts, strict=True))
         raise ValueError(
-            f"max_prompt_tokens: expected prompts of at most {limit} tokens; got {lengths}, and the question is never "
-            "cut. Raise max_prompt_tokens, or set on_overflow to 'truncate' (cuts the solution) or 'drop'."
+            f"max_prompt_length: expected prompts of at most {limit} tokens; got {lengths}, and the question is never "
+            "cut. Raise max_prompt_length, or set on_overflow to 'truncate' (cuts the solution) or 'drop'."
         )
 
     def build_all(self, problems: Sequence[Problem]) -> list[Prompts]:
@@ -144,8 +144,8 @@ class ContextBuilder:
         built = [prompts for problem in problems if (prompts := self.build(problem)) is not None]
         if not built:
             raise ValueError(
-                f"problems: expected at least one that fits max_prompt_tokens={self.config.max_prompt_tokens}; "
-                f"got {len(problems)} problems, {self.dropped} dropped. Raise max_prompt_tokens."
+                f"problems: expected at least one that fits max_prompt_length={self.config.max_prompt_length}; "
+                f"got {len(problems)} problems, {self.dropped} dropped. Raise max_prompt_length."
             )
         return built
 

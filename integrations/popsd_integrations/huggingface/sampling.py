@@ -21,7 +21,10 @@ class Sampler:
     tokenizer: with an eos_token_id, where the model's generation_config names none. temperature: 0 is greedy.
     generate: called as ``generate(model, questions, max_new_tokens=, temperature=, eos_token_id=, pad_token_id=)`` with
         questions as lists of token ids; returns completions as such lists. None: `hf_generate`.
-    Raises ValueError where no end-of-sequence token is known.
+    vocab_size: the leading rows of the head that the loss uses, `popsd.PurifiedConfig.vocab_size`. Where it is given,
+        ``generate`` is told it, as ``vocab_size=``, and must sample no other token. None: the whole head.
+    Raises ValueError where no end-of-sequence token is known. Called, it raises ValueError before the forward where a
+    prompt and its completion would need more positions than the model has, and for a sampled token that the loss has not.
     """
 
     def __init__(
@@ -32,20 +35,27 @@ class Sampler:
         max_new_tokens: int,
         temperature: float,
         generate: Generate | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         self.eos_token_id, self.pad_token_id = special_tokens(model, tokenizer)
+        self.vocab_size = vocab_size
         self._generate: Generate = generate or hf_generate
-        self._options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        if vocab_size is not None:
+            self._options["vocab_size"] = vocab_size
 
     def __call__(self, model: nn.Module, prompts: Sequence[Prompts]) -> list[list[int]]:
+        check_positions(model, prompts, self._options["max_new_tokens"])
         with eval_mode(model):
-            return self._generate(
+            completions = self._generate(
                 model,
                 [row.question for row in prompts],
                 eos_token_id=self.eos_token_id,
                 pad_token_id=self.pad_token_id,
                 **self._options,
             )
+        check_sampled(completions, self.vocab_size)
+        return completions
 
 
 def hf_generate(
@@ -56,11 +66,13 @@ def hf_generate(
     temperature: float,
     eos_token_id: Sequence[int],
     pad_token_id: int,
+    vocab_size: int | None = None,
 ) -> list[list[int]]:
     """Completions by ``model.generate``: samples of softmax(logits / temperature), or the argmax at temperature 0.
 
     prompts: B lists of token ids. Returns B lists, each up to its first end-of-sequence token, which is included.
-    No filter and no penalty applies, whatever the model's own generation_config says (see `only_given_settings`).
+    No filter and no penalty applies, whatever the model's own generation_config says (see `only_given_settings`), but that
+    no token at or beyond ``vocab_size`` is sampled.
 
     >>> options = {"max_new_tokens": 3, "temperature": 0.0, "eos_token_id": [49], "pad_token_id": 0}
     >>> [len(completion) for completion in hf_generate(model, [[1, 2]], **options)]
@@ -73,6 +85,7 @@ def hf_generate(
     if temperature > 0:
         # generate fills what nobody set from its own defaults, and one of them is top_k=50
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    settings["suppress_tokens"] = unused_tokens(model, vocab_size) or None
     with only_given_settings(model):
         generated = model.generate(
             input_ids=input_ids,
@@ -87,6 +100,55 @@ def hf_generate(
         length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
         completions.append(row[:length])
     return completions
+
+
+def unused_tokens(model: Any, vocab_size: int | None) -> list[int]:
+    """The ids of the head's padding: from ``vocab_size``, what the loss uses of it, to its last row. None: there are none.
+
+    Heads are padded to a multiple of 64 or more, and nothing has trained those rows not to be sampled. The loss leaves them
+    out (`popsd.PurifiedConfig.vocab_size`), so without them the samples follow the distribution that it sees.
+    """
+    rows = causal_model(model).config.get_text_config().vocab_size
+    return [] if vocab_size is None else list(range(vocab_size, rows))
+
+
+def check_sampled(completions: Sequence[Sequence[int]], vocab_size: int | None) -> None:
+    """Raise ValueError where a completion holds a token at or beyond ``vocab_size``. On a GPU the loss would not notice."""
+    for row, ids in enumerate(completions):
+        if vocab_size is not None and ids and max(ids) >= vocab_size:
+            raise ValueError(
+                f"generate: expected tokens below vocab_size={vocab_size}; got {max(ids)} in completion {row}. Suppress "
+                "the others when sampling, or leave vocab_size out."
+            )
+
+
+def position_limit(model: Any) -> int | None:
+    """The number of positions that a model has, or None where its configuration sets no limit, as that of BLOOM or Mamba.
+
+    Past a table of positions the forward fails, on a GPU in a way that ends the process. Rotary positions have no table,
+    but past the trained length the model's distributions are no longer those that it was trained for. Where they are
+    scaled (YaRN), the limit is the scaled one.
+    """
+    config = causal_model(model).config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or None
+    rope = getattr(config, "rope_parameters", None) or {}
+    original, factor = (rope.get(name) for name in ("original_max_position_embeddings", "factor"))
+    if longest is not None and original and factor:
+        longest = max(longest, int(original * factor))
+    return longest
+
+
+def check_positions(model: Any, prompts: Sequence[Prompts], max_new_tokens: int) -> None:
+    """Raise ValueError where a prompt in any context, with ``max_new_tokens`` behind it, is longer than `position_limit`."""
+    limit = position_limit(model)
+    for row, built in enumerate(prompts):
+        name, longest = max(zip(built._fields, map(len, built), strict=True), key=lambda item: item[1])
+        if limit is not None and longest + max_new_tokens > limit:
+            raise ValueError(
+                f"prompts[{row}]: expected at most the model's {limit} positions; got {longest} tokens in {name} and up to "
+                f"{max_new_tokens} behind them. Set max_prompt_length={max(limit - max_new_tokens, 0)} and on_overflow, or "
+                "sample fewer tokens. A model that extrapolates may say so in config.max_position_embeddings."
+            )
 
 
 @contextmanager

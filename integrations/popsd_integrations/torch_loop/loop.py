@@ -38,7 +38,7 @@ from popsd_integrations.huggingface.objective import (
 )
 from popsd_integrations.huggingface.packing import pack_contexts
 from popsd_integrations.huggingface.prompts import Prompts
-from popsd_integrations.huggingface.sampling import Generate, Sampler
+from popsd_integrations.huggingface.sampling import Generate, Sampler, check_positions
 from popsd_integrations.torch_loop.checkpoint import (
     random_state,
     read_checkpoint,
@@ -150,9 +150,10 @@ def train(
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one problem; got none. Build them with ContextBuilder.build_all.")
     output = Path(output_dir)
-    sampler = Sampler(
-        model, tokenizer, max_new_tokens=config.max_new_tokens, temperature=config.temperature, generate=generate
-    )
+    vocab_size = config.loss_function().config.vocab_size
+    sampling: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+    sampler = Sampler(model, tokenizer, **sampling, generate=generate, vocab_size=vocab_size)
+    check_positions(model, prompts, config.max_new_tokens)
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     fingerprint = run_fingerprint(options, model, prompts)
     checkpoint = read_checkpoint(output / CHECKPOINT, fingerprint, resume)

@@ -15,6 +15,8 @@ from packaging.version import Version
 from torch import nn
 from transformers import Trainer
 
+from popsd_integrations.huggingface.sampling import unused_tokens
+
 OLDEST, TOO_NEW = (1, 12), (1, 17)
 
 PRIVATE = {
@@ -99,6 +101,22 @@ def accumulation_factor(trainer: Any) -> int:
     """
     told = hasattr(Trainer, "loss_is_scaled_for_ga") or trainer.compute_loss_func is not None
     return 1 if told else int(trainer.current_gradient_accumulation_steps)
+
+
+def suppress_unused_tokens(trainer: Any, vocab_size: int | None) -> None:
+    """Let TRL sample no token of the head's padding, which begins at ``vocab_size``: see `unused_tokens`.
+
+    vLLM has no list of tokens to suppress, but one of tokens to allow.
+    """
+    unused = unused_tokens(trainer.model, vocab_size)
+    if not unused or vocab_size is None:
+        return
+    own = trainer.generation_config.suppress_tokens or []
+    trainer.generation_config.suppress_tokens = sorted({*own, *unused})
+    if trainer.use_vllm:
+        allowed = trainer.vllm_generation.generation_kwargs.get("allowed_token_ids") or range(vocab_size)
+        kept = {"allowed_token_ids": [token for token in allowed if token < vocab_size]}
+        trainer.vllm_generation.generation_kwargs = trainer.vllm_generation.generation_kwargs | kept
 
 
 def record(trainer: Any, metrics: Mapping[str, float]) -> None:

@@ -238,7 +238,7 @@ class PurifiedOPSDConfig(DistillationConfig):
             student_kwargs=kwargs[0],
             teacher_kwargs=kwargs[1],
             reference_kwargs=kwargs[2],
-            max_prompt_tokens=self.max_prompt_length,
+            max_prompt_length=self.max_prompt_length,
             on_overflow=self.on_overflow,
         )
 

@@ -25,7 +25,7 @@ from popsd_integrations.huggingface.heads import check_head, head_from_model, he
 from popsd_integrations.huggingface.objective import measures_decomposition, needed_contexts, student_loss
 from popsd_integrations.huggingface.packing import Packed, pack_padded, padded, unpad
 from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts, thinking_states
-from popsd_integrations.huggingface.sampling import only_given_settings
+from popsd_integrations.huggingface.sampling import check_sampled, only_given_settings
 from popsd_integrations.trl_trainer.callbacks import EMACallback, NothingTrained, PlotMetrics
 from popsd_integrations.trl_trainer.compat import (
     DistillationTrainer,
@@ -33,6 +33,7 @@ from popsd_integrations.trl_trainer.compat import (
     accumulation_factor,
     record,
     run_in_forward,
+    suppress_unused_tokens,
 )
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
 
@@ -121,6 +122,7 @@ class PurifiedOPSDTrainer(DistillationTrainer):
                 "(TRL generates in train mode). Set lora_dropout=0.0."
             )
         self._loss_fn = args.loss_function(self.processing_class)
+        suppress_unused_tokens(self, self._loss_fn.config.vocab_size)
         self._markers = args.epistemic_markers()
         self._contexts = ContextBuilder(self.processing_class, args.context_config(), text_as_chat=False)
         self.train_dataset: Any = self._checked(train_dataset, "train_dataset")
@@ -163,6 +165,7 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             ids, mask = padded(rows, self.processing_class.pad_token_id, device=self.accelerator.device)
             batch |= {f"{name}_prompt_ids": ids, f"{name}_prompt_mask": mask}
         completions = unpad(batch["completion_ids"], batch["completion_mask"])
+        check_sampled(completions, self._loss_fn.config.vocab_size)
         batch["lengths"] = [tuple(map(len, (*row, ids))) for row, ids in zip(prompts, completions, strict=True)]
         weights = self.args.token_weights(batch["completion_mask"])
         totals = torch.stack([(weights != 0).sum(), weights.sum()])

@@ -65,14 +65,14 @@ def test_fields_inside_the_data_stay_literal():
 
 
 def test_too_long_is_an_error_by_default():
-    builder = ContextBuilder(word_tokenizer(), ContextConfig(**TEMPLATES, max_prompt_tokens=12))
-    with pytest.raises(ValueError, match=r"max_prompt_tokens: .*at most 12.*teacher 18.*on_overflow to 'truncate'"):
+    builder = ContextBuilder(word_tokenizer(), ContextConfig(**TEMPLATES, max_prompt_length=12))
+    with pytest.raises(ValueError, match=r"max_prompt_length: .*at most 12.*teacher 18.*on_overflow to 'truncate'"):
         builder.build(PROBLEM)
 
 
 def test_truncation_cuts_the_same_solution_in_both_and_never_the_question():
     tokenizer = word_tokenizer()
-    builder = ContextBuilder(tokenizer, ContextConfig(**TEMPLATES, max_prompt_tokens=12, on_overflow="truncate"))
+    builder = ContextBuilder(tokenizer, ContextConfig(**TEMPLATES, max_prompt_length=12, on_overflow="truncate"))
     prompts = builder.build(PROBLEM)
     assert tokenizer.decode(prompts.teacher) == f"Question: {PROBLEM.question} Solution: It is four Again:"
     assert tokenizer.decode(prompts.reference) == "Solution: It is four Again:"
@@ -83,17 +83,17 @@ def test_truncation_cuts_the_same_solution_in_both_and_never_the_question():
 @pytest.mark.parametrize("limit", [5, 9])  # the question alone is too long; nothing is left of the solution
 def test_truncation_that_would_lose_the_question_or_the_solution_is_refused(limit):
     builder = ContextBuilder(
-        word_tokenizer(), ContextConfig(**TEMPLATES, max_prompt_tokens=limit, on_overflow="truncate")
+        word_tokenizer(), ContextConfig(**TEMPLATES, max_prompt_length=limit, on_overflow="truncate")
     )
     with pytest.raises(ValueError, match=r"the question is never cut"):
         builder.build(PROBLEM)
 
 
 def test_dropped_rows_are_counted_and_none_left_is_an_error():
-    builder = ContextBuilder(word_tokenizer(), ContextConfig(**TEMPLATES, max_prompt_tokens=12, on_overflow="drop"))
+    builder = ContextBuilder(word_tokenizer(), ContextConfig(**TEMPLATES, max_prompt_length=12, on_overflow="drop"))
     assert len(builder.build_all([PROBLEM, Problem("What ?", "It is four")])) == 1
     assert builder.dropped == 1
-    with pytest.raises(ValueError, match=r"problems: expected at least one .*Raise max_prompt_tokens"):
+    with pytest.raises(ValueError, match=r"problems: expected at least one .*Raise max_prompt_length"):
         builder.build_all([PROBLEM])
 
 
@@ -109,7 +109,7 @@ def test_empty_text_is_named(problem, name):
         ({"reference_template": "{question} {solution}"}, r"reference_template: .*the reference never the question"),
         ({"question_template": "solve it"}, r"question_template: expected the fields"),
         ({"on_overflow": "cut"}, r"on_overflow: expected 'error'"),
-        ({"max_prompt_tokens": 0}, r"max_prompt_tokens: expected at least 1"),
+        ({"max_prompt_length": 0}, r"max_prompt_length: expected at least 1"),
     ],
 )
 def test_bad_config_is_named(options, message):

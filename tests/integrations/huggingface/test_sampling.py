@@ -5,7 +5,14 @@ import torch
 from tiny_models import tiny_qwen3
 
 from popsd_integrations.huggingface.prompts import Prompts
-from popsd_integrations.huggingface.sampling import Sampler, hf_generate, only_given_settings, special_tokens
+from popsd_integrations.huggingface.sampling import (
+    Sampler,
+    check_positions,
+    hf_generate,
+    only_given_settings,
+    position_limit,
+    special_tokens,
+)
 from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
 
 pytest.importorskip("transformers")
@@ -165,3 +172,53 @@ def test_special_tokens_are_the_models_then_the_tokenizers():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"tokenizer: expected an eos_token_id; got None"):
         special_tokens(model, tokenizer)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_that_the_loss_has_not_are_not_sampled(temperature):
+    """All but four rows of this head are taken as padding; the samples follow the softmax of the four, as in the loss."""
+    model = tiny()
+    drawn = hf_generate(
+        model, [PROMPT] * 600, temperature=temperature, **(OPTIONS | {"max_new_tokens": 2}), vocab_size=4
+    )
+    first = torch.tensor([ids[0] for ids in drawn])
+    assert max(max(ids) for ids in drawn) < 4 <= logits_after(model, PROMPT).argmax()
+    p = logits_after(model, PROMPT)[:4].softmax(-1)
+    if temperature:
+        found = torch.bincount(first, minlength=4) / 600
+        assert ((found - p).abs() <= 5 * (p * (1 - p) / 600).sqrt() + 1 / 600).all()
+    else:
+        assert (first == p.argmax()).all()
+
+
+def test_a_generate_of_ones_own_is_told_and_checked():
+    model, told = tiny(), []
+
+    def generate(model, prompts, **options):
+        told.append(options["vocab_size"])
+        return [[1, 10], [3, 11]]
+
+    sampler = Sampler(model, build_tokenizer(), max_new_tokens=2, temperature=1.0, generate=generate, vocab_size=11)
+    with pytest.raises(ValueError, match=r"generate: expected tokens below vocab_size=11; got 11 in completion 1"):
+        sampler(model, [Prompts([1], [1], [1])] * 2)
+    assert told == [11]
+
+
+def test_prompts_beyond_the_models_positions_are_refused():
+    from transformers import BloomConfig, GPT2Config, GPT2LMHeadModel
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=22, n_positions=12, n_embd=8, n_layer=1, n_head=1, eos_token_id=EOS))
+    fits = Prompts([1] * 3, [1] * 10, [1] * 4)
+    check_positions(gpt2, [fits], 2)
+    message = r"prompts\[1\]: expected at most the model's 12 positions; got 11 tokens in reference and up to 2 behind"
+    with pytest.raises(ValueError, match=message):
+        check_positions(gpt2, [fits, fits._replace(reference=[1] * 11)], 2)
+    sampler = Sampler(gpt2, build_tokenizer(), max_new_tokens=3, temperature=1.0)
+    with pytest.raises(ValueError, match=r"prompts\[0\]: .*got 10 tokens in teacher.*Set max_prompt_length=9"):
+        sampler(gpt2, [fits])
+    gpt2.config = BloomConfig()  # ALiBi
+    assert position_limit(gpt2) is None
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100, "rope_theta": 1e4}
+    model = tiny()
+    model.config.rope_parameters, model.config.max_position_embeddings = rope, 120
+    assert position_limit(model) == 400

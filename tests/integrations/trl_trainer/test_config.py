@@ -97,7 +97,7 @@ def test_truncation_cuts_the_solution_alone(tmp_path, caplog):
             [{"prompt": conversation("1"), "solution": "1"}],
             r"row 0: question: expected text, since .* no chat_template",
         ),
-        ([*ROWS, LONG], r"row 8: max_prompt_tokens: expected prompts of at most 12 tokens"),
+        ([*ROWS, LONG], r"row 8: max_prompt_length: expected prompts of at most 12 tokens"),
     ],
 )
 def test_bad_data_is_refused_at_construction(tmp_path, rows, message):

@@ -1,6 +1,7 @@
 """Options that would do nothing or train on the wrong tokens, and runs that would take no step."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from datasets import Dataset
 from trl_helpers import EOS, PAD, ROWS, FixedTrainer, build, config, logs, tiny
 
 from popsd_integrations.miniature.tokenizer import build_tokenizer
+from popsd_integrations.trl_trainer import compat
 from popsd_integrations.trl_trainer.trainer import PurifiedOPSDTrainer, problem_of
 
 
@@ -126,3 +128,21 @@ def test_completions_are_the_students_whatever_its_checkpoint_recommends(tmp_pat
                 expected.append(int(model(input_ids=torch.tensor([expected])).logits[0, -1].argmax()))
         assert ids[mask.bool()].tolist() == expected[len(prompt) :]
     assert (batch["completion_ids"][batch["completion_mask"] == 0] == PAD).all()
+
+
+def test_tokens_that_the_loss_has_not_are_not_sampled(tmp_path):
+    """The loss uses four rows of the head; the likeliest tokens are among the others."""
+    options = {"vocab_size": 4, "generation_kwargs": {"suppress_tokens": [2]}, "max_completion_length": 6}
+    trainer = build(tmp_path, cls=PurifiedOPSDTrainer, **options)
+    batch = trainer._generate_and_score_completions(ROWS)
+    sampled = set(batch["completion_ids"][batch["completion_mask"] == 1].tolist())
+    assert sampled <= {0, 1, 3} and len(sampled) > 1
+    vllm = trainer.vllm_generation = SimpleNamespace(generation_kwargs={"seed": 1})
+    trainer.use_vllm = True
+    compat.suppress_unused_tokens(trainer, 4)
+    assert vllm.generation_kwargs == {"seed": 1, "allowed_token_ids": [0, 1, 2, 3]}
+    vllm.generation_kwargs = {"allowed_token_ids": [3, 9]}
+    compat.suppress_unused_tokens(trainer, 4)
+    assert vllm.generation_kwargs == {"allowed_token_ids": [3]}
+    with pytest.raises(ValueError, match=r"generate: expected tokens below vocab_size=4; got 19 in completion"):
+        build(tmp_path, vocab_size=4).train()  # a generation that knows nothing of it
