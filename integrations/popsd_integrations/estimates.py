@@ -4,9 +4,9 @@ The unit that is resampled is a problem (or a completion), never a token or one 
 are alike, and an interval that took them for independent would be far too narrow. Values come in groups, such as benchmarks.
 Each group is resampled by itself, and what is estimated is the mean of the groups' means.
 
-A plain percentile interval of a mean over 30 problems covers about 94 % where 95 % are promised, and fewer problems less: resampling loses the factor
-n / (n − 1) of the variance, and the tails are the normal's instead of Student's t. Both are put right as in Hesterberg, "What
-teachers should know about the bootstrap" (2014), section 4.4.
+A plain percentile interval of a mean over 30 problems covers about 94 % where 95 % are promised, and less over fewer.
+Resampling loses the factor n / (n − 1) of the variance, and the tails are the normal's instead of Student's t. Both are put
+right as in Hesterberg, "What teachers should know about the bootstrap" (2014).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def paired_difference(
     """
     if [len(group) for group in ours] != [len(group) for group in theirs]:
         raise ValueError("ours, theirs: expected the same problems in both; got other numbers of them.")
-    differences = [np.subtract(a, b) for a, b in zip(ours, theirs, strict=True)]
+    differences = [np.subtract(a, b).tolist() for a, b in zip(ours, theirs, strict=True)]
     return bootstrap(differences, level=level, seed=seed)
 
 

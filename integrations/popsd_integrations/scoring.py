@@ -48,22 +48,16 @@ def scorer(name: str = "math") -> Scorer:
             f"scorer: expected 'math' or an importable module:function; got {name!r} ({error}). "
             "A module in the current folder needs PYTHONPATH=."
         ) from error
-    return _Plug(name, found)
 
+    def verdict(completion: str, answer: str) -> Verdict:
+        returned = found(completion, answer)
+        if isinstance(returned, bool | int | float) and returned in (0, 1):
+            return Verdict(bool(returned))
+        if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], str | None):
+            return Verdict(bool(returned[0]), returned[1], returned[1] is not None)
+        raise ValueError(f"scorer: expected {name} to return True, False or (True or False, answer); got {returned!r}.")
 
-class _Plug(NamedTuple):
-    name: str
-    function: Callable[[str, str], Any]
-
-    def __call__(self, completion: str, answer: str) -> Verdict:
-        found = self.function(completion, answer)
-        if isinstance(found, bool | int | float) and found in (0, 1):
-            return Verdict(bool(found))
-        if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], str | None):
-            return Verdict(bool(found[0]), found[1], found[1] is not None)
-        raise ValueError(
-            f"scorer: expected {self.name} to return True, False or (True or False, answer); got {found!r}."
-        )
+    return verdict
 
 
 def check_answer(score: Scorer, answer: str) -> None:
