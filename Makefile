@@ -65,5 +65,5 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	    $(PYTHON) -c '$(PATHS)' > "$$($(BIN)/python -c '$(PURELIB)')/present.pth"; \
 	    awk -F== '!seen[$$1]++' <($(PYTHON) -c '$(PINS)') $(CONSTRAINTS) > $(VENV)/constraints.txt; \
 	else cp $(CONSTRAINTS) $(VENV)/constraints.txt; fi
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[triton,trl,bench,test]'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[triton,trl,eval,bench,test]'
 	@touch $@

@@ -14,6 +14,10 @@ from functools import cached_property
 from typing import Protocol
 
 DEFAULT_MARKERS = ("wait", "maybe", "perhaps", "check", "hmm", "actually", "but", "however")
+PAPER_MARKERS = ("wait", "maybe", "perhaps", "check")
+"""Those of the paper's tables, which count totals over a benchmark's completions."""
+KIM_MARKERS = (*PAPER_MARKERS, "hmm", "actually", "alternatively", "seems", "might", "likely")
+"""The ten of Kim et al., whom the paper follows. Their code counts lower-case substrings: ``whole_words=False``."""
 
 
 class Decoder(Protocol):
@@ -63,9 +67,15 @@ class EpistemicMarkers:
     """Counts whole words, whatever their case: ``Wait,`` counts, ``waiter`` does not.
 
     words: the markers, matched literally; a marker may be several words.
+    whole_words: False counts every place where the marker stands, ``waiter`` and ``unlikely`` too. Such counts are larger
+        and are not to be compared with those of whole words.
+
+    >>> [EpistemicMarkers(("wait",), whole).count_text(["Wait, waiter"]).total for whole in (True, False)]
+    [1, 2]
     """
 
     words: tuple[str, ...] = DEFAULT_MARKERS
+    whole_words: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.words, str):
@@ -89,7 +99,7 @@ class EpistemicMarkers:
     def _pattern(self) -> re.Pattern[str]:
         """A group for each of `_by_length`. The text that matched need not be the marker's in lower case: "ſ" matches s."""
         groups = "|".join(f"({re.escape(word)})" for word in self._by_length)
-        return re.compile(rf"(?<!\w)(?:{groups})(?!\w)", re.IGNORECASE)
+        return re.compile(rf"(?<!\w)(?:{groups})(?!\w)" if self.whole_words else groups, re.IGNORECASE)
 
     def _marker(self, match: re.Match[str]) -> str:
         assert match.lastindex is not None

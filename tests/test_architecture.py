@@ -240,12 +240,10 @@ ARROWS = {
     "popsd.engine": {"popsd.config", "popsd.head", "popsd.outputs", "popsd.engine"},
     "popsd.functional": {"popsd.config", "popsd.head", "popsd.outputs", "popsd.engine"},
     "popsd_integrations.huggingface": {"popsd_integrations.huggingface"},
-    "popsd_integrations.run_folder": set(),
-    "popsd_integrations.finite_steps": set(),
+    **{f"popsd_integrations.{x}": set() for x in ("run_folder", "finite_steps", "plotting", "estimates", "scoring")},
     "popsd_integrations.torch_loop": {
         f"popsd_integrations.{x}" for x in ("huggingface", "run_folder", "finite_steps", "torch_loop")
     },
-    "popsd_integrations.plotting": set(),
     "popsd_integrations.trl_trainer": {
         f"popsd_integrations.{x}" for x in ("huggingface", "run_folder", "finite_steps", "plotting", "trl_trainer")
     },
@@ -253,7 +251,11 @@ ARROWS = {
         f"popsd_integrations.{x}" for x in ("huggingface", "torch_loop", "plotting", "miniature")
     },
     "popsd_integrations.diagnose": {
-        f"popsd_integrations.{x}" for x in ("huggingface", "torch_loop", "miniature", "plotting", "diagnose")
+        f"popsd_integrations.{x}"
+        for x in ("huggingface", "torch_loop", "miniature", "plotting", "estimates", "diagnose")
+    },
+    "popsd_integrations.evaluate": {
+        f"popsd_integrations.{x}" for x in ("huggingface", "plotting", "estimates", "scoring", "evaluate")
     },
 }
 """Within a package: what a module may import of it. The longest name counts; what is not listed may import anything."""

@@ -17,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands.add_parser("demo", help="watch OPSD destroy a small reasoner and the purified loss keep it"))
     _add_diagnose(commands.add_parser("diagnose", help="what the purified target would change, before any training"))
+    _add_evaluate(commands.add_parser("evaluate", help="accuracy and markers of a base model and its checkpoints"))
     train = commands.add_parser(
         "train", help="train a model on your data with TRL; see popsd train --help", add_help=False
     )
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _TRAINING = ("transformers", "tokenizers", "peft", "trl", "accelerate", "datasets", "tqdm")
-_EXTRA_OF = dict.fromkeys(_TRAINING, "trl") | {"matplotlib": "plots"}
+_EXTRA_OF = dict.fromkeys(_TRAINING, "trl") | {"matplotlib": "plots", "math_verify": "eval"}
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +120,13 @@ def _diagnose(options: argparse.Namespace) -> int:
     from popsd_integrations.diagnose import command
 
     return command.run(options, options.cache_dir or _cache_dir())
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    from popsd_integrations.evaluate import command
+
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.run)
 
 
 def _cache_dir() -> Path:

@@ -1,6 +1,6 @@
 import pytest
 
-from popsd.markers import DEFAULT_MARKERS, EpistemicMarkers, MarkerCounts
+from popsd.markers import DEFAULT_MARKERS, KIM_MARKERS, EpistemicMarkers, MarkerCounts
 
 
 class LetterTokenizer:
@@ -86,6 +86,14 @@ def test_bad_arguments_are_named():
         EpistemicMarkers().count_text("wait")
     with pytest.raises(ValueError, match=r"marker: .*'well'.*Add it to EpistemicMarkers"):
         MarkerCounts({"wait": 1}, 1).per_completion("well")
+
+
+def test_substrings_count_wherever_they_stand():
+    text = "Wait, unlikely. CHECKING the waiter"
+    words = EpistemicMarkers(KIM_MARKERS).count_text([text]).counts
+    inside = EpistemicMarkers(KIM_MARKERS, whole_words=False).count_text([text]).counts
+    assert {word: count for word, count in words.items() if count} == {"wait": 1}
+    assert {word: count for word, count in inside.items() if count} == {"wait": 2, "likely": 1, "check": 1}
 
 
 class WordTokenizer(LetterTokenizer):

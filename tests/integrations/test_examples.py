@@ -7,7 +7,11 @@ import pytest
 
 pytest.importorskip("transformers")
 
-MODULES = [*(f"huggingface.{name}" for name in ("heads", "prompts", "packing", "frozen", "sampling")), "plotting"]
+MODULES = [
+    *(f"huggingface.{name}" for name in ("heads", "prompts", "packing", "frozen", "sampling")),
+    "plotting",
+    "estimates",
+]
 
 
 def names_of_the_package():

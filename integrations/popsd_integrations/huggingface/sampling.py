@@ -67,12 +67,15 @@ def hf_generate(
     eos_token_id: Sequence[int],
     pad_token_id: int,
     vocab_size: int | None = None,
+    top_p: float = 1.0,
+    top_k: int = 0,
 ) -> list[list[int]]:
     """Completions by ``model.generate``: samples of softmax(logits / temperature), or the argmax at temperature 0.
 
-    prompts: B lists of token ids. Returns B lists, each up to its first end-of-sequence token, which is included.
-    No filter and no penalty applies, whatever the model's own generation_config says (see `only_given_settings`), but that
-    no token at or beyond ``vocab_size`` is sampled.
+    prompts: B lists of token ids. top_p, top_k: filters of the samples; 1 and 0 are none. Returns B lists, each up to its
+    first end-of-sequence token, which is included.
+    No other filter and no penalty applies, whatever the model's own generation_config says (see `only_given_settings`), but
+    that no token at or beyond ``vocab_size`` is sampled.
 
     >>> options = {"max_new_tokens": 3, "temperature": 0.0, "eos_token_id": [49], "pad_token_id": 0}
     >>> [len(completion) for completion in hf_generate(model, [[1, 2]], **options)]
@@ -84,7 +87,7 @@ def hf_generate(
     settings: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         # generate fills what nobody set from its own defaults, and one of them is top_k=50
-        settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        settings = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     settings["suppress_tokens"] = unused_tokens(model, vocab_size) or None
     with only_given_settings(model):
         generated = model.generate(

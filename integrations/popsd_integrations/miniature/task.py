@@ -69,6 +69,19 @@ class Puzzle:
         )
 
 
+def verdict(completion: str, answer: str) -> tuple[bool, str | None]:
+    """Whether a completion as text ends in ``ANS a b`` with the pair ``a b`` in either order, and its pair, sorted.
+
+    A scorer for ``popsd evaluate --scorer popsd_integrations.miniature.task:verdict``.
+
+    >>> verdict("MAYBE 3 8 CHECK 1 WAIT SO 6 8 OK ANS 6 8", "8 6")
+    (True, '6 8')
+    """
+    tail = completion.split()[-3:]
+    given = " ".join(sorted(tail[1:])) if len(tail) == 3 and tail[0] == "ANS" else None
+    return given == " ".join(sorted(answer.split())), given
+
+
 def draw_puzzle(rng: random.Random, split: str) -> Puzzle:
     """A random puzzle of one split."""
     while True:
