@@ -7,9 +7,11 @@ import torch
 from loop_helpers import CONFIG, PROMPTS, deterministic, fixed_generate, no_work, run, tiny
 
 import popsd
+from popsd_integrations.huggingface.frozen import frozen_weights
 from popsd_integrations.huggingface.heads import head_from_model, hidden_states
 from popsd_integrations.huggingface.prompts import Prompts
 from popsd_integrations.huggingface.sampling import hf_generate
+from popsd_integrations.torch_loop import loop
 from popsd_integrations.torch_loop.loop import TrainConfig
 
 pytest.importorskip("transformers")
@@ -206,5 +208,22 @@ def test_no_prompts_and_two_adapters_are_refused(tmp_path):
         run(tmp_path / "b", replace(CONFIG, lora_rank=4), model=adapted, generate=no_work)
     with pytest.raises(ValueError, match=r"frozen: expected .* a divergence of 0; got .*trained already\. Merge it"):
         run(tmp_path / "c", replace(CONFIG, steps=1), model=adapted, generate=no_work)
-    merged = run(tmp_path / "d", replace(CONFIG, steps=1), model=adapted.merge_and_unload())
+    merged = run(tmp_path / "d", replace(CONFIG, steps=1), model=adapted.merge_and_unload().requires_grad_(True))
     assert merged.metrics[0]["loss"] > 0
+
+
+@pytest.mark.parametrize("lora_rank", [None, 4])
+def test_frozen_weights_that_move_stop_the_run_before_its_checkpoint(tmp_path, monkeypatch, lora_rank):
+    sources = []
+    monkeypatch.setattr(loop, "frozen_weights", lambda model: sources.append(frozen_weights(model)) or sources[-1])
+
+    def generate(model, prompts, **options):
+        with sources[0].weights() as frozen, torch.no_grad():
+            name = "q_proj.base_layer.weight" if lora_rank else "q_proj.weight"
+            next(p for key, p in frozen.named_parameters() if key.endswith(name))[0, 0] += 1e-3
+        return fixed_generate(model, prompts)
+
+    with pytest.raises(RuntimeError, match=r"frozen weights: expected those of the start; 1 of \d+ .*q_proj"):
+        run(tmp_path, replace(CONFIG, lora_rank=lora_rank), generate=generate)
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == CONFIG.checkpoint_every

@@ -183,7 +183,8 @@ def _check_frozen(model: nn.Module, frozen: FrozenWeights, packed: Packed, logit
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if not trained:
         raise ValueError(
-            "model: expected parameters that require grad; got none. Load an adapter with is_trainable=True."
+            "model: expected parameters that require grad; got none. Load an adapter with is_trainable=True, "
+            "or call requires_grad_(True)."
         )
     with frozen.weights() as source, torch.no_grad():
         # PEFT switches the flags of its own parameters off with the adapter, so what is left is trained beside it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,7 +122,9 @@ class FrozenWeightsCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.checksum is not None:
-            _path(args, state).write_text(json.dumps(self.checksum.values), encoding="utf-8")
+            path = _path(args, state)
+            path.with_suffix(".tmp").write_text(json.dumps(self.checksum.values), encoding="utf-8")
+            os.replace(path.with_suffix(".tmp"), path)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.checksum is not None:

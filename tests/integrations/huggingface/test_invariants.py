@@ -219,7 +219,7 @@ class TestChecksum:
     def test_training_does_not_move_it(self):
         for model in (lora(modules_to_save=["lm_head"]), tiny()):
             checksum = FrozenChecksum(frozen_weights(model))
-            assert 1 <= len(checksum.values) <= 8
+            assert len(checksum.values) == len(list(tiny().parameters()))
             moved(model)
             checksum.check()
 
@@ -231,7 +231,7 @@ class TestChecksum:
             weight = model.base_model.model.model.layers[1].mlp.down_proj.base_layer.weight
             weight[0, 0] += weight[0, 0].abs() * 0.01 + 1e-3
         with pytest.raises(
-            RuntimeError, match=r"frozen weights: expected those of the start; 1 of 4 .*down_proj.*float32"
+            RuntimeError, match=r"frozen weights: expected those of the start; 1 of \d+ .*down_proj.*float32"
         ):
             checksum.check()
 
@@ -240,7 +240,7 @@ class TestChecksum:
         checksum = FrozenChecksum(AdapterOff(model))
         model.merge_adapter()
         model.unmerge_adapter()
-        with pytest.raises(RuntimeError, match=r"4 of 4 compared matrices have changed.*vLLM's weight sync"):
+        with pytest.raises(RuntimeError, match=r"4 of \d+ parameters have changed.*vLLM's weight sync"):
             checksum.check()
 
     def test_an_average_may_move_but_not_what_it_shares(self):
