@@ -31,9 +31,11 @@ class TileConfig:
 
 
 _KERNELS = ("statistics", "sums", "strip")
-# Chosen from the compiler's report (Triton 3.7.1): the largest tile, in multiplications per operand byte, without a
-# spill in any flag combination. 64x256 does 110 FLOP per byte from L2, 64x128 77, 64x64 48. Pass 2 holds nine sums per
-# token on top of the accumulators. float32 runs on the FMA units ("ieee"): tensor cores would round it to tf32.
+# Chosen from the compiler's report (Triton 3.6.0 and 3.7.1): the largest tile, in multiplications per operand byte, without
+# a spill in any flag combination. 64x256 does 110 FLOP per byte from L2, 128x128 96, 64x128 77, 64x64 48. Pass 1 with every
+# option spills 5 at 64x256 on sm_90 (3.6.0). Pass 2 holds nine sums per token on top of the accumulators. float32 runs on
+# the FMA units ("ieee"): tensor cores would round it to tf32. On sm_100 and sm_120 its strips take half the depth step: at
+# 32, every option spills 8 to 10 with 64 tokens, 6 to 8 with 32. At 16, 64 tokens spill 2 to 12 except on sm_100.
 _FLOAT32_WIDE = {(kernel, 4): TileConfig(64, 64, 32, 8, 2) for kernel in _KERNELS}
 _FLOAT32 = {
     **_FLOAT32_WIDE,
@@ -48,11 +50,16 @@ _AMPERE = {
 }
 _HOPPER = {
     **_FLOAT32,
-    ("statistics", 2): TileConfig(64, 256, 32, 8, 3),
+    ("statistics", 2): TileConfig(128, 128, 32, 8, 3),
     ("sums", 2): TileConfig(64, 128, 64, 8, 3),
     ("strip", 2): TileConfig(64, 256, 32, 8, 3),
 }
-_BLACKWELL = {**_FLOAT32_WIDE, **{(kernel, 2): TileConfig(64, 64, 64, 8, 3) for kernel in _KERNELS}}
+_BLACKWELL = {
+    **_FLOAT32,
+    ("strip", 4): TileConfig(64, 64, 16, 8, 2),
+    **{(kernel, 2): TileConfig(64, 64, 64, 8, 3) for kernel in _KERNELS},
+}
+_BLACKWELL_CONSUMER = {**_AMPERE, ("strip", 4): TileConfig(32, 64, 16, 8, 2)}
 _CDNA = {
     **_FLOAT32_WIDE,
     ("sums", 4): TileConfig(64, 64, 16, 8, 2),
@@ -62,7 +69,7 @@ TABLES: Mapping[str, Mapping[tuple[str, int], TileConfig]] = {
     "sm_80": _AMPERE,
     "sm_90": _HOPPER,
     "sm_100": _BLACKWELL,
-    "sm_120": _AMPERE,
+    "sm_120": _BLACKWELL_CONSUMER,
     "gfx942": _CDNA,
 }
 """Architecture -> (kernel, bytes per operand entry) -> sizes; "sums" is any fold that makes pass 2."""
