@@ -142,7 +142,7 @@ class PurifiedConfig(DivergenceConfig):
 class TargetConfig(DivergenceConfig):
     """A target of one's own on top of the divergence, see `popsd.register_target`; in place of a `PurifiedConfig`.
 
-    target: the registered name. numbers: finite; the function's arguments after the three logits.
+    target: the registered name. numbers: finite; the function's arguments after the three streams, but for defaults at the end.
     """
 
     target: str

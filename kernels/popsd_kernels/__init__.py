@@ -7,6 +7,7 @@ from typing import Any
 
 from popsd_kernels.rows import (
     LOGIT_FLOOR,
+    Composed,
     EntryMasks,
     Gradients,
     Heads,
@@ -19,6 +20,7 @@ from popsd_kernels.rows import (
 
 __all__ = [
     "LOGIT_FLOOR",
+    "Composed",
     "EntryMasks",
     "Gradients",
     "Heads",

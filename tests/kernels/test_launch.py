@@ -11,8 +11,9 @@ from popsd_kernels import checks, launch
 COUNT_COMPILATIONS = """
 from dataclasses import replace
 import torch
-from popsd_kernels import LogitTransform, RowLoss, RowOptions, RowStatistics, Rows, launch
+from popsd_kernels import Composed, LogitTransform, RowLoss, RowOptions, RowStatistics, Rows, launch
 from popsd_kernels.aot.report import select_target
+from popsd_kernels.device.targets import arithmetic_mix_logit
 from popsd_kernels.sweeps import difference, loss_gradient, statistics
 for kernel in (statistics.row_statistics_kernel, loss_gradient.row_loss_gradient_kernel, difference.logit_difference_kernel):
     select_target("sm_90", kernel)
@@ -45,16 +46,26 @@ for value in (0.1, 1e-4):
     small = sweep(16, replace(plain, beta=value))
 print(small)
 print(sweep(16, replace(plain, beta=0)))
+for share in (0.3, 0, 1, 0.5):  # with a device function: one more kernel, whatever its numbers and the number of tokens
+    for rows in (16, 17):
+        s, u, t, r = torch.empty(4, rows, 4096, device=meta)
+        made = Composed(arithmetic_mix_logit, (share,), torch.empty(rows, 3, device=meta), t)
+        operands = Rows(s, base=u, teacher=t, reference=r, composed=made)
+        out = launch.Outputs(launch.result_rows(len(RowStatistics._fields), rows, meta), t)
+        planned = statistics.plan(operands, plain, out, config, True)
+        planned.compile()
+print(len(planned.kernel.device_caches[0][0]))
 """
 
 
 def test_annealing_and_the_number_of_tokens_never_recompile():
     finished = run_without_interpreter("-c", COUNT_COMPILATIONS)
     assert finished.returncode == 0, finished.stderr[-2000:]
-    first, after, small, mode = finished.stdout.split("\n")[:4]
+    first, after, small, mode, composed = finished.stdout.split("\n")[:5]
     assert first == after == "[1, 1, 1]"
     assert small == "[1, 2, 1]", "a weight below 1/8 is another kernel, the same for all of them"
     assert mode == "[1, 3, 1]", "another divergence is another kernel: the count can see a recompilation"
+    assert composed == "2"
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused():
