@@ -172,7 +172,7 @@ def as_markdown(rows: Rows, left: int = 1) -> str:
 def write_csv(cells: Iterable[Cell], path: Path) -> None:
     """One row per cell; times in seconds, memory in MiB."""
     rows = [_flat(cell) for cell in cells]
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["part"])
         writer.writeheader()
         writer.writerows(rows)

@@ -178,7 +178,7 @@ def train(
         start = restore(checkpoint, trained, optimizer)
     history = _read_metrics(output / METRICS, upto=start)
 
-    with open(output / METRICS, "a") as log:
+    with open(output / METRICS, "a", encoding="utf-8") as log:
         for step in _progress(range(start, config.steps), config, start, progress):
             began = time.perf_counter()
             rows = [prompts[index] for index in _rows(step, config, len(prompts))]
@@ -291,8 +291,8 @@ def _due(step: int, every: int) -> bool:
 
 def _read_metrics(path: Path, upto: int) -> list[dict[str, float]]:
     """Keep the lines up to the checkpoint. Later steps, and a line that a kill cut short, are run and written again."""
-    lines = path.read_text().splitlines()[:upto] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines()[:upto] if path.exists() else []
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines))
+    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     os.replace(temporary, path)
     return [json.loads(line) for line in lines]
