@@ -113,8 +113,8 @@ def main() -> int:
     for style, masks in CASES if options.cases == "all" else CASES[: len(STYLES)]:
         rows.append(run(style, masks, options.seeds, options.output_dir))
         print(as_row(rows[-1]), end="", flush=True)
-        (options.output_dir / "rows.json").write_text(json.dumps(rows, indent=1))
-        (options.output_dir / "table.md").write_text(HEADER + "".join(map(as_row, rows)))
+        (options.output_dir / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        (options.output_dir / "table.md").write_text(HEADER + "".join(map(as_row, rows)), encoding="utf-8")
     return 0
 
 

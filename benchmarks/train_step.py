@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def write(result: dict[str, Any]) -> None:
         if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     result = measure(options, write)
     print(json.dumps(result["about"]))

@@ -369,3 +369,38 @@ assert not sys.modules.keys() & {set(OPTIONAL)}
 def test_core_runs_without_optional_packages(tmp_path):
     run = subprocess.run([sys.executable, "-c", BLOCKED_RUN], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def texts_without_encoding(source):
+    """Lines that read or write text in whatever encoding the machine has, which is ASCII under LC_ALL=C."""
+    found = []
+    for node in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        name = getattr(node.func, "attr", getattr(node.func, "id", None))
+        on_path = isinstance(node.func, ast.Attribute)
+        modes = [*node.args[0 if on_path else 1 :][:1], *(word.value for word in node.keywords if word.arg == "mode")]
+        binary = any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
+        descriptor = on_path and getattr(node.func.value, "id", None) == "os"
+        is_text = name in ("read_text", "write_text") or (name == "open" and not binary and not descriptor)
+        if is_text and "encoding" not in {word.arg for word in node.keywords}:
+            found.append(node.lineno)
+    return found
+
+
+def test_text_files_say_their_encoding():
+    paths = [path for path in source_files() if ROOT / "tests" not in path.parents]
+    found = {str(path): texts_without_encoding(path.read_text(encoding="utf-8")) for path in paths}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+def test_a_missing_encoding_is_found():
+    lines = ['open("a")', 'open("a", "wb")', 'p.open("w")', "p.read_text()", 'p.write_text("x", encoding="utf-8")']
+    lines += ['open("a", mode="rb")', 'os.open("a", os.O_RDONLY)', 'open("a", encoding="utf-8")']
+    assert texts_without_encoding("\n".join(lines)) == [1, 3, 4]
+
+
+def test_no_checkpoint_is_asked_to_run_its_code():
+    """trust_remote_code is TRL's option of the user, or False."""
+    for path in source_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert ast.unparse(node.value) in ("False", "args.trust_remote_code"), path

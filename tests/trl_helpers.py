@@ -91,10 +91,16 @@ def build(
         teacher_model=teacher,
         args=config(folder, **options),
         train_dataset=Dataset.from_list(rows),
-        eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
+        eval_dataset=_datasets(eval_rows),
         processing_class=tokenizer or build_tokenizer(),
         peft_config=LORA if lora else None,
     )
+
+
+def _datasets(rows):
+    if isinstance(rows, dict):
+        return {name: _datasets(part) for name, part in rows.items()}
+    return None if rows is None else Dataset.from_list(rows)
 
 
 def logs(trainer, key="loss"):

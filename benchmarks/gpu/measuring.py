@@ -220,7 +220,11 @@ NCU = ("ncu", "--clock-control", "none", "--csv", "--log-file", "WORK/ncu.csv", 
 def read_ncu(bench: Bench, work: Path) -> None:
     """A record per kernel: bytes moved and their rate, as a share of the copy's that the probe measured."""
     path = work / "ncu.csv"
-    rows = [text for text in path.read_text().splitlines() if text.startswith('"')] if path.exists() else []
+    rows = (
+        [text for text in path.read_text(encoding="utf-8").splitlines() if text.startswith('"')]
+        if path.exists()
+        else []
+    )
     totals: dict[str, dict[str, float]] = {}
     for row in csv.DictReader(rows):
         if row.get("Metric Name"):

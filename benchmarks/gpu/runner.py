@@ -198,7 +198,7 @@ class Session:
     def program(self, part: Part, command: list[str], deadline: float) -> int | str:
         """A program: its exit status, or how long it ran where it was stopped, its own processes with it."""
         environment = os.environ | dict(part.environment)
-        with self.log.open("a") as stream:
+        with self.log.open("a", encoding="utf-8") as stream:
             print("$", *command, file=stream, flush=True)
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -239,7 +239,7 @@ class Session:
         if not self.cases_of(part).exists():
             return
         rows: dict[tuple[str, str], dict[str, Any]] = {}
-        for text in self.cases_of(part).read_text().splitlines():
+        for text in self.cases_of(part).read_text(encoding="utf-8").splitlines():
             with suppress(ValueError):  # cut off by a kill
                 row = json.loads(text)
                 rows[row["case"], row["impl"]] = row  # the last line counts

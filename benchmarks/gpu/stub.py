@@ -28,5 +28,5 @@ if __name__ == "__main__":
         sys.exit(f"{tool}: {' '.join(absent)} is missing")
     print(f"dry: {tool} is a stub; the program runs by itself")
     if tool == "ncu":
-        Path(arguments[arguments.index("--log-file") + 1]).write_text(ANSWER)
+        Path(arguments[arguments.index("--log-file") + 1]).write_text(ANSWER, encoding="utf-8")
     sys.exit(subprocess.run(arguments[program:]).returncode)

@@ -244,7 +244,7 @@ def _attempt(runner: _Runner, problem: Problem, what: Callable[[], None]) -> Non
 def processor_times() -> tuple[float, float, float]:
     """Seconds: of the clock, of all processors at work, of this process. The second is 0 where /proc does not tell."""
     try:
-        ticks = sum(map(int, Path("/proc/stat").read_text().split()[1:4]))
+        ticks = sum(map(int, Path("/proc/stat").read_text(encoding="utf-8").split()[1:4]))
         return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
     except (OSError, ValueError):
         return time.perf_counter(), 0.0, time.process_time()

@@ -24,7 +24,9 @@ def reset_peak(device: str) -> float:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / MIB
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark VmHWM back to the present size
+    Path("/proc/self/clear_refs").write_text(
+        "5", encoding="utf-8"
+    )  # sets the high-water mark VmHWM back to the present size
     return _resident("VmRSS")
 
 
@@ -62,6 +64,6 @@ def _peak_here(provider: Provider, case: Case, threads: int) -> float:
 
 
 def _resident(field: str) -> float:
-    found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
+    found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found is not None
     return int(found[1]) / 1024

@@ -62,7 +62,7 @@ def _device(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     path = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s+: (.*)", path.read_text()) if path.exists() else None
+    model = re.search(r"model name\s+: (.*)", path.read_text(encoding="utf-8")) if path.exists() else None
     return f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores"
 
 

@@ -138,14 +138,14 @@ class Results:
             if rows or name == "cells":
                 blocks.append(f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]")
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+        temporary.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
         os.replace(temporary, path)
 
 
 def load(path: Path) -> Results:
     """Raises ValueError for a file that is not a results file."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return Results(
             content["meta"],
             [Cell(**row | {"case": case_of(row["case"])}) for row in content["cells"]],

@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
-        print(f"popsd {options.command}: interrupted; the same command resumes.", file=sys.stderr)
+        resumes = "" if options.run is _diagnose else "; the same command resumes"
+        print(f"popsd {options.command}: interrupted{resumes}.", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError) as error:
         print(f"popsd {options.command}: {error}", file=sys.stderr)

@@ -170,7 +170,9 @@ def _memory(device: torch.device) -> tuple[float, float]:
         free, total = torch.cuda.mem_get_info(device)
         return free / MIB, total / MIB
     try:
-        kib = dict(re.findall(r"(MemAvailable|MemTotal):\s+(\d+) kB", Path("/proc/meminfo").read_text()))
+        kib = dict(
+            re.findall(r"(MemAvailable|MemTotal):\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
+        )
         return int(kib["MemAvailable"]) / 1024, int(kib["MemTotal"]) / 1024
     except (OSError, KeyError):
         return float("nan"), float("nan")

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+import popsd
 from popsd_benchmarks.accuracy import GRADIENT, LOSS, Judge
 from popsd_benchmarks.plan import SHAPES
 from popsd_benchmarks.problems import make_problem, matmuls, operations
 from popsd_benchmarks.providers import FLOOR, OURS, PROVIDERS, find
 from popsd_benchmarks.providers.base import Provider, missing
+from popsd_benchmarks.providers.ours import Popsd
 from popsd_benchmarks.results import Case, Shape
 
 SHAPE = Shape(name="test", tokens=17, vocab=257, width=24)
@@ -47,6 +49,18 @@ def test_soft_cap_and_padding(provider):
         problem = make_problem(case)
         errors = Judge(problem).errors(provider, provider.prepare(problem)())
         assert all(error < 1e-5 for error in errors.values()), (changed, errors)
+
+
+def test_the_gram_matrix_is_formed_once(monkeypatch):
+    formed, real = [], popsd.gram_matrix
+    monkeypatch.setattr(popsd, "gram_matrix", lambda *arguments: formed.append(real(*arguments)) or formed[-1])
+    given, loss = [], popsd.linear_purified_jsd
+    monkeypatch.setattr(popsd, "linear_purified_jsd", lambda *a, **o: given.append(o["gram"]) or loss(*a, **o))
+    step = Popsd("gram", "torch", options={"decompose": "gram"}).prepare(
+        make_problem(Case(loss="purified", shape=SHAPE))
+    )
+    step(), step()
+    assert len(formed) == 1 and all(gram is formed[0] for gram in given) and len(given) == 2
 
 
 def test_padding_matters_to_the_judge():

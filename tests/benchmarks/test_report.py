@@ -139,6 +139,9 @@ def test_csv_has_a_row_per_cell(results, tmp_path):
     assert len(rows) == len(results.cells)
     assert (rows[2]["provider"], rows[2]["seconds_median"], rows[2]["ratio_median"]) == ("eager", "4.0", "4.0")
     assert (rows[4]["status"], rows[4]["seconds_median"]) == ("unsupported", "")
+    tables.write_csv([replace(results.cells[4], note="=1+1"), results.cells[4]], tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open(encoding="utf-8") as file:
+        assert next(csv.DictReader(file))["note"] == "'=1+1", "a spreadsheet would compute it"
 
 
 def verdicts(device, cells, records=()):

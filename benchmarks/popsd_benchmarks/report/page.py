@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = read(options.results)
     for path, results in files:
         plots.draw(results, path.parent / PLOTS, f"{path.stem}-")
-    options.output.write_text(page(files, options.output))
+    options.output.write_text(page(files, options.output), encoding="utf-8")
     print(f"Written: {options.output}")
     return 0
 
@@ -116,7 +116,7 @@ def _goals(files: Sequence[tuple[Path, Results]], links: Sequence[str]) -> table
 def _section(results: Results, path: Path, link: str, output: Path) -> list[str]:
     blocks = [f"## {_device(results.meta)}: {path.stem}", f"From `{link}`."]
     if (remarks := path.with_suffix(".md")).exists():
-        blocks.append(remarks.read_text().strip())
+        blocks.append(remarks.read_text(encoding="utf-8").strip())
     drawn = list(plots.figures(results))
     for kind, title in PLOT_TITLES.items():
         images = [name for name in drawn if name.split("-")[0] == kind]

@@ -170,12 +170,16 @@ def as_markdown(rows: Rows, left: int = 1) -> str:
 
 
 def write_csv(cells: Iterable[Cell], path: Path) -> None:
-    """One row per cell; times in seconds, memory in MiB."""
-    rows = [_flat(cell) for cell in cells]
-    with open(path, "w", newline="") as file:
+    """One row per cell; times in seconds, memory in MiB. Text that a spreadsheet would run as a formula begins with '."""
+    rows = [{name: _no_formula(value) for name, value in _flat(cell).items()} for cell in cells]
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["part"])
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _no_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
 def milliseconds(cell: Cell) -> float:

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--completions", type=int, default=32, help="to sample (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows per forward (%(default)s)")
     parser.add_argument("--max-new-tokens", type=int, help="per completion (512; the miniature 46)")
+    parser.add_argument("--max-prompt-length", type=int, default=8192, help="tokens, in any context (%(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling (%(default)s)")
     parser.add_argument("--pmi-beta", type=float, default=1.0, help="the paper's beta (%(default)s)")
     parser.add_argument("--pmi-clip", type=float, default=10.0, help="the paper's c (%(default)s)")
@@ -96,17 +97,20 @@ def _of_user(options: argparse.Namespace) -> Setting:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from popsd.markers import DEFAULT_MARKERS
-    from popsd_integrations.huggingface.prompts import ContextBuilder
+    from popsd_integrations.huggingface.prompts import ContextBuilder, ContextConfig
 
     rows = _rows(options.dataset, options.split, options.completions)
     found = problems(rows, options.question_column, options.solution_column)
+    contexts = ContextConfig(max_prompt_length=options.max_prompt_length)
+    loaded: dict[str, Any] = {"trust_remote_code": False}  # None would ask on the terminal
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").eval()
+        tokenizer = AutoTokenizer.from_pretrained(options.model, **loaded)
+        prompts = ContextBuilder(tokenizer, contexts).build_all(found)  # before the weights are loaded
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", **loaded).eval()
     except OSError as error:
         raise ValueError(f"--model: expected a hub name or a local path; got {options.model!r} ({error}).") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return Setting(model, tokenizer, ContextBuilder(tokenizer).build_all(found), DEFAULT_MARKERS, 512, None)
+    return Setting(model, tokenizer, prompts, DEFAULT_MARKERS, 512, None)
 
 
 def problems(rows: Sequence[Mapping[str, Any]], question: str, solution: str) -> list[Problem]:
@@ -126,13 +130,16 @@ def problems(rows: Sequence[Mapping[str, Any]], question: str, solution: str) ->
 def _rows(name: str, split: str, count: int) -> list[Mapping[str, Any]]:
     path = Path(name)
     if path.suffix in (".jsonl", ".json") and path.is_file():
-        text = path.read_text()
         try:
-            content = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines() if x]
-        except json.JSONDecodeError as error:
+            text = path.read_text(encoding="utf-8-sig")
+            # Only \n ends a line: splitlines would also split at U+2028, which JSON allows inside a text.
+            lines = [text] if path.suffix == ".json" else [line for line in text.split("\n") if line.strip()]
+            content = [json.loads(line) for line in lines]
+        except ValueError as error:  # of JSON or of UTF-8
             raise ValueError(
-                f"--dataset: expected JSON rows in {name}; got {error}. Write one object per line."
+                f"--dataset: expected JSON rows in {name}; got {error}. Write one object per line, in UTF-8."
             ) from error
+        content = content[0] if path.suffix == ".json" else content
         if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
             raise ValueError(f"--dataset: expected a list of objects in {name}; got something else.")
         return content[:count]

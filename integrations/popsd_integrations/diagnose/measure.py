@@ -34,7 +34,8 @@ CURVES = (
     "weighted_reference_fraction",
     "mass_moved",
 )
-_BLOCK_ELEMENTS = 1 << 24  # logits of one context at a time, 64 MiB
+_BLOCK_ELEMENTS = 1 << 22
+"""Logits of one context that are looked at together: 16 MiB in float32. Composing the target holds less than ten times that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,10 +198,10 @@ def _probabilities(
     for start in range(0, len(ids), step):
         logits = [head_logits(x[start : start + step], head) for x in hidden]
         target = purified_target_logits(*logits, config=loss)
-        tempered = [x[:, : target.shape[1]] / loss.temperature for x in logits]
         block = {}
-        for context, z in zip(CONTEXTS, (*tempered, target), strict=True):
-            p = torch.softmax(z, dim=-1)
+        for context, z in zip(CONTEXTS, (*logits, target), strict=True):
+            tempered = z if z is target else z[:, : target.shape[1]] / loss.temperature
+            p = tempered.softmax(dim=-1)
             block[f"{context}/token"] = p.gather(1, ids[start : start + step, None])[:, 0]
             for word, tokens in markers.items():
                 block[f"{context}/{word}"] = p[:, list(tokens)].sum(dim=1)

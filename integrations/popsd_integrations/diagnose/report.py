@@ -42,17 +42,18 @@ def write(diagnosis: Diagnosis, folder: Path) -> list[Path]:
         "positions": diagnosis.positions,
         "config": diagnosis.config,
     }
-    paths[0].write_text(json.dumps(content, indent=1))
-    with open(paths[1], "w", newline="") as file:
+    paths[0].write_text(json.dumps(content, indent=1), encoding="utf-8")
+    with open(paths[1], "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(diagnosis.tokens[0]))
         writer.writeheader()
-        writer.writerows(diagnosis.tokens)
+        # The text as JSON, in its quotation marks: a spreadsheet takes a cell that begins with = + - or @ for a formula.
+        writer.writerows(row | {"text": json.dumps(row["text"], ensure_ascii=False)} for row in diagnosis.tokens)
     try:
         plots = [_curves(diagnosis, folder / "curves.png"), _heatmap(diagnosis, folder / "heatmap.png")]
     except ImportError:
         plots = []
     page = folder / "report.html"
-    page.write_text(_page(diagnosis, plots))
+    page.write_text(_page(diagnosis, plots), encoding="utf-8")
     return [*paths, page, *plots]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -149,8 +150,17 @@ class ContextBuilder:
         )
 
     def build_all(self, problems: Sequence[Problem]) -> list[Prompts]:
-        """The prompts of all problems but the dropped ones. Raises ValueError where none is left."""
-        built = [prompts for problem in problems if (prompts := self.build(problem)) is not None]
+        """The prompts of all problems but the dropped ones. Raises ValueError where none is left, or as `build` does for
+        one, with its number.
+        """
+        built = []
+        for row, problem in enumerate(problems):
+            try:
+                prompts = self.build(problem)
+            except ValueError as error:
+                raise ValueError(f"problems[{row}]: {error}") from error
+            if prompts is not None:
+                built.append(prompts)
         if not built:
             raise ValueError(
                 f"problems: expected at least one that fits max_prompt_length={self.config.max_prompt_length}; "
@@ -185,7 +195,7 @@ class ContextBuilder:
     def _messages(self, question: Any) -> dict[str, str]:
         """The contents of a conversation by their place in it. Raises ValueError where it is none."""
         if not isinstance(question, Sequence) or not all(isinstance(message, Mapping) for message in question):
-            raise ValueError(f"question: expected text or a list of messages; got {question!r}.")
+            raise ValueError(f"question: expected text or a list of messages; got {reprlib.repr(question)}.")
         if not self._has_template:
             raise ValueError(
                 "question: expected text, since this tokenizer has no chat_template; got a conversation. Set "
@@ -195,7 +205,8 @@ class ContextBuilder:
             content = "" if message.get("tool_calls") else message.get("content")
             if not isinstance(message.get("role"), str) or not isinstance(content, str):
                 raise ValueError(
-                    f"question[{place}]: expected a message whose 'role' and 'content' are text; got {dict(message)!r}. "
+                    f"question[{place}]: expected a message whose 'role' and 'content' are text; got "
+                    f"{reprlib.repr(dict(message))}. "
                     "ShareGPT's 'from' and 'value' have to be renamed, and images cannot be used."
                 )
         roles = [message["role"] for message in question]

@@ -145,13 +145,21 @@ def check_positions(model: Any, prompts: Sequence[Prompts], max_new_tokens: int)
     """Raise ValueError where a prompt in any context, with ``max_new_tokens`` behind it, is longer than `position_limit`."""
     limit = position_limit(model)
     for row, built in enumerate(prompts):
-        name, longest = max(zip(built._fields, map(len, built), strict=True), key=lambda item: item[1])
-        if limit is not None and longest + max_new_tokens > limit:
-            raise ValueError(
-                f"prompts[{row}]: expected at most the model's {limit} positions; got {longest} tokens in {name} and up to "
-                f"{max_new_tokens} behind them. Set max_prompt_length={max(limit - max_new_tokens, 0)} and on_overflow, or "
-                "sample fewer tokens. A model that extrapolates may say so in config.max_position_embeddings."
-            )
+        try:
+            check_fits(built, max_new_tokens, limit)
+        except ValueError as error:
+            raise ValueError(f"prompts[{row}]: {error}") from error
+
+
+def check_fits(prompts: Prompts, max_new_tokens: int, limit: int | None) -> None:
+    """`check_positions` of one problem, for a model of ``limit`` positions."""
+    name, longest = max(zip(prompts._fields, map(len, prompts), strict=True), key=lambda item: item[1])
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"expected at most the model's {limit} positions; got {longest} tokens in {name} and up to {max_new_tokens} "
+            f"behind them. Set max_prompt_length={max(limit - max_new_tokens, 0)} and on_overflow, or sample fewer tokens. "
+            "A model that extrapolates may say so in config.max_position_embeddings."
+        )
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def run_experiment(
         "seconds": {"warm-up": warmed - began, "total": time.perf_counter() - began},
     }
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "results.json").write_text(json.dumps(results, indent=1))
+    (output_dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     return results
 
 

@@ -134,7 +134,8 @@ def write_html(results: dict[str, Any], plots: list[Path], path: Path) -> None:
             warmup=f"{seconds['warm-up']:.0f}",
             opsd=COLOURS["opsd"],
             purified=COLOURS["purified"],
-        )
+        ),
+        encoding="utf-8",
     )
 
 

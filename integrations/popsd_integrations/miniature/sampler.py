@@ -20,8 +20,10 @@ def sample(
     temperature: float,
     eos_token_id: Sequence[int],
     pad_token_id: int,
+    vocab_size: int | None = None,
 ) -> list[list[int]]:
     """Completions as lists of token ids, the end-of-sequence token included where it came. temperature 0 is greedy.
+    Tokens at or beyond ``vocab_size`` are not sampled.
 
     Prompts must have equal lengths, which they have in each context of this task. Raises ValueError otherwise. Draws from
     PyTorch's global generator.
@@ -39,7 +41,9 @@ def sample(
     ends = torch.tensor(list(eos_token_id))
     tokens = torch.tensor(prompts)
     for _ in range(max_new_tokens):
-        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
+            :, -1, :vocab_size
+        ]
         chosen = logits.argmax(-1)
         if temperature > 0:
             chosen = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]

@@ -206,7 +206,7 @@ def _train(
     finite = FiniteSteps()
     backward = partial(_backward, model, source, loss_fn, config, (sampler.pad_token_id, side))
 
-    with writing(output / METRICS), open(output / METRICS, "a") as log:
+    with writing(output / METRICS), open(output / METRICS, "a", encoding="utf-8") as log:
         for step in _progress(range(start, config.steps), config, start, progress):
             began = time.perf_counter()
             indices = _rows(step, config, len(prompts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from popsd_integrations.run_folder import write_whole
 
 logger = logging.getLogger(__name__)
 
+RUN_FILE = "popsd_run.json"
 EMA_FILE = "popsd_ema.pt"
 PANELS = {
     "loss": "loss per token, nats",
@@ -54,14 +56,54 @@ class EMACallback(TrainerCallback):
         self.ema.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
 
 
+class SameRun(TrainerCallback):
+    """Keeps the options that a run depends on in its output_dir, and raises ValueError where a checkpoint of a run with
+    others would be continued, or other runs' checkpoints written over.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        path, now = Path(args.output_dir) / RUN_FILE, args.run_options()
+        then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        resumed = state.global_step > 0
+        if then is None and resumed:
+            logger.warning(f"Whether the checkpoint is of a run with these options cannot be told: no {path}.")
+        if then not in (None, now) and (resumed or any(path.parent.glob("checkpoint-*"))):
+            other = [
+                f"{name} {then.get(name)!r} (now {now.get(name)!r})" for name in now if then.get(name) != now[name]
+            ]
+            raise ValueError(
+                f"output_dir: expected checkpoints of this run in {path.parent}; got those of one with {', '.join(other)}. "
+                "Pass the options that it began with, or another output_dir."
+            )
+        if state.is_world_process_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda file: file.write(json.dumps(now, indent=1).encode()))
+
+
 class NothingTrained(TrainerCallback):
-    """Raises ValueError at the end of a run that took no step, which transformers would report as finished."""
+    """Raises ValueError at the end of a run that trained on nothing, which transformers would report as finished.
+
+    tokens: those that had a part in the loss; the trainer counts them.
+    """
+
+    def __init__(self) -> None:
+        self.tokens, self._start = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.tokens, self._start = 0.0, state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             raise ValueError(
-                "train_dataset: expected rows for at least one step; got a stream that ended before, and nothing was "
-                "trained. Where on_overflow is 'drop', too many rows may be longer than max_prompt_length."
+                "train_dataset: expected rows for at least one step; got a run without one, and nothing was trained. Of a "
+                "stream with on_overflow 'drop' too many rows may be longer than max_prompt_length; max_steps and "
+                "num_train_epochs may be 0."
+            )
+        steps = state.global_step - self._start
+        if steps > 0 and self.tokens == 0:
+            raise ValueError(
+                f"skip_first_tokens, masks: expected a completion token in the loss; got none in {steps} steps, and nothing "
+                "was trained. Leave fewer tokens out, or look at the completions (log_completions)."
             )
 
 

@@ -5,12 +5,17 @@ Flags override the file, and a misspelt name is refused in both. ``--dry_run`` s
 
 from __future__ import annotations
 
+import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import (
     DatasetMixtureConfig,
@@ -25,14 +30,9 @@ from trl import (
 from popsd.engine.workspace import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB
 from popsd_integrations.huggingface.objective import needed_contexts
 from popsd_integrations.huggingface.prompts import ContextBuilder, thinking_states
+from popsd_integrations.trl_trainer.dataset import SOLUTION_COLUMNS, WRONG_COLUMN, problem_of
 from popsd_integrations.trl_trainer.guards import newest_whole_checkpoint
-from popsd_integrations.trl_trainer.trainer import (
-    SOLUTION_COLUMNS,
-    WRONG_COLUMN,
-    PurifiedOPSDConfig,
-    PurifiedOPSDTrainer,
-    problem_of,
-)
+from popsd_integrations.trl_trainer.trainer import PurifiedOPSDConfig, PurifiedOPSDTrainer
 
 
 @dataclass
@@ -59,12 +59,19 @@ class TrainArguments(ScriptArguments):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, load and train; returns 0. Raises ValueError on bad input."""
     parser = TrlParser((TrainArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig), prog="popsd train")
-    script, args, model_args, mixture = parser.parse_args_and_config(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if _is_dry(given) and not torch.accelerator.is_available():
+        given += ["--use_cpu", "true"]  # transformers refuses bf16 without a GPU, and nothing will be computed here
+    script, args, model_args, mixture = parser.parse_args_and_config(given)
     if not model_args.model_name_or_path:
         raise ValueError(
             "model_name_or_path: expected a model; got none. Pass --model_name_or_path or set it in --config."
         )
+    resumed = checkpoint_to_resume(args)
     dataset = load_data(script, mixture)
+    train_dataset = _split(dataset, script.dataset_train_split, "dataset_train_split")
+    evaluated = args.eval_strategy != "no"
+    eval_dataset = _split(dataset, script.dataset_test_split, "dataset_test_split") if evaluated else None
     peft_config = get_peft_config(model_args)
     # TRL's ModelConfig defaults to float32.
     args.model_init_kwargs = {
@@ -73,25 +80,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "dtype": model_args.dtype,
         **(args.model_init_kwargs or {}),
     }
-    train_dataset = dataset[script.dataset_train_split]
     if script.dry_run:
+        first = next(iter(train_dataset), None)
+        if first is None:
+            raise ValueError(f"dataset_name: expected at least one row; got none in {script.dataset_train_split!r}.")
         tokenizer = AutoTokenizer.from_pretrained(
             model_args.model_name_or_path,
             revision=model_args.model_revision,
             trust_remote_code=args.trust_remote_code,
         )
-        print(describe_prompts(next(iter(train_dataset)), tokenizer, args))
+        print(describe_prompts(first, tokenizer, args))
         print(memory_plan(model_args.model_name_or_path, args, peft_config))
         return 0
     trainer = PurifiedOPSDTrainer(
         model=model_args.model_name_or_path,
         args=args,
         train_dataset=train_dataset,
-        eval_dataset=dataset[script.dataset_test_split] if args.eval_strategy != "no" else None,
+        eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.train(resume_from_checkpoint=resumed)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
@@ -104,11 +113,17 @@ def load_data(script: TrainArguments, mixture: Any) -> Any:
         raise ValueError(
             "dataset_name: expected it or a mixture in `datasets`, and not both; a folder with train.jsonl will do."
         )
-    dataset = (
-        get_dataset(mixture)
-        if mixture.datasets
-        else load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
-    )
+    for name, other in (
+        ("dataset_config", "datasets"),
+        ("dataset_streaming", "datasets"),
+        ("test_split_size", "dataset_name"),
+    ):
+        value = getattr(mixture if other == "dataset_name" else script, name)
+        if value and getattr(mixture if other == "datasets" else script, other):
+            raise ValueError(f"{name}: expected none with {other}, where it would be ignored; got {value!r}.")
+    if script.ignore_bias_buffers:
+        raise ValueError("ignore_bias_buffers: expected False, since nothing here reads it; got True.")
+    dataset = get_dataset(mixture) if mixture.datasets else _load(script)
     renamed = {script.prompt_column: "prompt"}
     if script.solution_column is not None:
         renamed[script.solution_column] = SOLUTION_COLUMNS[0]
@@ -121,10 +136,54 @@ def load_data(script: TrainArguments, mixture: Any) -> Any:
             raise ValueError(f"prompt_column and the other columns: expected columns of {columns}; got {missing}.")
         for old, new in renamed.items():
             if old != new:
+                if new in (columns or ()):  # the column that was named takes its place
+                    dataset[split] = dataset[split].remove_columns(new)
                 dataset[split] = dataset[split].rename_column(old, new)
         if script.text_as_conversation:
             dataset[split] = dataset[split].map(_as_conversation)
     return dataset
+
+
+def _load(script: TrainArguments) -> Any:
+    assert script.dataset_name is not None
+    source, options = script.dataset_name, {"name": script.dataset_config, "streaming": script.dataset_streaming}
+    builder = _BUILDER_OF.get(Path(source).suffix)
+    if builder is not None and Path(source).is_file():
+        source, options["data_files"] = builder, {script.dataset_train_split: source}
+    try:
+        return load_dataset(source, **options)
+    except (DatasetsError, OSError, StopIteration) as error:  # the last for an empty file
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"dataset_name: expected a hub name, a folder or a file of rows ({', '.join(_BUILDER_OF)}); got "
+            f"{script.dataset_name!r} ({type(cause).__name__}: {cause})."
+        ) from error
+
+
+_BUILDER_OF = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def _split(dataset: Any, name: str, option: str) -> Any:
+    if name not in dataset:
+        raise ValueError(f"{option}: expected one of the splits {list(dataset)}; got {name!r}.")
+    return dataset[name]
+
+
+def _is_dry(arguments: Sequence[str]) -> bool:
+    """Whether flags, or the file that they name, ask for a dry run; known before the parser, which checks bf16 by itself."""
+
+    def value(flag: str) -> str | None:
+        for place, argument in enumerate(arguments):
+            name, _, attached = argument.partition("=")
+            if name == flag:
+                following = "".join(arguments[place + 1 : place + 2])
+                return attached or ("true" if following.startswith("--") else following or "true")
+        return None
+
+    path, flag = value("--config"), value("--dry_run")
+    if flag is None and path is not None and Path(path).is_file():
+        flag = str((yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get("dry_run"))
+    return str(flag).lower() in ("true", "1", "yes")
 
 
 def describe_prompts(row: dict[str, Any], tokenizer: Any, args: PurifiedOPSDConfig) -> str:
@@ -140,9 +199,15 @@ def describe_prompts(row: dict[str, Any], tokenizer: Any, args: PurifiedOPSDConf
     for name, ids in prompts._asdict().items():
         shown = " ".join(map(str, ids if len(ids) <= 24 else [*ids[:12], "…", *ids[-12:]]))
         parts.append(
-            f"=== {name} ({whose[name]}): {len(ids)} tokens, thinking {states[name]}\n{tokenizer.decode(ids)}\n    ids {shown}"
+            f"=== {name} ({whose[name]}): {len(ids)} tokens, thinking {states[name]}\n"
+            f"{_printable(tokenizer.decode(ids))}\n    ids {shown}"
         )
     return "\n".join(parts)
+
+
+def _printable(text: str) -> str:
+    """Text from data for a terminal: control and direction characters as escapes, which would act on it."""
+    return "".join(x if x in "\n\t" or unicodedata.category(x) not in ("Cc", "Cf") else ascii(x)[1:-1] for x in text)
 
 
 def memory_plan(model: str, args: PurifiedOPSDConfig, peft_config: Any) -> str:
@@ -191,11 +256,21 @@ def memory_plan(model: str, args: PurifiedOPSDConfig, peft_config: Any) -> str:
 
 
 def checkpoint_to_resume(args: PurifiedOPSDConfig) -> str | None:
-    """The checkpoint that ``--resume_from_checkpoint`` names. ``true`` is the last whole one in output_dir, if there is one."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() not in ("true", "1", "yes"):
-        return None if str(wanted).lower() in ("none", "false", "0", "no") else wanted
-    return newest_whole_checkpoint(args.output_dir)
+    """The checkpoint that the command goes on from: the one that ``--resume_from_checkpoint`` names, otherwise the last whole
+    one in output_dir, or None where there is none yet. So the same command resumes.
+
+    Raises ValueError where ``false`` would start over and write over checkpoints.
+    """
+    wanted = str(args.resume_from_checkpoint).lower()
+    if wanted not in ("true", "1", "yes", "none", "false", "0", "no"):
+        return args.resume_from_checkpoint
+    newest = newest_whole_checkpoint(args.output_dir)
+    if newest is not None and wanted in ("false", "0", "no"):
+        raise ValueError(
+            f"resume_from_checkpoint: expected a folder without checkpoints to start over in; got {newest}. Pass another "
+            "output_dir, remove them, or leave the option out to go on from the last."
+        )
+    return newest
 
 
 def _as_conversation(row: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,14 @@ PRIVATE = {
     "_get_train_sampler": ["self", "dataset"],
     "_tokenize_prompts": ["self", "prompts"],
     "_prepare_inputs": ["self", "generation_batch"],
+    "evaluation_loop": [
+        "self",
+        "dataloader",
+        "description",
+        "prediction_loss_only",
+        "ignore_keys",
+        "metric_key_prefix",
+    ],
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
 }
 """Methods of DistillationTrainer that are overridden or relied on, with their parameters."""
@@ -93,6 +101,51 @@ def suppress_unused_tokens(trainer: Any, vocab_size: int | None) -> None:
 
 def record(trainer: Any, metrics: Mapping[str, float]) -> None:
     """Add values to what TRL averages and logs at its next logging step, as train or eval metrics."""
-    mode = "train" if trainer.model.training else "eval"
     for name, value in metrics.items():
-        trainer._metrics[mode][name].append(value)
+        trainer._metrics[_mode(trainer)][name].append(value)
+
+
+def record_means(trainer: Any, sums: Mapping[str, tuple[float, float]]) -> None:
+    """Add (sum, count) pairs to means over everything until the next logging step, however it is split into batches.
+
+    They take the place of what TRL recorded under the same name, which is a mean of the batches' means.
+    """
+    metrics = trainer._metrics[_mode(trainer)]
+    for name, (total, count) in sums.items():
+        mean = metrics[name] if isinstance(metrics[name], _Mean) else _Mean()
+        metrics[name] = mean.add(total, count)
+
+
+class _Mean(list[float]):
+    """What TRL takes for its list of a metric's values, whose mean it logs: the one value Σ sums / Σ counts."""
+
+    _sum = _items = 0.0
+
+    def add(self, total: float, count: float) -> _Mean:
+        self._sum, self._items = self._sum + total, self._items + count
+        self[:] = [self._sum / self._items] if self._items > 0 else []
+        return self
+
+
+def take_eval_means(trainer: Any) -> dict[str, float]:
+    """What was recorded in evaluation, averaged, and no longer there for TRL to log under the name of another dataset."""
+    metrics = trainer._metrics["eval"]
+    means = {name: sum(values) / len(values) for name, values in metrics.items() if values}
+    metrics.clear()
+    return means
+
+
+def rows_of_data(trainer: Any, rows: int) -> int:
+    """How many of this process's ``rows`` first rows are the data's own; in training all.
+
+    So that all processes have equally many, accelerate fills an evaluation's last batch with rows that were there before.
+    They come last in the order of the processes, and ``remainder`` counts those that do not.
+    """
+    state = trainer.accelerator.gradient_state
+    if trainer.model.training or not state.end_of_dataloader or state.remainder <= 0:
+        return rows
+    return int(min(max(state.remainder - trainer.accelerator.process_index * rows, 0), rows))
+
+
+def _mode(trainer: Any) -> str:
+    return "train" if trainer.model.training else "eval"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -18,7 +19,16 @@ _REFUSED = {
     "teacher_model_name_or_path": "The teacher is the student's own frozen weights; others are passed as teacher_model.",
     "max_tool_calling_iterations": "This trainer calls no tools.",
 }
+_UNUSED = {
+    "label_smoothing_factor": (0.0, "The loss compares distributions and has no labels."),
+    "train_sampling_strategy": ("random", "The order of the rows is drawn from seed and epoch; see shuffle_dataset."),
+}
+"""Options of transformers that this trainer does not read, with the one value that is true of it."""
+_LENGTH = "Set max_completion_length, which prompts are checked against."
 _REFUSED_IN_GENERATION = {
+    **dict.fromkeys(("max_new_tokens", "max_length", "max_tokens"), _LENGTH),
+    "stop_strings": "Completions end at the ends that the model's generation_config and the tokenizer name.",
+    "return_dict_in_generate": "The trainer takes the tokens alone.",
     "n": "One completion is sampled for each row; repeat a row in the data for more.",
     "num_return_sequences": "One completion is sampled for each row; repeat a row in the data for more.",
     "eos_token_id": "The trainer cuts completions at the ends that the model's generation_config and the tokenizer name, and "
@@ -28,6 +38,28 @@ _ENTRY_MASKS = ("plausibility", "tail_floor", "tail_cap")
 _OPTION_OF = {"temperature": "loss_temperature"} | {
     name: name for name in ("beta", "token_clip", "entry_clip", "vocab_size", "pmi_beta", "pmi_clip", *_ENTRY_MASKS)
 }
+
+
+_SHAPING = {
+    *(
+        "beta",
+        "learning_rate",
+        "lr_scheduler_type",
+        "optim",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "weight_decay",
+    ),
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "max_completion_length"),
+    *("chat_template_kwargs", "seed", "shuffle_dataset"),
+}
+"""TRL's options that the steps of a run depend on."""
+_FREE = {
+    *("impl", "strategy", "workspace_mib", "batched_frozen", "frozen_batch_size"),
+    *("diagnostics_steps", "markers", "plot_metrics"),
+}
+"""Options of the method that change how a run computes or what it logs, but not its steps."""
 
 
 def _option(default: Any, text: str) -> Any:
@@ -154,6 +186,9 @@ class PurifiedOPSDConfig(DistillationConfig):
         for name, remedy in _REFUSED.items():
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: expected None; got {getattr(self, name)!r}. {remedy}")
+        for name, (only, remedy) in _UNUSED.items():
+            if getattr(self, name, only) != only:
+                raise ValueError(f"{name}: expected {only!r}; got {getattr(self, name)!r}. {remedy}")
         for name, remedy in _REFUSED_IN_GENERATION.items():
             if name in (self.generation_kwargs or {}):
                 raise ValueError(
@@ -253,6 +288,17 @@ class PurifiedOPSDConfig(DistillationConfig):
             max_prompt_length=self.max_prompt_length,
             on_overflow=self.on_overflow,
         )
+
+    def run_options(self) -> dict[str, Any]:
+        """What makes a run this one, as JSON: the options that its steps depend on, but for the number and size of batches.
+
+        Those of the optimiser are among them, since a checkpoint brings its own and the ones given would be ignored.
+        """
+        own = {entry.name for entry in fields(self)} - {entry.name for entry in fields(DistillationConfig)}
+        names = (own | _SHAPING) - _FREE
+        options = {name: getattr(self, name) for name in sorted(names)}
+        plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
+        return plain
 
     def epistemic_markers(self) -> EpistemicMarkers:
         return EpistemicMarkers(tuple(self.markers))

@@ -17,24 +17,27 @@ from itertools import islice
 from typing import Any, ClassVar
 
 import torch
-from datasets import IterableDataset
 from torch import nn
-from transformers import ProcessorMixin
+from transformers import AutoTokenizer, ProcessorMixin
 
 from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states, has_adapter
 from popsd_integrations.huggingface.heads import held, local_head, run_in_forward
 from popsd_integrations.huggingface.objective import measures_decomposition, needed_contexts, student_loss
 from popsd_integrations.huggingface.packing import Packed, pack_padded, padded, unpad
-from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts, thinking_states
+from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts
 from popsd_integrations.huggingface.sampling import check_sampled, only_given_settings
-from popsd_integrations.trl_trainer.callbacks import EMACallback, NothingTrained, PlotMetrics
+from popsd_integrations.trl_trainer.callbacks import EMACallback, NothingTrained, PlotMetrics, SameRun
 from popsd_integrations.trl_trainer.compat import (
     EpochSampler,
     accumulation_factor,
     record,
+    record_means,
+    rows_of_data,
     suppress_unused_tokens,
+    take_eval_means,
 )
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
+from popsd_integrations.trl_trainer.dataset import SOLUTION_COLUMNS, WRONG_COLUMN, RowCheck, check_columns, problem_of
 from popsd_integrations.trl_trainer.frozen import FrozenWeightsCallback, agreed, check_teacher, copy_of, exact_side
 from popsd_integrations.trl_trainer.guards import GuardedTrainer
 
@@ -42,8 +45,6 @@ __all__ = ["PurifiedOPSDConfig", "PurifiedOPSDTrainer"]
 
 logger = logging.getLogger(__name__)
 
-SOLUTION_COLUMNS = ("privileged_context", "solution")
-WRONG_COLUMN = "wrong_privileged_context"
 _PROMPT_OF = {"base": "prompt", "teacher": "teacher_prompt", "reference": "reference_prompt"}
 """What TRL's batch calls each context's prompts, in the order of the fields of `Prompts`."""
 
@@ -62,10 +63,13 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             adapter can be switched off nor the weights copied, such as a model that is sharded already.
         processing_class, callbacks, optimizers, quantization_config, peft_config: see ``trl.DistillationTrainer``.
 
+    ``train`` keeps the options in output_dir, as popsd_run.json, and resumes no checkpoint of a run with others.
     ``args`` is copied, so that the same one can build another trainer.
 
-    Raises, at construction: ValueError and TypeError for missing columns, problems without question or solution, prompts
-    too long, a conversation without chat template, a model that ``check_model`` refuses, options that would do nothing.
+    Of a processor the tokenizer is used: training is on text alone, and only the tokenizer is saved with the model.
+
+    Raises, at construction: ValueError and TypeError for missing columns, rows that give no prompts (named by number),
+    prompts too long for the model or max_prompt_length, a model that ``check_model`` refuses, options that would do nothing.
     ``train`` raises ValueError where the data gives no batch, or a stream gave none, and where the checkpoint to resume
     began from other initial weights; RuntimeError where the frozen weights have changed at a checkpoint or at the end.
     """
@@ -93,13 +97,14 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             args = PurifiedOPSDConfig(f"{name.split('/')[-1]}-Purified-OPSD")
         if not isinstance(args, PurifiedOPSDConfig):
             raise TypeError(f"args: expected a PurifiedOPSDConfig; got {type(args).__name__}.")
-        if isinstance(processing_class, ProcessorMixin):
-            raise TypeError(
-                f"processing_class: expected a tokenizer; got {type(processing_class).__name__}. Images are not supported."
-            )
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        data = {name: dataset for name, dataset in data.items() if dataset is not None}
+        for name, dataset in data.items():
+            check_columns(dataset, name, args)
         args = copy.copy(args)  # TRL reads the teacher's options from it, and below they are set
         check_teacher(teacher_model, args)
-        given = teacher_model is not None
+        processing_class = _tokenizer(processing_class, model, args)
+        own_teacher = teacher_model is not None
         adapter = peft_config is not None or (not isinstance(model, str) and has_adapter(model))
         if teacher_model is None and not adapter and args.frozen_weights == "initial":
             teacher_model = copy_of(model, args)
@@ -115,14 +120,18 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        _check_student(self.model)
         self._zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
         self._loss_fn = args.loss_function(self.processing_class)
         suppress_unused_tokens(self, self._loss_fn.config.vocab_size)
         self._markers = args.epistemic_markers()
         self._contexts = ContextBuilder(self.processing_class, args.context_config(), text_as_chat=False)
-        self.train_dataset: Any = self._checked(train_dataset, "train_dataset")
-        self.eval_dataset: Any = self._checked(eval_dataset, "eval_dataset")
-        self.add_callback(NothingTrained())
+        self._rows = RowCheck(self._contexts, self.model, args)
+        for name, dataset in data.items():
+            setattr(self, name, self._rows.dataset(dataset, name))
+        self._nothing_trained = NothingTrained()
+        self.add_callback(self._nothing_trained)
+        self.add_callback(SameRun())
         self._ema = None
         if args.frozen_weights == "ema":
             if self.is_fsdp_enabled or self._zero3:
@@ -131,19 +140,19 @@ class PurifiedOPSDTrainer(GuardedTrainer):
                 )
             self._ema = EMA(self.model, args.ema_decay)
             self.add_callback(EMACallback(self._ema))
-        self._side = self._checked_model(given=given)
+        self._side = self._checked_model(own_teacher)
         self.add_callback(FrozenWeightsCallback(self._frozen_source))
         if args.plot_metrics:
             self.add_callback(PlotMetrics())
 
-    def _checked_model(self, given: bool) -> str:
-        """The padding side that `check_model` finds exact. given: the frozen weights are others than the student's own."""
+    def _checked_model(self, own_teacher: bool) -> str:
+        """The padding side that `check_model` finds exact. own_teacher: the frozen weights are others than the student's own."""
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
         built = [self._prompts(problem_of(row)) for row in islice(dataset or (), 2)]
         self.model.train()  # as it will be
         source, pad = self._frozen_source(), self.processing_class.pad_token_id
-        return agreed(self.accelerator, lambda: exact_side(self.model, source, built, pad, given))
+        return agreed(self.accelerator, lambda: exact_side(self.model, source, built, pad, own_teacher))
 
     def _frozen_source(self) -> AdapterOff | FrozenModel:
         if self.teacher_model is not None:
@@ -178,9 +187,8 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         completions = unpad(batch["completion_ids"], batch["completion_mask"])
         check_sampled(completions, self._loss_fn.config.vocab_size)
         batch["lengths"] = [tuple(map(len, (*row, ids))) for row, ids in zip(prompts, completions, strict=True)]
-        weights = self.args.token_weights(batch["completion_mask"])
-        totals = torch.stack([(weights != 0).sum(), weights.sum()])
-        batch["num_items_in_batch"], batch["weight_in_batch"] = self.accelerator.reduce(totals, "sum").unbind()
+        counted = self.args.token_weights(batch["completion_mask"]) != 0
+        batch["num_items_in_batch"] = self.accelerator.reduce(counted.sum(), "sum")
         self._record_completions(completions)
         return batch
 
@@ -198,15 +206,29 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         every = self.args.diagnostics_steps
         decompose = every > 0 and (self.state.global_step % every == 0 or not self.model.training)
         decompose = decompose and measures_decomposition(self.args.loss_target)
-        totals = [inputs["num_items_in_batch"].clamp(min=1), inputs["weight_in_batch"].clamp(min=1e-9)]
-        total = totals[0] if self.model.training else None
+        total = inputs["num_items_in_batch"].clamp(min=1)
+        if not self.model.training:
+            total = torch.ones_like(total)  # the sum: its mean is taken over the whole set, in `evaluation_loop`
         student = self.accelerator.unwrap_model(model)
         loss, metrics = run_in_forward(model, student, lambda: self._loss(student, inputs, total, decompose))
-        self._record_loss(metrics, totals if self.model.training else None)
         if self.model.training:
+            self._record_loss(metrics)
             # DDP and FSDP average the gradients.
             loss = loss * self.accelerator.num_processes * accumulation_factor(self)
+        else:
+            loss = loss / metrics["tokens"].clamp(min=1)
+            self._record_loss(metrics | {"loss": loss})
         return (loss, None) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """transformers' loop, whose loss and metrics are means over the tokens of the whole set, each row counted once.
+
+        Of a stream that ends amid a batch the rows that accelerate repeats for other processes are counted again.
+        """
+        take_eval_means(self)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in take_eval_means(self).items()})
+        return output
 
     def _loss(
         self, student: nn.Module, inputs: dict[str, Any], total: torch.Tensor | None, decompose: bool
@@ -215,6 +237,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         contexts = needed_contexts(self.args.loss_target, decompose)
         packed = {name: self._packed(inputs, name) for name in dict.fromkeys(("base", *contexts))}
         weights = self.args.token_weights(packed["base"].completion_mask)
+        weights[rows_of_data(self, len(weights)) :] = 0
         with self.accelerator.autocast():
             frozen = self._frozen_states(student, packed, contexts)
             loss, metrics = student_loss(
@@ -251,7 +274,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         return states if self._zero3 else states._replace(head=local_head(inner))
 
     def _prompts(self, problem: Problem) -> Prompts:
-        prompts = self._contexts.build(problem)
+        prompts = self._rows.prompts(problem, "dataset")
         if prompts is None:
             raise ValueError(
                 f"dataset: expected prompts of at most max_prompt_length={self.args.max_prompt_length} tokens; got a "
@@ -259,101 +282,73 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             )
         return prompts
 
-    def _checked(self, dataset: Any, name: str) -> Any:
-        """The dataset without the rows that ``on_overflow='drop'`` leaves out. Raises ValueError on a row that is no good.
-
-        Of a stream only the columns and the first row can be known here.
-        """
-        if dataset is None:
-            return None
-        if isinstance(dataset, dict):
-            return {key: self._checked(part, f"{name}[{key!r}]") for key, part in dataset.items()}
-        columns = dataset.column_names
-        if columns is not None and ("prompt" not in columns or not set(SOLUTION_COLUMNS) & set(columns)):
-            raise ValueError(
-                f"{name}: expected the columns 'prompt' and one of {list(SOLUTION_COLUMNS)}; got {columns}. "
-                "Rename them with dataset.rename_column."
-            )
-        if columns is not None and self.args.loss_target == "contrastive_hints" and WRONG_COLUMN not in columns:
-            raise ValueError(
-                f"{name}: expected the column {WRONG_COLUMN!r} for loss_target='contrastive_hints'; got {columns}. It "
-                "holds a wrong solution of each problem; another problem's will do."
-            )
-        builder = ContextBuilder(self.processing_class, self._contexts.config, text_as_chat=False)
-        if isinstance(dataset, IterableDataset):
-            first = next(iter(dataset), None)
-            if first is not None:
-                self._warn_of_thinking(builder.build(problem_of(first)))
-            drop = self.args.on_overflow == "drop"
-            return dataset.filter(lambda row: self._contexts.build(problem_of(row)) is not None) if drop else dataset
-        keep: list[int] = []
-        for index, row in enumerate(dataset):
-            try:
-                problem = problem_of(row)
-                if self.args.max_prompt_length is None:
-                    builder.check(problem)  # nothing but the solution has to become tokens
-                elif builder.build(problem) is None:
-                    continue
-            except ValueError as error:
-                raise ValueError(f"{name}, row {index}: {error}") from error
-            keep.append(index)
-        if not keep:
-            raise ValueError(
-                f"{name}: expected at least one usable row; {builder.dropped} of {len(dataset)} were dropped."
-            )
-        dropped, truncated = builder.dropped, builder.truncated
-        self._warn_of_thinking(builder.build(problem_of(dataset[keep[0]])))
-        if dropped or truncated:
-            logger.warning(
-                f"{name}: of {len(dataset)} problems {dropped} were dropped and {truncated} have their "
-                f"solution cut, for prompts longer than max_prompt_length={self.args.max_prompt_length}."
-            )
-        return dataset if len(keep) == len(dataset) else dataset.select(keep)
-
-    def _warn_of_thinking(self, prompts: Prompts | None) -> None:
-        states = {} if prompts is None else thinking_states(self.processing_class, prompts)
-        if len(set(states.values())) > 1:
-            logger.warning(
-                f"The prompts end in different thinking states: {states}. The completion's first tokens then mean "
-                "something else to each. Set the same chat_template_kwargs, or skip_first_tokens."
-            )
-
     @torch.no_grad()
     def _record_completions(self, completions: list[list[int]]) -> None:
+        completions = completions[: rows_of_data(self, len(completions))]
         counts = self._markers.count_ids(completions, self.processing_class)
-        local = [*counts.counts.values(), counts.total, counts.completions, counts.tokens]
+        ends = {*self.eos_token_ids, self.processing_class.pad_token_id}
+        ended = [len(ids) for ids in completions if ids[-1] in ends]
+        local = [*counts.counts.values(), counts.total, counts.completions, counts.tokens, len(ended), sum(ended)]
         sums = self.accelerator.reduce(torch.tensor(local, device=self.accelerator.device), "sum").tolist()
-        *words, total, rows, tokens = sums
+        *words, total, rows, tokens, ended_rows, ended_tokens = sums
         rates = dict(zip(counts.counts, words, strict=True)) | {"per_completion": total}
-        record(self, {f"markers/{name}": value / rows for name, value in rates.items()})
-        record(self, {"markers/per_thousand_tokens": 1000 * total / max(tokens, 1)})
+        record_means(
+            self,
+            {f"markers/{name}": (value, rows) for name, value in rates.items()}
+            | {
+                "markers/per_thousand_tokens": (1000 * total, tokens),
+                "completions/mean_length": (tokens, rows),
+                "completions/clipped_ratio": (rows - ended_rows, rows),
+                "completions/mean_terminated_length": (ended_tokens, ended_rows),
+            },
+        )
         if self.args.on_overflow != "error":
             record(self, {"contexts/dropped": self._contexts.dropped, "contexts/truncated": self._contexts.truncated})
 
     @torch.no_grad()
-    def _record_loss(self, metrics: Mapping[str, torch.Tensor], totals: list[torch.Tensor] | None) -> None:
-        """Means over the tokens of the global batch, exact under accumulation, where TRL averages the micro-batches.
-
-        totals: the global batch's tokens and their weight, of which kept_share is a share; None: this call's.
-        """
+    def _record_loss(self, metrics: Mapping[str, torch.Tensor]) -> None:
+        """Of means over this call's tokens, those over all tokens until the next logging step; of kept_share over weights."""
         metrics = dict(metrics)
         local = torch.stack([metrics.pop("tokens"), metrics.pop("weight")])
-        denominator = [int(name == "kept_share") for name in metrics]
-        sums = torch.stack([x * local[of] for x, of in zip(metrics.values(), denominator, strict=True)])
+        of_weight = [name == "kept_share" for name in metrics]
+        sums = torch.stack([x * local[int(of)] for x, of in zip(metrics.values(), of_weight, strict=True)])
         # Here and not inside the wrapped forward, where a collective could meet FSDP's in another order on another rank.
         reduced = self.accelerator.reduce(torch.cat([sums, local]), "sum")
-        whole = reduced[-2:] if totals is None else torch.stack([x.to(reduced.dtype) for x in totals])
-        *values, tokens, weight = torch.cat([reduced[:-2], whole]).tolist()  # the one wait for the device
-        steps = 1 if totals is None else self.current_gradient_accumulation_steps
-        shares = [steps / max(x, 1e-9) for x in (tokens, weight)]
+        *values, tokens, weight = reduced.tolist()  # the one wait for the device
         renamed = {"student_entropy": "entropy", "kept_share": "masks/kept_share"}
         names = [renamed.get(name, name) for name in metrics]
-        record(self, {name: x * shares[of] for name, x, of in zip(names, values, denominator, strict=True)})
+        counts = [weight if of else tokens for of in of_weight]
+        record_means(self, dict(zip(names, zip(values, counts, strict=True), strict=True)))
+        if self.model.training:
+            self._nothing_trained.tokens += values[of_weight.index(True)] if any(of_weight) else tokens
 
 
-def problem_of(row: Mapping[str, Any]) -> Problem:
-    """The problem in a row of a dataset. Raises ValueError where a column is missing."""
-    column = next((name for name in SOLUTION_COLUMNS if name in row), None)
-    if column is None or "prompt" not in row:
-        raise ValueError(f"expected the columns 'prompt' and one of {list(SOLUTION_COLUMNS)}; got {list(row)}.")
-    return Problem(row["prompt"], row[column], row.get(WRONG_COLUMN))
+def _tokenizer(given: Any, model: Any, args: PurifiedOPSDConfig) -> Any:
+    """The tokenizer: the one given, a processor's, or the model's. TRL would load a processor where there is one.
+
+    Raises ValueError where it has no end-of-sequence token.
+    """
+    tokenizer = given
+    if given is None:
+        source = model if isinstance(model, str) else model.config._name_or_path
+        if not source:
+            raise ValueError("processing_class: expected a tokenizer, since the model names no files; got None.")
+        revision = (args.model_init_kwargs or {}).get("revision") or "main"
+        options = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", truncation_side="left", **options)
+    elif isinstance(given, ProcessorMixin):
+        tokenizer = copy.copy(given.tokenizer)
+        tokenizer.chat_template = tokenizer.chat_template or given.chat_template
+    if tokenizer.eos_token is None:
+        raise ValueError("processing_class: expected a tokenizer with an eos_token; got None. Set tokenizer.eos_token.")
+    return tokenizer
+
+
+def _check_student(model: nn.Module) -> None:
+    """Raise ValueError for a loss of the model's own, which only its forward with labels would add."""
+    config: Any = model.config
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            "model.config.output_router_logits: expected False; got True. The load-balancing loss of a mixture of experts "
+            "is not added here; set it to False, and freeze the routers where they must stay balanced."
+        )

@@ -13,6 +13,7 @@ from popsd_integrations.huggingface.sampling import (
     position_limit,
     special_tokens,
 )
+from popsd_integrations.miniature.sampler import sample as miniature_sample
 from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
 
 pytest.importorskip("transformers")
@@ -189,6 +190,11 @@ def test_tokens_that_the_loss_has_not_are_not_sampled(temperature):
         assert ((found - p).abs() <= 5 * (p * (1 - p) / 600).sqrt() + 1 / 600).all()
     else:
         assert (first == p.argmax()).all()
+
+
+def test_the_miniatures_sampler_leaves_them_out_too():
+    drawn = miniature_sample(tiny(), [PROMPT] * 50, temperature=1.0, **OPTIONS, vocab_size=4)
+    assert max(max(ids) for ids in drawn) == 3
 
 
 def test_a_generate_of_ones_own_is_told_and_checked():

@@ -96,6 +96,11 @@ def test_flags_override_the_file_and_the_run_is_saved(work, capsys):
         (["--pmi_bta", "1"], "pmi_bta"),
         (["--prompt_column", "question"], r"expected columns of \['problem', 'answer'\]; got \['question'\]"),
         (["--pmi_beta", "0"], "pmi_beta: expected a positive"),
+        (["--dataset_train_split", "all"], r"dataset_train_split: expected one of the splits \['train'\]; got 'all'"),
+        (["--eval_strategy", "steps"], r"dataset_test_split: expected one of the splits \['train'\]; got 'test'"),
+        (["--test_split_size", "0.1"], r"test_split_size: expected none with dataset_name.*got 0\.1"),
+        (["--ignore_bias_buffers", "true"], r"ignore_bias_buffers: expected False"),
+        (["--dataset_name", "missing.jsonl"], r"dataset_name: expected a hub name, a folder or a file of rows"),
     ],
 )
 def test_bad_flags_are_an_exit_status_and_a_message(work, capsys, flags, message):
@@ -145,7 +150,25 @@ def test_the_last_whole_checkpoint_is_resumed(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if content:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
-    assert found("true") == str(tmp_path / "checkpoint-10")
+    assert found("true") == found(None) == str(tmp_path / "checkpoint-10")
+    with pytest.raises(
+        ValueError, match=r"resume_from_checkpoint: expected a folder without checkpoints .*checkpoint-10"
+    ):
+        found("false")
+
+
+def test_the_same_command_goes_on(work, capsys):
+    arguments = ["train", "--config", str(work / "config.yaml"), "--save_steps", "1"]
+    assert cli.main([*arguments, "--max_steps", "1"]) == 0
+    first = (work / "out" / "checkpoint-1" / "trainer_state.json").stat().st_mtime_ns
+    assert cli.main(arguments) == 0  # two steps
+    assert (work / "out" / "checkpoint-1" / "trainer_state.json").stat().st_mtime_ns == first
+    assert [
+        row["step"] for row in json.loads((work / "out/checkpoint-2/trainer_state.json").read_text())["log_history"]
+    ] == [1, 2]
+    capsys.readouterr()
+    assert cli.main([*arguments, "--beta", "0.25"]) == 2
+    assert "got those of one with beta 0.5 (now 0.25)" in capsys.readouterr().err
 
 
 def command(work, output, *flags):
@@ -194,3 +217,27 @@ def test_a_wrong_hint_comes_from_a_column_and_joins_the_dry_run(work, capsys):
     assert cli.main(["train", "--config", str(work / "config.yaml"), *flags, "--max_steps", "1"]) == 0
     options = torch.load(work / "out" / "training_args.bin", weights_only=False)
     assert (options.pmi_clip, options.masks) == (None, {"floor": 0.5})
+
+
+def test_a_file_is_data_and_its_named_column_takes_the_place_of_another(work, capsys):
+    rows = [
+        {"prompt": "7", "privileged_context": "7", "problem": f"{a} 1", "answer": f"{a} WAIT\u001b[31m\u202e"}
+        for a in range(4)
+    ]
+    (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--config", str(work / "config.yaml"), "--dataset_name", str(work / "rows.jsonl"), "--dry_run", "true"]
+    assert cli.main(["train", *flags, "--bf16", "true", "--use_cpu", "false"]) == 0, "nothing is computed in bf16"
+    assert "\nQ 0 1 A\n" in capsys.readouterr().out
+    assert train_command._printable("a\n\u001b[31m\u202eé") == "a\n\\x1b[31m\\u202eé"
+    (work / "rows.jsonl").write_text("")
+    assert cli.main(["train", *flags]) == 2
+    assert "dataset_name: expected " in capsys.readouterr().err
+
+
+def test_an_interrupt_says_what_the_same_command_does(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_command, "main", interrupted)
+    assert cli.main(["train"]) == 130
+    assert "the same command resumes" in capsys.readouterr().err

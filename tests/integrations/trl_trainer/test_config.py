@@ -12,7 +12,7 @@ from trl_helpers import CHAT_TEMPLATE, LORA, ROWS, FixedTrainer, build, config, 
 import popsd
 from popsd_integrations.huggingface.prompts import Problem
 from popsd_integrations.miniature.tokenizer import build_tokenizer
-from popsd_integrations.trl_trainer import PurifiedOPSDConfig, PurifiedOPSDTrainer, trainer
+from popsd_integrations.trl_trainer import PurifiedOPSDConfig, PurifiedOPSDTrainer, dataset
 
 
 def conversation(question, *history):
@@ -47,7 +47,7 @@ def test_conversations_take_the_chat_template_with_kwargs_of_their_own(tmp_path,
 
 
 def test_prompts_that_end_in_different_thinking_states_are_pointed_out(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(trainer, "thinking_states", lambda *_: {"question": "none", "teacher": "open"})
+    monkeypatch.setattr(dataset, "thinking_states", lambda *_: {"question": "none", "teacher": "open"})
     with caplog.at_level(logging.WARNING):
         build(tmp_path)
     assert "different thinking states" in caplog.text

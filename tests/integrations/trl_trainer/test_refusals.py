@@ -25,6 +25,13 @@ from popsd_integrations.trl_trainer.trainer import PurifiedOPSDTrainer, problem_
             r"generation_kwargs: expected no 'num_return_sequences'",
         ),
         ({"generation_kwargs": {"eos_token_id": 3}}, r"generation_kwargs: expected no 'eos_token_id'; got 3"),
+        (
+            {"generation_kwargs": {"max_tokens": 3}},
+            r"generation_kwargs: expected no 'max_tokens'; got 3\. Set max_comp",
+        ),
+        ({"generation_kwargs": {"stop_strings": ["."]}}, r"generation_kwargs: expected no 'stop_strings'"),
+        ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor: expected 0\.0; got 0\.1\. The loss compares"),
+        ({"train_sampling_strategy": "sequential"}, r"train_sampling_strategy: expected 'random'; got 'sequential'"),
         ({"teacher_model_name_or_path": "x"}, r"teacher_model_name_or_path: expected None; got 'x'\. The teacher is"),
         ({"max_tool_calling_iterations": 3}, r"max_tool_calling_iterations: expected None; got 3"),
     ],
@@ -94,9 +101,7 @@ def test_a_stream_that_gives_no_step_is_an_error(tmp_path):
             processing_class=build_tokenizer(),
         )
 
-    with pytest.raises(
-        ValueError, match=r"train_dataset: expected rows for at least one step; got a stream that ended"
-    ):
+    with pytest.raises(ValueError, match=r"train_dataset: expected rows for at least one step; got a run without one"):
         trainer(2).train()
     assert trainer(20).train().global_step == 1
 
@@ -146,3 +151,17 @@ def test_tokens_that_the_loss_has_not_are_not_sampled(tmp_path):
     assert vllm.generation_kwargs == {"allowed_token_ids": [3]}
     with pytest.raises(ValueError, match=r"generate: expected tokens below vocab_size=4; got 19 in completion"):
         build(tmp_path, vocab_size=4).train()  # a generation that knows nothing of it
+
+
+def test_a_checkpoint_of_a_run_with_other_options_is_not_resumed(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    build(tmp_path, **saving, seed=3).train()
+    other = build(tmp_path, **saving, seed=3, max_steps=2, loss_target="opsd", teacher_template="{question} {solution}")
+    for resume in (True, None):  # None would write over the other run's checkpoints
+        with pytest.raises(
+            ValueError, match=r"output_dir: .*loss_target 'purified' \(now 'opsd'\), teacher_template '"
+        ) as raised:
+            other.train(resume_from_checkpoint=resume)
+        assert "pmi_clip 10.0 (now None)" not in str(raised.value) and "seed" not in str(raised.value)
+    same = build(tmp_path, **saving, seed=3, max_steps=2, diagnostics_steps=0, impl="torch")
+    assert same.train(resume_from_checkpoint=True).global_step == 2

@@ -1,4 +1,5 @@
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from popsd_integrations.huggingface.prompts import ContextBuilder, ContextConfig
 from popsd_integrations.miniature.tokenizer import build_tokenizer
 from popsd_integrations.torch_loop.loop import TrainConfig, train
 from popsd_integrations.trl_trainer import trainer as trainer_module
+from popsd_integrations.trl_trainer.compat import rows_of_data
 from popsd_integrations.trl_trainer.trainer import PurifiedOPSDTrainer
 
 LOSS = popsd.PurifiedConfig(beta=0.3)
@@ -157,11 +159,14 @@ def test_skipped_first_tokens_count_nowhere(tmp_path, lora):
     assert logs(trainer)[0]["loss"] == pytest.approx(expected.mean().item(), rel=1e-4)
 
 
-def test_a_batch_with_no_token_left_has_no_loss_and_does_no_harm(tmp_path):
+def test_a_batch_with_no_token_left_has_no_loss_and_a_run_of_such_batches_fails(tmp_path):
     rows = [row for row in ROWS if len(completion_of(prompts([row])[0].question)) == 1]
     trainer = build(tmp_path, rows=rows * 4, skip_first_tokens=1)
     before = trainer.model.lm_head.weight.detach().clone()
-    trainer.train()
+    with pytest.raises(
+        ValueError, match=r"skip_first_tokens, masks: expected a completion token .*got none in 1 steps"
+    ):
+        trainer.train()
     assert logs(trainer)[0]["loss"] == 0 and logs(trainer)[0]["grad_norm"] == 0
     assert torch.equal(trainer.model.lm_head.weight, before)
 
@@ -247,6 +252,45 @@ def test_evaluation_measures_and_does_not_train(tmp_path):
     untouched = build(tmp_path, eval_rows=ROWS, per_device_eval_batch_size=8)
     expected = oracle_losses(tiny().eval(), tiny().eval(), "purified").mean().item()
     assert untouched.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_evaluation_does_not_depend_on_the_size_of_its_batches(tmp_path):
+    """Five rows with completions of one to four tokens. The same numbers as means over all tokens, or all completions."""
+    trainer = build(tmp_path, eval_rows={"a": ROWS[:5], "b": ROWS[5:]}, skip_first_tokens=1, masks={"floor": 0.3})
+    found, skipped = [], ("second", "runtime", "min_", "max_")
+    for size in (5, 4, 2, 1):
+        trainer.args.per_device_eval_batch_size = size
+        found.append({n: x for n, x in trainer.evaluate().items() if not any(w in n for w in skipped)})
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5, abs=1e-6)
+    expected = oracle_losses(tiny().eval(), tiny().eval(), "purified", rows=ROWS[:5], skip=1).mean().item()
+    assert found[0]["eval_a_loss"] == found[0]["eval_a_divergence"] == pytest.approx(expected, rel=1e-4)
+    assert found[0]["eval_a_completions/mean_length"] == 1.8 != found[0]["eval_b_completions/mean_length"]
+    assert found[0]["eval_a_masks/kept_share"] == 1.0
+    assert not any(name.startswith("eval_divergence") for name in found[0]), "whose would it be"
+
+
+def test_rows_that_fill_the_last_batch_of_an_evaluation_count_once(tmp_path):
+    """Two processes with two rows each evaluate five: the last batch holds row 4, and rows 0, 1 and 2 again."""
+    trainer = build(tmp_path, eval_rows=ROWS)
+    trainer.model.eval()
+    state = SimpleNamespace(end_of_dataloader=False, remainder=1)
+    accelerator = SimpleNamespace(gradient_state=state, process_index=0)
+    fake = SimpleNamespace(accelerator=accelerator, model=trainer.model)
+
+    def rows():
+        counts = []
+        for accelerator.process_index in (0, 1):
+            counts.append(rows_of_data(fake, 2))
+        return counts
+
+    assert rows() == [2, 2]
+    state.end_of_dataloader = True
+    assert rows() == [1, 0]
+    state.remainder = 3
+    assert rows() == [2, 1]
+    trainer.model.train()
+    assert rows() == [2, 2]
 
 
 @pytest.mark.parametrize(

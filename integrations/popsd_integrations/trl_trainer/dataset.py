@@ -1,0 +1,139 @@
+"""What the trainer asks of a dataset: its columns, and that every row becomes prompts that the model can read."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts, thinking_states
+from popsd_integrations.huggingface.sampling import check_fits, position_limit
+from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
+
+logger = logging.getLogger(__name__)
+
+SOLUTION_COLUMNS = ("privileged_context", "solution")
+WRONG_COLUMN = "wrong_privileged_context"
+IMAGE_COLUMNS = ("image", "images", "pixel_values", "video", "videos", "audio", "audios")
+
+
+def problem_of(row: Mapping[str, Any]) -> Problem:
+    """The problem in a row of a dataset. Raises ValueError where a column is missing."""
+    column = next((name for name in SOLUTION_COLUMNS if name in row), None)
+    if column is None or "prompt" not in row:
+        raise ValueError(f"expected the columns 'prompt' and one of {list(SOLUTION_COLUMNS)}; got {list(row)}.")
+    return Problem(row["prompt"], row[column], row.get(WRONG_COLUMN))
+
+
+def check_columns(dataset: Any, name: str, args: PurifiedOPSDConfig) -> None:
+    """Raise TypeError or ValueError for what is no dataset, or one without the columns that are needed. Reads no row."""
+    if isinstance(dataset, dict) and name != "train_dataset":
+        for key, part in dataset.items():
+            check_columns(part, f"{name}[{key!r}]", args)
+        return
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"{name}: expected a datasets.Dataset or IterableDataset; got {type(dataset).__name__}. "
+            "datasets.Dataset.from_list makes one of a list of rows; of a DatasetDict pass one split."
+        )
+    columns = dataset.column_names
+    if columns is None:  # a stream that does not know them; its first row shows them
+        return
+    if "prompt" not in columns or not set(SOLUTION_COLUMNS) & set(columns):
+        raise ValueError(
+            f"{name}: expected the columns 'prompt' and one of {list(SOLUTION_COLUMNS)}; got {columns}. "
+            "Rename them with dataset.rename_column."
+        )
+    images = sorted(set(IMAGE_COLUMNS) & set(columns))
+    if images:
+        raise ValueError(
+            f"{name}: expected text alone; got the columns {images}, which would be ignored. Where the problems do not "
+            "need them, leave them out with dataset.remove_columns."
+        )
+    if args.loss_target == "contrastive_hints" and WRONG_COLUMN not in columns:
+        raise ValueError(
+            f"{name}: expected the column {WRONG_COLUMN!r} for loss_target='contrastive_hints'; got {columns}. It "
+            "holds a wrong solution of each problem; another problem's will do."
+        )
+
+
+class RowCheck:
+    """Whether rows become prompts that fit ``model`` together with the longest completion."""
+
+    def __init__(self, contexts: ContextBuilder, model: Any, args: PurifiedOPSDConfig) -> None:
+        self.contexts = contexts
+        self.args = args
+        self._limit = position_limit(model)
+
+    def prompts(self, problem: Problem, where: str) -> Prompts | None:
+        """The prompts, or None where the row is dropped. Raises ValueError that says ``where``."""
+        assert self.args.max_completion_length is not None
+        try:
+            prompts = self.contexts.build(problem)
+            if prompts is not None:
+                check_fits(prompts, self.args.max_completion_length, self._limit)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        return prompts
+
+    def dataset(self, dataset: Any, name: str) -> Any:
+        """The dataset without the rows that are dropped. Raises ValueError on a row that is no good.
+
+        Of a stream the first row is looked at now, and each when it comes.
+        """
+        if isinstance(dataset, dict):
+            return {key: self.dataset(part, f"{name}[{key!r}]") for key, part in dataset.items()}
+        if isinstance(dataset, IterableDataset):
+            first = next(iter(dataset), None)
+            if first is not None:
+                self._warn_of_thinking(
+                    self._counting_apart().prompts(_problem(first, f"{name}, row 0"), f"{name}, row 0")
+                )
+            check = self if self.args.on_overflow == "drop" else self._counting_apart()
+            return dataset.filter(lambda row, index: check._keeps(row, f"{name}, row {index}"), with_indices=True)
+        own = self._counting_apart()
+        keep: list[int] = []
+        shown: Prompts | None = None
+        for index, row in enumerate(dataset):
+            where = f"{name}, row {index}"
+            prompts = own.prompts(_problem(row, where), where)
+            if prompts is not None:
+                keep.append(index)
+                shown = shown or prompts
+        dropped, truncated = own.contexts.dropped, own.contexts.truncated
+        if not keep:
+            raise ValueError(f"{name}: expected at least one usable row; {dropped} of {len(dataset)} were dropped.")
+        self._warn_of_thinking(shown)
+        if dropped or truncated:
+            logger.warning(
+                f"{name}: of {len(dataset)} problems {dropped} were dropped and {truncated} have their "
+                f"solution cut, for prompts longer than max_prompt_length={self.args.max_prompt_length}."
+            )
+        return dataset if len(keep) == len(dataset) else dataset.select(keep)
+
+    def _keeps(self, row: Mapping[str, Any], where: str) -> bool:
+        return self.prompts(_problem(row, where), where) is not None
+
+    def _counting_apart(self) -> RowCheck:
+        """The same check with counters of its own, so that those of the run count what the run sees."""
+        own = copy.copy(self)
+        own.contexts = ContextBuilder(self.contexts.tokenizer, self.contexts.config, text_as_chat=False)
+        return own
+
+    def _warn_of_thinking(self, prompts: Prompts | None) -> None:
+        states = {} if prompts is None else thinking_states(self.contexts.tokenizer, prompts)
+        if len(set(states.values())) > 1:
+            logger.warning(
+                f"The prompts end in different thinking states: {states}. The completion's first tokens then mean "
+                "something else to each. Set the same chat_template_kwargs, or skip_first_tokens."
+            )
+
+
+def _problem(row: Mapping[str, Any], where: str) -> Problem:
+    try:
+        return problem_of(row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
