@@ -8,17 +8,18 @@ from popsd_integrations.miniature import warmup
 from popsd_integrations.miniature.task import draw_puzzles
 from popsd_integrations.miniature.tokenizer import build_tokenizer
 
+WIDE = warmup.WarmupConfig(hidden_size=128, layers=2, heads=4, mlp_size=128)  # heads of 32, which vLLM has kernels for
 TINY = warmup.WarmupConfig(hidden_size=16, layers=1, heads=2, mlp_size=16)
 SCORER = "popsd_integrations.miniature.task:verdict"
 OPTIONS = ["--question_template", "Q {question} A", "--max_new_tokens", "12", "--scorer", SCORER]
 OPTIONS += ["--temperature", "1", "--top_p", "1", "--top_k", "0"]
 
 
-def save_model(folder, model=None, seed=0):
+def save_model(folder, model=None, seed=0, wide=False):
     """A model with its tokenizer; by default a tiny one with random weights."""
     if model is None:
         torch.manual_seed(seed)
-        model = warmup.build_model(TINY).eval()
+        model = warmup.build_model(WIDE if wide else TINY).eval()
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder

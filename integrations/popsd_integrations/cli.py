@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_demo(commands.add_parser("demo", help="watch OPSD destroy a small reasoner and the purified loss keep it"))
     _add_diagnose(commands.add_parser("diagnose", help="what the purified target would change, before any training"))
     _add_evaluate(commands.add_parser("evaluate", help="accuracy and markers of a base model and its checkpoints"))
+    _add_compare(commands.add_parser("compare", help="runs beside one another: curves, differences, completions"))
     train = commands.add_parser(
         "train", help="train a model on your data with TRL; see popsd train --help", add_help=False
     )
@@ -128,6 +129,18 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
     command.add_arguments(parser)
     parser.set_defaults(run=command.run)
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", help="folders of runs or evaluations; folder or label=folder")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"), help="where files go (%(default)s)")
+    parser.set_defaults(run=_compare)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from popsd_integrations.evaluate import compare
+
+    return compare.run(options.runs, options.output_dir)
 
 
 def _cache_dir() -> Path:

@@ -277,11 +277,11 @@ def _plot(results: dict[str, Any], what: str, folder: Path) -> Path:
             x = [steps[label] if by_step else labels.index(label) for label in own]
             values = [_drawn(models[label][name], what) for label in own]
             bars = [[m - low for m, low, _ in values], [high - m for m, _, high in values]]
-            axis.errorbar(x, [m for m, _, _ in values], yerr=bars, color=colour, capsize=2, label=_tex(run), **LINE)
+            axis.errorbar(x, [m for m, _, _ in values], yerr=bars, color=colour, capsize=2, label=tex(run), **LINE)
         if not by_step:
             axis.set_xticks(range(len(labels)), [""] * len(labels))
         title = {"accuracy": "accuracy", "markers": "the paper's markers per completion"}[what]
-        style(axis, f"{_tex(name)}: {title}", "step" if by_step else "")
+        style(axis, f"{tex(name)}: {title}", "step" if by_step else "")
     legend(axes[0])
     return save(drawn, folder / f"{what}.png")
 
@@ -294,7 +294,7 @@ def _drawn(scores: dict[str, Any], what: str) -> tuple[float, float, float]:
     return value, value, value
 
 
-def _tex(text: str) -> str:
+def tex(text: str) -> str:
     """Text for matplotlib, which reads what stands between dollars as formulas."""
     return text.replace("$", r"\$")
 
