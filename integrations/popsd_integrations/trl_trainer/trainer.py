@@ -146,7 +146,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             self.add_callback(PlotMetrics())
 
     def _checked_model(self, own_teacher: bool) -> str:
-        """The padding side that `check_model` finds exact. own_teacher: the frozen weights are others than the student's own."""
+        """The padding side that `check_model` finds exact. own_teacher: of frozen weights that are not the student's."""
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
         built = [self._prompts(problem_of(row)) for row in islice(dataset or (), 2)]
