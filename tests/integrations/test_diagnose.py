@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from popsd import PurifiedConfig, oracle
 from popsd.markers import EpistemicMarkers
 from popsd_integrations import cli
-from popsd_integrations.diagnose import command, report
+from popsd_integrations.diagnose import command, measure, report
 from popsd_integrations.diagnose.measure import CONTEXTS, DiagnoseConfig, Diagnosis, diagnose
 from popsd_integrations.huggingface.heads import head_from_model
 from popsd_integrations.huggingface.prompts import ContextBuilder
@@ -64,6 +64,16 @@ def test_every_row_is_what_the_oracle_says(loss):
         assert row["reference_fraction"] == pytest.approx(parts.reference_fraction[place].item(), rel=1e-3)
         moved = 0.5 * (target[place].exp() - oracle.log_probs(states[0], loss)[place].exp()).abs().sum()
         assert row["mass_moved"] == pytest.approx(moved.item(), rel=1e-3)
+
+
+def test_padding_goes_where_the_model_does_not_see_it(diagnosis, monkeypatch):
+    sides, real = [], measure.pack_contexts
+    monkeypatch.setattr(measure, "check_model", lambda *arguments, **options: "right")
+    monkeypatch.setattr(
+        measure, "pack_contexts", lambda *a, **options: sides.append(options["side"]) or real(*a, **options)
+    )
+    assert run().means == pytest.approx(diagnosis.means, rel=1e-4)
+    assert sides == ["right", "right"]
 
 
 def test_summaries_are_means_of_the_rows(diagnosis):

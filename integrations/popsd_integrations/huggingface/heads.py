@@ -313,7 +313,9 @@ def _logit_scale(config: Any) -> float:
     if scaling is not None:
         multiplies = str(getattr(config, "model_type", "")).startswith(_LOGITS_SCALING_MULTIPLIES)
         return scale * float(scaling) if multiplies else scale / float(scaling)
-    if getattr(config, "dim_model_base", None):  # MiniCPM divides the hidden states before the head
+    if getattr(config, "logits_mup_width_multiplier", None):  # Inkling and MiniCPM divide the states before the head
+        scale /= float(config.logits_mup_width_multiplier)
+    if getattr(config, "dim_model_base", None):
         scale *= config.dim_model_base / config.hidden_size
     return scale
 
