@@ -70,6 +70,16 @@ def test_every_row_is_what_the_oracle_says(loss):
         assert row["mass_moved"] == pytest.approx(moved.item(), rel=1e-3)
 
 
+def test_padding_goes_where_the_model_does_not_see_it(diagnosis, monkeypatch):
+    sides, real = [], measure.pack_contexts
+    monkeypatch.setattr(measure, "check_model", lambda *arguments, **options: "right")
+    monkeypatch.setattr(
+        measure, "pack_contexts", lambda *a, **options: sides.append(options["side"]) or real(*a, **options)
+    )
+    assert run().means == pytest.approx(diagnosis.means, rel=1e-4)
+    assert sides == ["right", "right"]
+
+
 def test_summaries_are_means_of_the_rows(diagnosis):
     rows = diagnosis.tokens
     for context in CONTEXTS:

@@ -227,3 +227,16 @@ def test_frozen_weights_that_move_stop_the_run_before_its_checkpoint(tmp_path, m
         run(tmp_path, replace(CONFIG, lora_rank=lora_rank), generate=generate)
     assert not (tmp_path / "checkpoint.pt").exists()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == CONFIG.checkpoint_every
+
+
+def test_padding_goes_where_the_model_does_not_see_it(tmp_path, monkeypatch):
+    sides, real = [], loop.pack_contexts
+    monkeypatch.setattr(loop, "check_model", lambda *arguments, **options: "right")
+    monkeypatch.setattr(
+        loop, "pack_contexts", lambda *a, **options: sides.append(options["side"]) or real(*a, **options)
+    )
+    result = run(tmp_path, replace(CONFIG, steps=1, batched_frozen=True), generate=fixed_generate)
+    assert sides == ["right"]
+    monkeypatch.undo()
+    left = run(tmp_path / "left", replace(CONFIG, steps=1), generate=fixed_generate)
+    assert result.metrics[0]["loss"] == pytest.approx(left.metrics[0]["loss"], rel=1e-5)

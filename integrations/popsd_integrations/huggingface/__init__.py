@@ -38,7 +38,7 @@ from popsd_integrations.huggingface.frozen import (
     frozen_states,
     frozen_weights,
 )
-from popsd_integrations.huggingface.heads import eval_mode, head_from_model, hidden_states, use_head
+from popsd_integrations.huggingface.heads import eval_mode, gathered, head_from_model, hidden_states, use_head
 from popsd_integrations.huggingface.invariants import check_model
 from popsd_integrations.huggingface.packing import (
     Packed,
@@ -78,6 +78,7 @@ __all__ = [
     "eval_mode",
     "frozen_states",
     "frozen_weights",
+    "gathered",
     "head_from_model",
     "hf_generate",
     "hidden_states",

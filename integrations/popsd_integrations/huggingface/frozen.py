@@ -118,6 +118,7 @@ class EMA(FrozenModel):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay: expected a number in [0, 1], such as 0.999; got {decay}.")
         self.decay = decay
+        model = unwrapped(model)
         self._live = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if any(map(is_sharded, model.parameters())):
             raise ValueError(
@@ -220,7 +221,10 @@ def _shard(parameter: Any) -> torch.Tensor:
 
 
 class FrozenStates(NamedTuple):
-    """Hidden states [B, T, D] that predict the completion tokens, None for contexts that were not run; and their head."""
+    """Hidden states [B, T, D] that predict the completion tokens, None for contexts that were not run; and their head.
+
+    A head that FSDP2 shards is as this rank holds it: pass it through ``gathered`` before the loss takes it.
+    """
 
     base: torch.Tensor | None
     teacher: torch.Tensor

@@ -29,7 +29,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 _LOGITS_SCALING_MULTIPLIES = ("hyperclovax",)
 _HEAD_FN = "popsd_head_fn"
 _FORWARDS: ContextVar[frozenset[int]] = ContextVar("forwards", default=frozenset())
-"""The wrappers whose forward is running, by id: inside it their module is called and not the wrapper once more."""
+"""Wrappers whose forward is running, and their modules, by id: inside it the backbone is called at once."""
 
 T = TypeVar("T")
 
@@ -118,9 +118,10 @@ def hidden_states(
     def run() -> torch.Tensor:
         return _states(causal, given, position_ids)
 
-    if isinstance(model, DistributedDataParallel | FSDPModule) and id(model) not in _FORWARDS.get():
-        inner = model.module if isinstance(model, DistributedDataParallel) else model
-        return run_in_forward(model, inner, run)
+    if id(model) in _FORWARDS.get():
+        return run()
+    if isinstance(model, DistributedDataParallel | FSDPModule):
+        return run_in_forward(model, unwrapped(model), run)
     _check_reduced(model)
     return run()
 
@@ -166,7 +167,7 @@ def run_in_forward(wrapper: nn.Module, inner: nn.Module, function: Callable[[], 
 
     def once(*_: Any, **__: Any) -> T:
         restore()  # function may want the real forward
-        token = _FORWARDS.set(_FORWARDS.get() | {id(wrapper)})
+        token = _FORWARDS.set(_FORWARDS.get() | {id(wrapper), id(inner)})
         try:
             return function()
         finally:
@@ -313,7 +314,9 @@ def _logit_scale(config: Any) -> float:
     if scaling is not None:
         multiplies = str(getattr(config, "model_type", "")).startswith(_LOGITS_SCALING_MULTIPLIES)
         return scale * float(scaling) if multiplies else scale / float(scaling)
-    if getattr(config, "dim_model_base", None):  # MiniCPM divides the hidden states before the head
+    if getattr(config, "logits_mup_width_multiplier", None):  # Inkling and MiniCPM divide the states before the head
+        scale /= float(config.logits_mup_width_multiplier)
+    if getattr(config, "dim_model_base", None):
         scale *= config.dim_model_base / config.hidden_size
     return scale
 

@@ -19,7 +19,15 @@ from torch import nn
 
 from popsd import head_logits
 from popsd_integrations.huggingface.frozen import FrozenWeights
-from popsd_integrations.huggingface.heads import causal_model, eval_mode, head_from_model, hidden_states
+from popsd_integrations.huggingface.heads import (
+    causal_model,
+    eval_mode,
+    head_from_model,
+    hidden_states,
+    is_sharded,
+    run_in_forward,
+    unwrapped,
+)
 from popsd_integrations.huggingface.packing import Packed, pack
 from popsd_integrations.huggingface.prompts import Prompts
 
@@ -46,8 +54,8 @@ def check_model(
     - states and head give the logits that the model gives for each row alone, on the left or on the right;
     - no position sees the tokens after it;
     - in the mode that the model is in it computes what it computes in eval mode; else a warning names the dropout;
-    - the gradient of every trained parameter is finite, where there is a frozen source, that is in training;
-    - the frozen source gives the student's distributions, and reads nothing that is trained.
+    - the frozen source gives the student's distributions, and reads nothing that is trained;
+    - the gradient of every trained parameter is finite. Left out without a frozen source, and of sharded parameters.
 
     prompts: two of them are used; none stands for token ids spread over the vocabulary. frozen: what `frozen_weights`
         returns; None checks the model alone. pad_token_id: as in training. sides: which are tried, the preferred one first.
@@ -58,6 +66,7 @@ def check_model(
     >>> check_model(model, [Prompts([1, 2], [1, 2, 3, 4], [3, 4])], frozen_weights(model))
     'left'
     """
+    model = unwrapped(model)
     rows = _rows(model, prompts)
     with _no_trace(model):
         with eval_mode(model), torch.no_grad():
@@ -231,8 +240,12 @@ def _cause(model: nn.Module) -> str:
 def _bad_gradients(model: nn.Module, packed: Packed) -> list[str]:
     """Trained parameters whose gradient is not finite over the padded batch."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if any(map(is_sharded, model.parameters())):  # FSDP2 and ZeRO-3 reduce gradients where autograd.grad does not look
+        return []
     with torch.enable_grad():
-        states = packed.predicting(_states(model, packed))[packed.completion_mask]
+        # As a forward of its own, because hidden_states asks for the DDP wrapper, and this gradient must not reach it.
+        states = run_in_forward(model, model, lambda: _states(model, packed))
+        states = packed.predicting(states)[packed.completion_mask]
         if not states.requires_grad:  # only the head is trained
             return []
         found = torch.autograd.grad(states.float().square().mean(), [p for _, p in named], allow_unused=True)

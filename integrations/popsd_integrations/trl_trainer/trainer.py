@@ -149,7 +149,8 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         """The padding side that `check_model` finds exact. own_teacher: of frozen weights that are not the student's."""
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-        built = [self._prompts(problem_of(row)) for row in islice(dataset or (), 2)]
+        builder = ContextBuilder(self.processing_class, self._contexts.config, text_as_chat=False)  # counts for itself
+        built = [x for row in islice(dataset or (), 2) if (x := builder.build(problem_of(row))) is not None]
         self.model.train()  # as it will be
         source, pad = self._frozen_source(), self.processing_class.pad_token_id
         return agreed(self.accelerator, lambda: exact_side(self.model, source, built, pad, own_teacher))

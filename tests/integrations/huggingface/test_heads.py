@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from popsd_integrations.huggingface.frozen import frozen_weights
 from popsd_integrations.huggingface.heads import head_from_model, hidden_states, same_head
 from popsd_integrations.huggingface.invariants import check_model
 
@@ -216,6 +217,7 @@ def test_wrappers_run_in_their_own_forward(process_group, monkeypatch, wrapper, 
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+    assert check_model(model, (), frozen_weights(plain)) == "left"
     calls = []
     model.register_forward_hook(lambda module, inputs, output: calls.append(output))
     states = hidden_states(model, ids)

@@ -125,6 +125,7 @@ def test_joined_batches_keep_their_rows(side):
     second = pack([[1, 2, 3, 4], [2]], [[8, 9], [4]], pad_token_id=0, side=side)
     both = joined([first, second])
     assert both.input_ids.shape == (4, 6) and both.longest == 2
+    assert both.attention_mask[:, -1 if side == "left" else 0].all(), "padding stays on its side"
     for row, (ids, mask, places) in enumerate(zip(both.input_ids, both.attention_mask, both.position_ids, strict=True)):
         part = (first, second)[row // 2]
         kept = part.attention_mask[row % 2].bool()
