@@ -110,6 +110,13 @@ def test_bad_flags_are_an_exit_status_and_a_message(work, capsys, flags, message
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_options_of_an_adapter_that_is_not_trained_are_refused(work, capsys):
+    options = yaml.safe_load((work / "config.yaml").read_text()) | {"use_peft": False, "lora_r": 8}
+    (work / "config.yaml").write_text(yaml.safe_dump(options))
+    assert cli.main(["train", "--config", str(work / "config.yaml")]) == 2
+    assert "use_peft: expected true with lora_r, lora_dropout; got false" in capsys.readouterr().err
+
+
 def test_a_misspelt_key_in_the_file_is_refused(work, capsys):
     options = yaml.safe_load((work / "config.yaml").read_text()) | {"pmi_bta": 1.0}
     (work / "config.yaml").write_text(yaml.safe_dump(options))
