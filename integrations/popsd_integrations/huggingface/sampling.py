@@ -23,8 +23,9 @@ class Sampler:
         questions as lists of token ids; returns completions as such lists. None: `hf_generate`.
     vocab_size: the leading rows of the head that the loss uses, `popsd.PurifiedConfig.vocab_size`. Where it is given,
         ``generate`` is told it, as ``vocab_size=``, and must sample no other token. None: the whole head.
-    Raises ValueError where no end-of-sequence token is known. Called, it raises ValueError before the forward where a
-    prompt and its completion would need more positions than the model has, and for a sampled token that the loss has not.
+    Raises ValueError where no end-of-sequence token is known, or none is below ``vocab_size``. Called, it raises ValueError
+    before the forward where a prompt and its completion would need more positions than the model has, and for a sampled
+    token that the loss has not.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Sampler:
         vocab_size: int | None = None,
     ) -> None:
         self.eos_token_id, self.pad_token_id = special_tokens(model, tokenizer)
+        check_ends(self.eos_token_id, vocab_size)
         self.vocab_size = vocab_size
         self._generate: Generate = generate or hf_generate
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
@@ -113,6 +115,15 @@ def unused_tokens(model: Any, vocab_size: int | None) -> list[int]:
     """
     rows = causal_model(model).config.get_text_config().vocab_size
     return [] if vocab_size is None else list(range(vocab_size, rows))
+
+
+def check_ends(eos_token_id: Sequence[int], vocab_size: int | None) -> None:
+    """Raise ValueError where no end-of-sequence token is below ``vocab_size``: no completion would end."""
+    if vocab_size is not None and min(eos_token_id) >= vocab_size:
+        raise ValueError(
+            f"vocab_size: expected more than an end-of-sequence token, one of {list(eos_token_id)}; got {vocab_size}. "
+            "len(tokenizer) is the number of rows in use."
+        )
 
 
 def check_sampled(completions: Sequence[Sequence[int]], vocab_size: int | None) -> None:

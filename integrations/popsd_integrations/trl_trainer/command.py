@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not model_args.model_name_or_path:
         raise ValueError(
             "model_name_or_path: expected a model; got none. Pass --model_name_or_path or set it in --config."
+        )
+    adapter = [option for option in fields(model_args) if option.name.startswith(("lora_", "use_dora", "use_rslora"))]
+    ignored = [option.name for option in adapter if getattr(model_args, option.name) not in (option.default, None, [])]
+    if ignored and not model_args.use_peft and "--use_peft" not in given:
+        raise ValueError(
+            f"use_peft: expected true with {', '.join(ignored)}; got false, which trains all weights. Say which."
         )
     resumed = checkpoint_to_resume(args)
     dataset = load_data(script, mixture)

@@ -14,7 +14,7 @@ import trl
 from packaging.version import Version
 from transformers import Trainer
 
-from popsd_integrations.huggingface.sampling import unused_tokens
+from popsd_integrations.huggingface.sampling import check_ends, unused_tokens
 
 OLDEST, TOO_NEW = (1, 12), (1, 17)
 
@@ -86,8 +86,9 @@ def accumulation_factor(trainer: Any) -> int:
 def suppress_unused_tokens(trainer: Any, vocab_size: int | None) -> None:
     """Let TRL sample no token of the head's padding, which begins at ``vocab_size``: see `unused_tokens`.
 
-    vLLM has no list of tokens to suppress, but one of tokens to allow.
+    vLLM has no list of tokens to suppress, but one of tokens to allow. Raises ValueError where no completion would end.
     """
+    check_ends(trainer.eos_token_ids, vocab_size)
     unused = unused_tokens(trainer.model, vocab_size)
     if not unused or vocab_size is None:
         return

@@ -204,6 +204,9 @@ def test_a_generate_of_ones_own_is_told_and_checked():
         told.append(options["vocab_size"])
         return [[1, 10], [3, 11]]
 
+    with pytest.raises(ValueError, match=r"vocab_size: expected more than an end-of-sequence token, .*\[19\]; got 11"):
+        Sampler(model, build_tokenizer(), max_new_tokens=2, temperature=1.0, vocab_size=11)
+    model.generation_config.eos_token_id = [EOS, 5]
     sampler = Sampler(model, build_tokenizer(), max_new_tokens=2, temperature=1.0, generate=generate, vocab_size=11)
     with pytest.raises(ValueError, match=r"generate: expected tokens below vocab_size=11; got 11 in completion 1"):
         sampler(model, [Prompts([1], [1], [1])] * 2)

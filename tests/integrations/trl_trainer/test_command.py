@@ -119,6 +119,13 @@ def test_a_target_and_its_numbers_are_flags(work, capsys):
     assert "loss_target: expected 'module:name' of a module on the path; got 'none:mine'" in capsys.readouterr().err
 
 
+def test_options_of_an_adapter_that_is_not_trained_are_refused(work, capsys):
+    options = yaml.safe_load((work / "config.yaml").read_text()) | {"use_peft": False, "lora_r": 8}
+    (work / "config.yaml").write_text(yaml.safe_dump(options))
+    assert cli.main(["train", "--config", str(work / "config.yaml")]) == 2
+    assert "use_peft: expected true with lora_r, lora_dropout; got false" in capsys.readouterr().err
+
+
 def test_a_misspelt_key_in_the_file_is_refused(work, capsys):
     options = yaml.safe_load((work / "config.yaml").read_text()) | {"pmi_bta": 1.0}
     (work / "config.yaml").write_text(yaml.safe_dump(options))

@@ -138,7 +138,11 @@ def test_completions_are_the_students_whatever_its_checkpoint_recommends(tmp_pat
 def test_tokens_that_the_loss_has_not_are_not_sampled(tmp_path):
     """The loss uses four rows of the head; the likeliest tokens are among the others."""
     options = {"vocab_size": 4, "generation_kwargs": {"suppress_tokens": [2]}, "max_completion_length": 6}
-    trainer = build(tmp_path, cls=PurifiedOPSDTrainer, **options)
+    with pytest.raises(ValueError, match=r"vocab_size: expected more than an end-of-sequence token"):
+        build(tmp_path, **options)
+    model = tiny()
+    model.generation_config.eos_token_id = [EOS, 1]
+    trainer = build(tmp_path, model=model, cls=PurifiedOPSDTrainer, **options)
     batch = trainer._generate_and_score_completions(ROWS)
     sampled = set(batch["completion_ids"][batch["completion_mask"] == 1].tolist())
     assert sampled <= {0, 1, 3} and len(sampled) > 1
@@ -150,7 +154,7 @@ def test_tokens_that_the_loss_has_not_are_not_sampled(tmp_path):
     compat.suppress_unused_tokens(trainer, 4)
     assert vllm.generation_kwargs == {"allowed_token_ids": [3]}
     with pytest.raises(ValueError, match=r"generate: expected tokens below vocab_size=4; got 19 in completion"):
-        build(tmp_path, vocab_size=4).train()  # a generation that knows nothing of it
+        build(tmp_path, model=model, vocab_size=4).train()  # a generation that knows nothing of it
 
 
 def test_a_checkpoint_of_a_run_with_other_options_is_not_resumed(tmp_path):
@@ -159,9 +163,9 @@ def test_a_checkpoint_of_a_run_with_other_options_is_not_resumed(tmp_path):
     other = build(tmp_path, **saving, seed=3, max_steps=2, loss_target="opsd", teacher_template="{question} {solution}")
     for resume in (True, None):  # None would write over the other run's checkpoints
         with pytest.raises(
-            ValueError, match=r"output_dir: .*loss_target 'purified' \(now 'opsd'\), teacher_template '"
+            ValueError, match=r"output_dir: .*loss_target 'purified' \(now 'opsd'\), .*teacher_template '"
         ) as raised:
             other.train(resume_from_checkpoint=resume)
-        assert "pmi_clip 10.0 (now None)" not in str(raised.value) and "seed" not in str(raised.value)
+        assert "seed" not in str(raised.value)
     same = build(tmp_path, **saving, seed=3, max_steps=2, diagnostics_steps=0, impl="torch")
     assert same.train(resume_from_checkpoint=True).global_step == 2
