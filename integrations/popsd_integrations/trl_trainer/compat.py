@@ -117,6 +117,17 @@ def record_means(trainer: Any, sums: Mapping[str, tuple[float, float]]) -> None:
         metrics[name] = mean.add(total, count)
 
 
+def record_extreme(trainer: Any, name: str, value: float, better: Callable[[float, float], float]) -> None:
+    """Add to a smallest or largest value (``better`` is min or max) as `record_means` does to a mean."""
+    metrics = trainer._metrics[_mode(trainer)]
+    seen = metrics[name][:1] if isinstance(metrics[name], _Extreme) else []
+    metrics[name] = _Extreme([better(seen[0], value) if seen else value])
+
+
+class _Extreme(list[float]):
+    """The one value that TRL then takes the mean of."""
+
+
 class _Mean(list[float]):
     """What TRL takes for its list of a metric's values, whose mean it logs: the one value Σ sums / Σ counts."""
 

@@ -31,6 +31,7 @@ from popsd_integrations.trl_trainer.compat import (
     EpochSampler,
     accumulation_factor,
     record,
+    record_extreme,
     record_means,
     rows_of_data,
     suppress_unused_tokens,
@@ -47,6 +48,10 @@ logger = logging.getLogger(__name__)
 
 _PROMPT_OF = {"base": "prompt", "teacher": "teacher_prompt", "reference": "reference_prompt"}
 """What TRL's batch calls each context's prompts, in the order of the fields of `Prompts`."""
+
+
+_NONE = 2**40
+"""Longer than a completion: minus this is the longest of none."""
 
 
 class PurifiedOPSDTrainer(GuardedTrainer):
@@ -288,10 +293,13 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         completions = completions[: rows_of_data(self, len(completions))]
         counts = self._markers.count_ids(completions, self.processing_class)
         ends = {*self.eos_token_ids, self.processing_class.pad_token_id}
-        ended = [len(ids) for ids in completions if ids[-1] in ends]
-        local = [*counts.counts.values(), counts.total, counts.completions, counts.tokens, len(ended), sum(ended)]
-        sums = self.accelerator.reduce(torch.tensor(local, device=self.accelerator.device), "sum").tolist()
-        *words, total, rows, tokens, ended_rows, ended_tokens = sums
+        lengths = {"": list(map(len, completions)), "terminated_": [len(ids) for ids in completions if ids[-1] in ends]}
+        local = [*counts.counts.values(), counts.total]
+        local += [number for some in lengths.values() for number in (sum(some), len(some))]
+        local += [max((sign * x for x in some), default=-_NONE) for some in lengths.values() for sign in (-1, 1)]
+        parts = self.accelerator.gather(torch.tensor([local], device=self.accelerator.device)).tolist()
+        *sums, shortest, longest, shortest_ended, longest_ended = map(list, zip(*parts, strict=True))
+        *words, total, tokens, rows, ended_tokens, ended = map(sum, sums)
         rates = dict(zip(counts.counts, words, strict=True)) | {"per_completion": total}
         record_means(
             self,
@@ -299,10 +307,15 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             | {
                 "markers/per_thousand_tokens": (1000 * total, tokens),
                 "completions/mean_length": (tokens, rows),
-                "completions/clipped_ratio": (rows - ended_rows, rows),
-                "completions/mean_terminated_length": (ended_tokens, ended_rows),
+                "completions/clipped_ratio": (rows - ended, rows),
+                "completions/mean_terminated_length": (ended_tokens, ended),
             },
         )
+        extremes = {"": (shortest, longest), "terminated_": (shortest_ended, longest_ended)}
+        for kind, (least, most) in extremes.items():
+            if max(most) > -_NONE:
+                record_extreme(self, f"completions/min_{kind}length", -max(least), min)
+                record_extreme(self, f"completions/max_{kind}length", max(most), max)
         if self.args.on_overflow != "error":
             record(self, {"contexts/dropped": self._contexts.dropped, "contexts/truncated": self._contexts.truncated})
 
