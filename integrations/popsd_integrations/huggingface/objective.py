@@ -46,10 +46,17 @@ def target_config(
     target = target_named(name, "loss_target")
     if parameters is not None and not isinstance(parameters, Mapping):
         raise ValueError(f"target_parameters: expected a dictionary of numbers; got {parameters!r}.")
-    given, numbers = dict(parameters or {}), () if found is None else found.numbers
-    if found is not None:
-        changes = {field: getattr(found, field) for field in _DIVERGENCE} | changes
-    numbers = numbers_of(name, () if given else numbers, given)
+    numbers = () if found is None else found.numbers
+    given = dict(zip(target.parameters or (), numbers, strict=False)) | dict(parameters or {})
+    said = {} if found is None else {field: getattr(found, field) for field in _DIVERGENCE}
+    for field, value in said.items():
+        if changes.get(field, value) != value != getattr(DivergenceConfig(), field):
+            raise ValueError(
+                f"{field}: expected {value}, as the configuration {loss_target!r} says; got {changes[field]}. Leave one of "
+                "the two out."
+            )
+    changes = said | changes
+    numbers = numbers_of(name, numbers, given)
     purified = takes_purified_options(loss_target)
     readable = (_PURIFIED if purified else _DIVERGENCE) - given.keys()
     for field in sorted(changes.keys() - readable):

@@ -256,7 +256,9 @@ import popsd
 def mine(base, teacher, reference, strength=1.0, share=2.0):
     return base + strength * (teacher - share * reference)
 
-some = popsd.TargetConfig(target="registered", numbers=(0.3,), temperature=2.0)
+some = popsd.TargetConfig(target="registered", numbers=(0.3,))
+warm = popsd.TargetConfig(target="registered", numbers=(0.3,), temperature=2.0)
+sharp = popsd.TargetConfig(target="purified", numbers=(0.5, 5.0))
 popsd.register_target("registered", lambda base, teacher, reference, strength: mine(base, teacher, reference, strength))
 popsd.register_target("two", lambda base, teacher, reference: teacher, contexts=("base", "teacher"))
 nothing = 3
@@ -317,10 +319,11 @@ def test_what_a_module_holds_under_a_name(module):
     assert target_config(f"{module}:mine", {"share": 3.0}).numbers == (1.0, 3.0)
     assert target_config(f"{module}:registered", {"strength": 2.0}).target == "registered"
     some = popsd.TargetConfig(target="registered", numbers=(0.3,), temperature=2.0)
-    assert target_config(f"{module}:some") == some == TrainConfig(loss_target=f"{module}:some").loss
-    assert target_config(f"{module}:some", {"strength": 0.5}, beta=0.1) == dataclasses.replace(
+    assert target_config(f"{module}:warm") == some == TrainConfig(loss_target=f"{module}:warm").loss
+    assert target_config(f"{module}:warm", {"strength": 0.5}, beta=0.1) == dataclasses.replace(
         some, numbers=(0.5,), beta=0.1
     )
+    assert target_config(f"{module}:sharp", {"pmi_clip": 3.0}) == PurifiedConfig(pmi_beta=0.5, pmi_clip=3.0)
     assert needed_contexts(f"{module}:two", True) == ["base", "teacher"]
     assert target_config("purified", {"pmi_beta": 2.0}, plausibility=0.1) == PurifiedConfig(
         pmi_beta=2.0, plausibility=0.1
@@ -332,6 +335,7 @@ def test_what_a_module_holds_under_a_name(module):
     [
         ({"loss_target": "nowhere:mine"}, "loss_target: expected 'module:name' of a module on the path.*PYTHONPATH"),
         ({"loss_target": "popsd_test_module:nothing"}, "loss_target: expected .*to register a target 'nothing'.*got 3"),
+        ({"loss_target": "popsd_test_module:warm"}, r"temperature: expected 2.0, as the configuration .*; got 1.0"),
         ({"loss_target": "arithmetic_mix"}, r"target 'arithmetic_mix': expected its numbers \(share\)"),
         (
             {"target_parameters": {"alpha": 1.0}},
