@@ -67,8 +67,8 @@ class EpistemicMarkers:
     """Counts whole words, whatever their case: ``Wait,`` counts, ``waiter`` does not.
 
     words: the markers, matched literally; a marker may be several words.
-    whole_words: False counts every place where the marker stands, ``waiter`` and ``unlikely`` too. Such counts are larger
-        and are not to be compared with those of whole words.
+    whole_words: False counts every marker wherever it stands in the lower-case text, in ``waiter`` and ``unlikely`` too.
+        Such counts are larger and are not to be compared with those of whole words.
 
     >>> [EpistemicMarkers(("wait",), whole).count_text(["Wait, waiter"]).total for whole in (True, False)]
     [1, 2]
@@ -99,7 +99,7 @@ class EpistemicMarkers:
     def _pattern(self) -> re.Pattern[str]:
         """A group for each of `_by_length`. The text that matched need not be the marker's in lower case: "ſ" matches s."""
         groups = "|".join(f"({re.escape(word)})" for word in self._by_length)
-        return re.compile(rf"(?<!\w)(?:{groups})(?!\w)" if self.whole_words else groups, re.IGNORECASE)
+        return re.compile(rf"(?<!\w)(?:{groups})(?!\w)", re.IGNORECASE)
 
     def _marker(self, match: re.Match[str]) -> str:
         assert match.lastindex is not None
@@ -137,8 +137,13 @@ class EpistemicMarkers:
             raise TypeError("texts: expected a list of completions; got one string. Wrap it in a list.")
         counts = dict.fromkeys(self.words, 0)
         for text in texts:
-            for match in self._pattern.finditer(text):
-                counts[self._marker(match)] += 1
+            if self.whole_words:
+                for match in self._pattern.finditer(text):
+                    counts[self._marker(match)] += 1
+            else:
+                lower = text.lower()
+                for word in self.words:
+                    counts[word] += lower.count(word)
         return MarkerCounts(counts, len(texts))
 
     def count_ids(self, completions: Sequence[Sequence[int]], tokenizer: Decoder) -> MarkerCounts:

@@ -86,9 +86,15 @@ def math_verdict(completion: str, answer: str) -> Verdict:
     found = parse(text)
     # 1 < x ≤ 2 answers (1, 2]; math-verify takes only the converse unless it is told
     correct = bool(found) and bool(verify(gold(answer), found, allow_set_relation_comp=True))
-    # the parsed form, so that 1/2 and 0.5 are one answer; Python refuses to write numbers of more than 4,300 digits
-    shown = None if not found else str(found[0]) if len(str(found[-1])) < 1000 else str(found[-1])
-    return Verdict(correct, shown, content is not None)
+    return Verdict(correct, _written(found) if found else None, content is not None)
+
+
+def _written(found: list[Any]) -> str:
+    """What was parsed, so that 1/2 and 0.5 are one answer. As it stands there where SymPy cannot write it."""
+    try:
+        return str(found[0])
+    except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
+        return str(found[-1])
 
 
 def gold(answer: str) -> list[Any]:

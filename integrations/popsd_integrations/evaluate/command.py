@@ -9,9 +9,15 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from popsd_integrations.evaluate.settings import ENGINES, SamplingConfig, Task, seed_of
+
+if TYPE_CHECKING:  # the command line reads its options before it imports torch
+    from popsd_integrations.evaluate.checkpoints import Checkpoint
+    from popsd_integrations.evaluate.engines import Engine
+    from popsd_integrations.evaluate.generations import Batch
+    from popsd_integrations.scoring import Scorer
 
 BATCH_SIZES = {"transformers": 8, "vllm": 384}
 _PLAIN = ("model", "engine", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "question_template")
@@ -53,13 +59,11 @@ def run(options: argparse.Namespace) -> int:
     from popsd_integrations.evaluate.summary import summarise
 
     began = time.perf_counter()
-    folder, records, runs, about = _again(options) if options.source else _anew(options)
-    results = {
-        "about": about | {"command": shlex.join(["popsd", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d %H:%M")},
-        **summarise(records, runs),
-    }
-    results["about"]["seconds"] = round(time.perf_counter() - began, 1)
-    paths = report.write(results, records, folder)
+    outcome = _again(options) if options.source else _anew(options)
+    run_by = {"command": shlex.join(["popsd", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d %H:%M")}
+    run_by["seconds"] = f"{time.perf_counter() - began:.1f}"
+    results = {"about": outcome.about | run_by, **summarise(outcome.records, outcome.runs)}
+    paths = report.write(results, outcome.records, outcome.folder)
     print("\n" + report.table(results) + "\n")
     if not any(path.suffix == ".png" for path in paths):
         print("No plots: matplotlib is missing (pip install 'popsd[plots]').")
@@ -67,15 +71,36 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-Outcome = tuple[Path, list[dict[str, Any]], dict[str, str], dict[str, Any]]
-"""Where files go, records, runs of the checkpoints, and what the page says about it all."""
+class Outcome(NamedTuple):
+    """Where files go, the records, the runs of the checkpoints, and what the page says about it all."""
+
+    folder: Path
+    records: list[dict[str, Any]]
+    runs: dict[str, str]
+    about: dict[str, Any]
 
 
-def _anew(options: argparse.Namespace) -> Outcome:
-    """Generate what is missing, and judge it as it comes."""
+class Job(NamedTuple):
+    """What is to be generated, with everything checked. prompts: token ids of each task."""
+
+    config: SamplingConfig
+    samples: int
+    batch_size: int
+    score: Scorer
+    tasks: dict[str, list[Task]]
+    checkpoints: list[Checkpoint]
+    tokenizer: Any
+    prompts: dict[Task, list[int]]
+
+    @property
+    def longest_prompt(self) -> int:
+        return max(map(len, self.prompts.values()))
+
+
+def _checked(options: argparse.Namespace) -> Job:
     from transformers import AutoTokenizer
 
-    from popsd_integrations.evaluate import benchmarks, checkpoints, engines, generations
+    from popsd_integrations.evaluate import benchmarks, checkpoints, engines
     from popsd_integrations.huggingface.prompts import ContextBuilder, Problem
     from popsd_integrations.scoring import check_answer, scorer
 
@@ -83,8 +108,8 @@ def _anew(options: argparse.Namespace) -> Outcome:
         if not getattr(options, name):
             raise ValueError(f"{name}: expected one; got none. Pass --{name}.")
     config = SamplingConfig(**_given(options))
-    samples = options.samples or (12 if config.temperature > 0 else 1)
-    size = options.batch_size or BATCH_SIZES[config.engine]
+    samples = (12 if config.temperature > 0 else 1) if options.samples is None else options.samples
+    size = BATCH_SIZES[config.engine] if options.batch_size is None else options.batch_size
     if samples < 1 or size < 1:
         raise ValueError(f"samples, batch_size: expected at least 1; got {samples}, {size}.")
     if config.temperature == 0 and samples > 1:
@@ -98,56 +123,67 @@ def _anew(options: argparse.Namespace) -> Outcome:
             raise ValueError(f"benchmarks: problem {task.problem} of {task.benchmark}: {error}") from error
     found = checkpoints.resolve(config.model, options.adapters or [])
     tokenizer = AutoTokenizer.from_pretrained(config.model)
-    builder = ContextBuilder(tokenizer, config.contexts())
-    prompts = {}
+    builder, prompts = ContextBuilder(tokenizer, config.contexts()), {}
     for task in (task for problems in tasks.values() for task in problems):
         built = builder.build(Problem(task.question, task.answer))
         assert built is not None  # nothing is dropped without a limit
         prompts[task] = built.question
-    longest = max(map(len, prompts.values()))
-    engines.check_engine(config, found, longest)
+    job = Job(config, samples, size, score, tasks, found, tokenizer, prompts)
+    engines.check_engine(config, found, job.longest_prompt)
+    return job
+
+
+def _anew(options: argparse.Namespace) -> Outcome:
+    """Generate what is missing, and judge it as it comes."""
+    from popsd_integrations.evaluate import engines, generations
+
+    job = _checked(options)
     folder = options.output_dir or Path("runs/evaluate")
-    records = generations.open_folder(folder, config, options.scorer, found, tasks)
-    engine: list[engines.Engine] = []
-
-    def make(batch: generations.Batch) -> list[dict[str, Any]]:
-        if not engine:  # nothing is loaded where nothing is missing
-            engine.append(engines.make_engine(config, found, tokenizer, options.engine_kwargs or {}, longest))
-        first, sample = batch.rows[0]
-        wanted: dict[Task, list[int]] = {}
-        for task, number in batch.rows:
-            wanted.setdefault(task, []).append(number)
-        requests = [
-            engines.Request(prompts[task], len(numbers), seed_of(config.seed, task.benchmark, task.problem, numbers[0]))
-            for task, numbers in wanted.items()
-        ]
-        seed = seed_of(config.seed, first.benchmark, first.problem, sample)
-        made = engine[0].generate(batch.checkpoint, requests, seed)
-        completions = (completion for row in made for completion in row)
-        return [
-            _record(batch.checkpoint.label, task, number, completion) | score(completion.text, task.answer)._asdict()
-            for (task, number), completion in zip(batch.rows, completions, strict=True)
-        ]
-
-    batches, path = generations.plan(found, tasks, samples, size), folder / generations.FILE
+    records = generations.open_folder(folder, job.config, options.scorer, job.checkpoints, job.tasks)
+    batches = generations.plan(job.checkpoints, job.tasks, job.samples, job.batch_size)
+    path = folder / generations.FILE
     known, todo = generations.missing(path, records, batches)
+    if todo:
+        engine = engines.make_engine(
+            job.config, job.checkpoints, job.tokenizer, options.engine_kwargs or {}, job.longest_prompt
+        )
     tokens, began = 0, time.perf_counter()
     with _bar(sum(len(batch.rows) for batch in todo), "evaluate") as bar:
         for batch in todo:
             bar.set_postfix_str(f"{batch.checkpoint.label}, {tokens / (time.perf_counter() - began):.0f} tokens/s")
-            made = make(batch)
+            made = _make(job, engine, batch)
             generations.append(path, made)
             known |= {generations.key(record): record for record in made}
             tokens += sum(record["tokens"] for record in made)
             bar.update(len(made))
-    done = [known[key] for batch in batches for key in batch.keys]
     about = {
-        "settings": config.plain(),
+        "settings": job.config.plain(),
         "scorer": options.scorer,
-        "prompt": tokenizer.decode(next(iter(prompts.values()))),
+        "prompt": job.tokenizer.decode(next(iter(job.prompts.values()))),
+        "checkpoints": {checkpoint.label: checkpoint.path for checkpoint in job.checkpoints},
     }
-    about["checkpoints"] = {x.label: x.path for x in found}
-    return folder, done, {x.label: x.run for x in found}, about
+    runs = {checkpoint.label: checkpoint.run for checkpoint in job.checkpoints}
+    return Outcome(folder, [known[key] for batch in batches for key in batch.keys], runs, about)
+
+
+def _make(job: Job, engine: Engine, batch: Batch) -> list[dict[str, Any]]:
+    """The records of a batch. Its seeds depend on its place alone, and are the same for every checkpoint."""
+    from popsd_integrations.evaluate.engines import Request
+
+    wanted: dict[Task, list[int]] = {}
+    for task, sample in batch.rows:
+        wanted.setdefault(task, []).append(sample)
+    seeds = [seed_of(job.config.seed, task.benchmark, task.problem, samples[0]) for task, samples in wanted.items()]
+    requests = [
+        Request(job.prompts[task], len(samples), seed)
+        for (task, samples), seed in zip(wanted.items(), seeds, strict=True)
+    ]
+    made = engine.generate(batch.checkpoint, requests, seeds[0])
+    completions = [completion for row in made for completion in row]
+    return [
+        _record(batch.checkpoint.label, task, sample, completion) | job.score(completion.text, task.answer)._asdict()
+        for (task, sample), completion in zip(batch.rows, completions, strict=True)
+    ]
 
 
 def _again(options: argparse.Namespace) -> Outcome:
@@ -174,13 +210,15 @@ def _again(options: argparse.Namespace) -> Outcome:
     folder = options.output_dir or options.source.parent
     folder.mkdir(parents=True, exist_ok=True)
     generations.write(folder / generations.FILE, judged)
-    (folder / generations.SETTINGS).write_text(
-        json.dumps(kept | {"scorer": options.scorer}, indent=1), encoding="utf-8"
-    )
-    runs = {label: checkpoint["run"] for label, checkpoint in kept["checkpoints"].items()}
-    about = {"settings": kept["settings"], "scorer": options.scorer, "prompt": None}
-    about["checkpoints"] = {label: checkpoint["path"] for label, checkpoint in kept["checkpoints"].items()}
-    return folder, judged, runs, about
+    generations.write_settings(folder, kept | {"scorer": options.scorer})
+    checkpoints = kept["checkpoints"]
+    about = {
+        "settings": kept["settings"],
+        "scorer": options.scorer,
+        "prompt": None,
+        "checkpoints": {label: checkpoint["path"] for label, checkpoint in checkpoints.items()},
+    }
+    return Outcome(folder, judged, {label: checkpoint["run"] for label, checkpoint in checkpoints.items()}, about)
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:

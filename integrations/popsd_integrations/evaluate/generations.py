@@ -123,11 +123,15 @@ def open_folder(
     folder.mkdir(parents=True, exist_ok=True)
     known_checkpoints = {} if kept is None else kept["checkpoints"]
     known_checkpoints |= {x.label: {"run": x.run, "path": x.path, "weights": x.weights} for x in checkpoints}
-    content = {"settings": config.plain(), "scorer": scorer, "checkpoints": known_checkpoints}
+    write_settings(folder, {"settings": config.plain(), "scorer": scorer, "checkpoints": known_checkpoints})
+    return records
+
+
+def write_settings(folder: Path, content: Mapping[str, Any]) -> None:
+    """Replace settings.json at once."""
     temporary = folder / f"{SETTINGS}.tmp"
     temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     os.replace(temporary, folder / SETTINGS)
-    return records
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from popsd_integrations.estimates import Interval
 from popsd_integrations.evaluate.checkpoints import BASE
 from popsd_integrations.evaluate.summary import DRAWN_SET, MARKER_SETS, interval, overall, step_of
 from popsd_integrations.plotting import (
@@ -280,6 +281,7 @@ def _plot(results: dict[str, Any], what: str, folder: Path) -> Path:
             axis.errorbar(x, [m for m, _, _ in values], yerr=bars, color=colour, capsize=2, label=tex(run), **LINE)
         if not by_step:
             axis.set_xticks(range(len(labels)), [""] * len(labels))
+        axis.set_ylim(bottom=0)
         title = {"accuracy": "accuracy", "markers": "the paper's markers per completion"}[what]
         style(axis, f"{tex(name)}: {title}", "step" if by_step else "")
     legend(axes[0])
@@ -287,11 +289,8 @@ def _plot(results: dict[str, Any], what: str, folder: Path) -> Path:
 
 
 def _drawn(scores: dict[str, Any], what: str) -> tuple[float, float, float]:
-    if what == "accuracy":
-        mean, low, high = interval(scores["accuracy"]) or (0.0, None, None)
-        return mean, mean if low is None else low, mean if high is None else high
-    value = scores["markers"][DRAWN_SET]["per_completion"]
-    return value, value, value
+    mean, low, high = Interval(**scores[{"accuracy": "accuracy", "markers": "marker_rate"}[what]])
+    return mean, mean if low is None else low, mean if high is None else high
 
 
 def tex(text: str) -> str:

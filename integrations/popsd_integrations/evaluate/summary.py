@@ -6,9 +6,10 @@ import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from popsd.markers import KIM_MARKERS, PAPER_MARKERS, EpistemicMarkers
+from popsd.markers import KIM_MARKERS, PAPER_MARKERS, EpistemicMarkers, MarkerCounts
 from popsd_integrations.estimates import (
     Interval,
     bootstrap,
@@ -95,9 +96,21 @@ def rates(problems: Problems) -> list[float]:
     return [sum(record["correct"] for record in rows) / len(rows) for rows in problems]
 
 
-def marker_rates(problems: Problems, markers: EpistemicMarkers = MARKER_SETS[DRAWN_SET]) -> list[float]:
-    """Markers per completion of each problem."""
-    return [markers.count_text([record["text"] for record in rows]).per_completion() for rows in problems]
+def marker_rates(problems: Problems) -> list[float]:
+    """The paper's markers per completion of each problem."""
+    return [_counts(DRAWN_SET, rows).per_completion() for rows in problems]
+
+
+@cache  # a text is looked at for its benchmark, for the mean, and for differences to it
+def _counts_of_text(name: str, text: str) -> MarkerCounts:
+    return MARKER_SETS[name].count_text([text])
+
+
+def _counts(name: str, records: Sequence[dict[str, Any]]) -> MarkerCounts:
+    """Counts of one set of markers over completions, and their tokens."""
+    found = [_counts_of_text(name, record["text"]).counts for record in records]
+    counts = {word: sum(x[word] for x in found) for word in MARKER_SETS[name].words}
+    return MarkerCounts(counts, len(records), sum(record["tokens"] for record in records))
 
 
 def lengths(problems: Problems) -> list[float]:
@@ -125,7 +138,8 @@ def _scores(parts: list[Problems], base: list[Problems] | None) -> dict[str, Any
             "mean": _mean([lengths(x) for x in parts]),
             "longest": max(r["tokens"] for part in rows for r in part),
         },
-        "markers": {name: _markers(rows, markers) for name, markers in MARKER_SETS.items()},
+        "markers": {name: _markers(name, rows) for name in MARKER_SETS},
+        "marker_rate": bootstrap([marker_rates(x) for x in parts])._asdict(),
     }
     if base is not None:
         measures = {"accuracy": rates, "markers": marker_rates, "length": lengths}
@@ -154,11 +168,9 @@ def _unformatted(rows: list[list[dict[str, Any]]]) -> float | None:
     return _mean([[not record["formatted"] for record in part] for part in rows])
 
 
-def _markers(rows: list[list[dict[str, Any]]], markers: EpistemicMarkers) -> dict[str, Any]:
+def _markers(name: str, rows: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Totals are sums over all benchmarks, and rates are of these sums."""
-    flat = [record for part in rows for record in part]
-    counts = markers.count_text([record["text"] for record in flat])
-    counts = type(counts)(counts.counts, counts.completions, sum(record["tokens"] for record in flat))
+    counts = _counts(name, [record for part in rows for record in part])
     return {
         "total": counts.total,
         "per_completion": counts.per_completion(),

@@ -29,7 +29,8 @@ def evaluate(files, output, *more):
 
 def test_twelve_samples_of_the_base_and_two_adapters(files, tmp_path):
     """As many as asked for, by the weights asked for: greedily, vLLM and transformers say the same."""
-    vllm = ["--engine", "vllm", "--engine_kwargs", '{"enforce_eager": true, "dtype": "float32", "max_num_seqs": 16}']
+    small = {"enforce_eager": True, "dtype": "float32", "max_num_seqs": 16, "gpu_memory_utilization": 0.1}
+    vllm = ["--engine", "vllm", "--engine_kwargs", json.dumps(small)]
     rows = evaluate(files, tmp_path / "sampled", "--samples", "12", "--batch_size", "18", *vllm)
     assert len(rows) == 3 * 3 * 12
     for label in {row["model"] for row in rows}:
