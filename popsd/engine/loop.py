@@ -15,7 +15,7 @@ from popsd.engine.problem import Problem
 from popsd.engine.results import Results
 from popsd.engine.sources import ProjectedStreams, Source
 from popsd.engine.torch_backend.scratch import own_buffers
-from popsd.engine.torch_backend.supports import disjoint_heads, disjoint_rows, mark_disjoint
+from popsd.engine.torch_backend.supports import disjoint_rows, mark_disjoint, mark_impossible
 from popsd.engine.workspace import plan_rows, slices
 
 
@@ -29,11 +29,10 @@ def compute(problem: Problem, source: Source) -> torch.Tensor:
         else:
             _run(problem, source, results)
         source.finish()
+        mark_impossible(results.losses)
         if problem.is_disjoint_by_heads:
             assert isinstance(source, ProjectedStreams)
-            disjoint = disjoint_heads(source.student_bias, source.frozen_bias, problem.options.beta)
-            gradients = (source.dhidden, source.dweight, source.dbias)
-            mark_disjoint(results.losses, disjoint, problem.row_options, gradients)
+            source.mark_disjoint(results.losses)
         if wanted == Method.GRAM:
             results.write_decomposition(by_gram(problem))
         elif results.moments is not None:
@@ -66,5 +65,5 @@ def _run(problem: Problem, source: Source, results: Results) -> None:
                 if disjoint is not None:
                     if rows.row_scale is not None:  # whatever a masked row holds
                         disjoint &= rows.row_scale != 0
-                    mark_disjoint(results.losses[:, place], disjoint, problem.row_options, (wanted,))
+                    mark_disjoint(results.losses[:, place], disjoint, problem.row_options, wanted)
         source.accumulate(buffer.start, buffer.stop)

@@ -179,19 +179,17 @@ class Problem:
 
     @property
     def is_disjoint_by_rows(self) -> bool:
-        """Whether some tokens' KL may be infinite: of given logits, and of a registered target. A JSD and one with capped
-        entries never are."""
-        one_sided = self.options.beta in (0.0, 1.0) and self.options.entry_clip is None
-        return one_sided and (self.tensors.student_weight is None or self.options.target is not None)
+        """Whether some tokens' KL may be infinite: of given logits, and of a registered target. To a mixture it never is."""
+        return self.options.beta in (0.0, 1.0) and (
+            self.tensors.student_weight is None or self.options.target is not None
+        )
 
     @property
     def is_disjoint_by_heads(self) -> bool:
         """Whether every token's KL may be infinite: two heads whose biases of -inf differ."""
         options, tensors = self.options, self.tensors
-        if tensors.frozen_weight is None or (tensors.student_bias is None and tensors.frozen_bias is None):
-            return False
-        one_sided = options.beta in (0.0, 1.0) and options.entry_clip is None and options.target is None
-        return one_sided and options.student_softcap is None and options.frozen_softcap is None
+        biased = tensors.student_bias is not None or tensors.frozen_bias is not None
+        return options.beta in (0.0, 1.0) and options.target is None and biased and tensors.frozen_weight is not None
 
     @property
     def gradient_weights(self) -> torch.Tensor | None:

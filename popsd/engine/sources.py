@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from popsd.engine.problem import Problem
+from popsd.engine.torch_backend.supports import disjoint_heads, mark_disjoint
 from popsd.engine.workspace import Work, vocabulary_columns
 from popsd.head import mean_row
 from popsd_kernels.rows import LOGIT_FLOOR, Rows
@@ -170,6 +171,18 @@ class ProjectedStreams:
         for x in (self.dhidden, self.dweight, self.dbias):
             if x is not None and self.peak is not None:
                 x.mul_(self.peak)
+
+    def mark_disjoint(self, losses: torch.Tensor) -> None:
+        """Into results [9, N] and gradients: tokens that count, where the heads' biases forbid different entries."""
+        tensors, options = self.problem.tensors, self.options
+        counted = torch.ones_like(losses[0], dtype=torch.bool) if tensors.weights is None else tensors.weights != 0
+        disjoint = disjoint_heads(self.student_bias, self.frozen_bias, options) & counted
+        mark_disjoint(losses, disjoint, options, self.dhidden)
+        if options.beta == 1.0:  # of sums over tokens; those that a clip caps have added what they should
+            lost = disjoint.any() & (options.token_clip is None and options.entry_clip is None)
+            for x in (self.dweight, self.dbias):
+                if x is not None:
+                    x[: self.vocab].masked_fill_(lost, torch.nan)
 
     def _times_head(self, gradient: torch.Tensor) -> torch.Tensor:
         """gradient [n, V] · W, in float32 where the vocabulary is taken in two pieces or the result is kept in float32."""

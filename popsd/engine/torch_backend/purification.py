@@ -6,7 +6,9 @@ import math
 
 import torch
 
+from popsd.engine.torch_backend.supports import NEGLIGIBLE
 from popsd.engine.torch_backend.sweeps import normaliser
+from popsd_kernels.rows import LOGIT_FLOOR
 
 QUANTILES = (0.5, 0.9, 0.99)
 
@@ -39,5 +41,8 @@ def movement_rows(
     divergences = []
     for (maximum, logsum), other in ((of_teacher, teacher), (of_base, base)):
         shift = (of_target[0] - maximum) + (of_target[1] - logsum)
-        divergences.append(torch.sub(target, other, out=p).mul_(q).sum(dim=1) - shift)
+        impossible = other < 1e-6 * LOGIT_FLOOR  # whatever scale or temperature the floor went through
+        disjoint = (impossible & (target > of_target[0][:, None] - NEGLIGIBLE)).any(dim=1)
+        divergence = torch.sub(target, other, out=p).mul_(q).sum(dim=1) - shift
+        divergences.append(divergence.masked_fill_(disjoint, torch.inf))
     return [*divergences, moved, changed]
