@@ -34,6 +34,12 @@ class Completion(NamedTuple):
     finish: str
 
 
+def completion(tokenizer: Any, ids: Sequence[int], stopped: bool) -> Completion:
+    """A completion of token ids, the same for every engine."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True)
+    return Completion(text, len(ids), "stop" if stopped else "length")
+
+
 class Engine(Protocol):
     """Generates with one checkpoint at a time."""
 
@@ -80,7 +86,7 @@ def make_engine(
 ) -> Engine:
     """The engine that ``config`` names. options: for ``from_pretrained`` or ``vllm.LLM``. length: longest prompt."""
     if config.engine == "vllm":
-        return VLLM(config, checkpoints, options, length)
+        return VLLM(config, checkpoints, tokenizer, options, length)
     return Transformers(config, tokenizer, options)
 
 
@@ -140,11 +146,7 @@ class Transformers:
                 top_p=config.top_p,
                 top_k=config.top_k,
             )
-        texts = (self.tokenizer.decode(row, skip_special_tokens=True) for row in rows)
-        made = iter(
-            Completion(text, len(row), "stop" if row[-1] in ends else "length")
-            for text, row in zip(texts, rows, strict=True)
-        )
+        made = iter(completion(self.tokenizer, row, row[-1] in ends) for row in rows)
         return [[next(made) for _ in range(request.samples)] for request in requests]
 
 
@@ -152,7 +154,12 @@ class VLLM:
     """vLLM offline, the samples of a request by its own ``n``, adapters by ``LoRARequest``."""
 
     def __init__(
-        self, config: SamplingConfig, checkpoints: Sequence[Checkpoint], options: dict[str, Any], length: int
+        self,
+        config: SamplingConfig,
+        checkpoints: Sequence[Checkpoint],
+        tokenizer: Any,
+        options: dict[str, Any],
+        length: int,
     ) -> None:
         ranks = [
             rank
@@ -163,7 +170,7 @@ class VLLM:
         lora: dict[str, Any] = {}
         if ranks:
             lora = {"enable_lora": True, "max_lora_rank": min(rank for rank in VLLM_RANKS if rank >= max(ranks))}
-        self.config = config
+        self.config, self.tokenizer = config, tokenizer
         self.options = {"max_model_len": length + config.max_new_tokens, "seed": config.seed}
         self.options |= lora | options
         self.adapters = {x.label: number for number, x in enumerate(checkpoints, start=1) if x.adapter}
@@ -193,6 +200,7 @@ class VLLM:
                 top_k=config.top_k,
                 max_tokens=config.max_new_tokens,
                 seed=request.seed,
+                detokenize=False,  # its text may begin with a space where the tokenizer's own does not
             )
             for request in requests
         ]
@@ -202,7 +210,7 @@ class VLLM:
         )
         return [
             [
-                Completion(x.text, len(x.token_ids), "stop" if x.finish_reason == "stop" else "length")
+                completion(self.tokenizer, x.token_ids, x.finish_reason == "stop")
                 for x in sorted(row.outputs, key=lambda x: x.index)
             ]
             for row in outputs
