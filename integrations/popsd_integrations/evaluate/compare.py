@@ -217,7 +217,7 @@ def _plot(runs: Sequence[Run], path: Path) -> Path:
     columns = min(3, len(titles))
     drawn, axes = figure(-(-len(titles) // columns), columns)
     for axis, title in zip(axes, titles, strict=False):
-        for found, colour in zip(runs, report.PALETTE * len(runs), strict=False):
+        for found, colour in zip(runs, report.colours([found.label for found in runs]).values(), strict=True):
             if title in found.curves:
                 points = sorted(found.curves[title].items())
                 look = LINE | ({"marker": ""} if len(points) > 30 else {})

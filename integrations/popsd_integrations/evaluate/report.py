@@ -273,7 +273,7 @@ def _plot(results: dict[str, Any], what: str, folder: Path) -> Path:
             mean, low, high = _drawn(models[BASE][name], what)
             axis.axhline(mean, color=COLOURS["base"], linestyle="--", linewidth=1, label=BASE)
             axis.axhspan(low, high, color=COLOURS["base"], alpha=0.12, linewidth=0)
-        for run, colour in zip(runs, PALETTE * len(runs), strict=False):
+        for run, colour in colours(runs).items():
             own = [label for label in labels if results["runs"][label] == run]
             x = [steps[label] if by_step else labels.index(label) for label in own]
             values = [_drawn(models[label][name], what) for label in own]
@@ -291,6 +291,14 @@ def _plot(results: dict[str, Any], what: str, folder: Path) -> Path:
 def _drawn(scores: dict[str, Any], what: str) -> tuple[float, float, float]:
     mean, low, high = Interval(**scores[{"accuracy": "accuracy", "markers": "marker_rate"}[what]])
     return mean, mean if low is None else low, mean if high is None else high
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each run. "opsd" and "purified" have theirs wherever they are drawn."""
+    own = {name: COLOURS[name] for name in names if name in COLOURS}
+    free = [colour for colour in PALETTE if colour not in own.values()]
+    others = [name for name in names if name not in own]
+    return {name: own.get(name) or free[others.index(name) % len(free)] for name in names}
 
 
 def tex(text: str) -> str:

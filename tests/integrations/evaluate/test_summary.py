@@ -84,6 +84,12 @@ def test_the_best_checkpoint_of_a_run_is_apart_and_marked(summary):
     assert report.table(summary).count("run/checkpoint-2") == 5  # accuracy, selected, three sets of markers
 
 
+def test_runs_keep_their_colours():
+    found = report.colours(["a", "purified", *map(str, range(9))])
+    assert found["purified"] == report.COLOURS["purified"] and found["a"] != found["purified"]
+    assert list(found.values()).count(found["purified"]) == 1
+
+
 def test_uneven_records_are_named():
     for spoilt in (records()[:-1], [row for row in records() if (row["model"], row["problem"]) != ("base", 1)], []):
         with pytest.raises(ValueError, match=r"generations: expected the same problems and numbers of samples"):
