@@ -29,6 +29,7 @@ from trl_helpers import EOS, PAD, FixedTrainer, build
 from popsd_integrations.huggingface.packing import unpad
 
 TOLERANCE = 2e-3  # of the loss; float32 rounding in a product of two tails reaches 1e-4
+FLOOR = 1e-4  # nats: below it the 2e-8 that float32 logits leave in any loss would count as a share of nothing
 LARGEST = 50_000_000
 ROWS = [
     {
@@ -116,6 +117,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "minicpm3": {"dim_model_base": 16},
     "zaya": {"num_experts_per_tok": 1},
     "xmod": {"default_language": "en_XX"},
 }
@@ -188,7 +190,8 @@ class Judge(FixedTrainer):
         rows = {name: unpad(inputs[f"{key}_ids"], inputs[f"{key}_mask"]) for name, key in _KEYS.items()}
         expected = truth(self.model, rows, self.args)  # first: RWKV rescales its weights when the mode changes
         loss = super().compute_loss(model, inputs, *arguments, **options)
-        self.__dict__.setdefault("errors", []).append(abs(loss.item() / expected - 1))
+        error = abs(loss.item() - expected) / max(expected, FLOOR)
+        self.__dict__.setdefault("errors", []).append(error)
         return loss
 
 
@@ -240,6 +243,8 @@ def judge(model_type: str, folder: str, overrides: dict[str, Any] | None = None)
         model = tiny_model(model_type, overrides)
         with torch.no_grad():
             model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]])).logits[0].norm()
+    except TimeoutError:
+        raise
     except Exception as error:
         return Result("not built", _short(error))
     try:
@@ -253,6 +258,8 @@ def judge(model_type: str, folder: str, overrides: dict[str, Any] | None = None)
         trainer = build(folder, model=with_lora(model), rows=ROWS, cls=Judge, **options)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
+    except TimeoutError:
+        raise
     except Exception as error:
         return Result("refused", _short(error))
     worst = max(trainer.errors)
