@@ -255,7 +255,7 @@ ARROWS = {
         for x in ("huggingface", "torch_loop", "miniature", "plotting", "estimates", "diagnose")
     },
     "popsd_integrations.evaluate": {
-        f"popsd_integrations.{x}" for x in ("huggingface", "plotting", "estimates", "scoring", "evaluate")
+        f"popsd_integrations.{x}" for x in ("huggingface", "run_folder", "plotting", "estimates", "scoring", "evaluate")
     },
 }
 """Within a package: what a module may import of it. The longest name counts; what is not listed may import anything."""

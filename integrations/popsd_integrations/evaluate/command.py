@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from popsd_integrations.evaluate.settings import ENGINES, SamplingConfig, Task, seed_of
+from popsd_integrations.run_folder import exclusive
 
 if TYPE_CHECKING:  # the command line reads its options before it imports torch
     from popsd_integrations.evaluate.checkpoints import Checkpoint
@@ -134,11 +135,15 @@ def _checked(options: argparse.Namespace) -> Job:
 
 
 def _anew(options: argparse.Namespace) -> Outcome:
-    """Generate what is missing, and judge it as it comes."""
+    """Generate what is missing, and judge it as it comes. Raises ValueError where another evaluation is in the folder."""
+    job = _checked(options)
+    with exclusive(options.output_dir or Path("runs/evaluate")) as folder:
+        return _generated(job, options, folder)
+
+
+def _generated(job: Job, options: argparse.Namespace, folder: Path) -> Outcome:
     from popsd_integrations.evaluate import engines, generations
 
-    job = _checked(options)
-    folder = options.output_dir or Path("runs/evaluate")
     records = generations.open_folder(folder, job.config, options.scorer, job.checkpoints, job.tasks)
     batches = generations.plan(job.checkpoints, job.tasks, job.samples, job.batch_size)
     path = folder / generations.FILE
@@ -207,10 +212,9 @@ def _again(options: argparse.Namespace) -> Outcome:
         for record in records:
             judged.append(record | score(record["text"], record["expected"])._asdict())
             bar.update()
-    folder = options.output_dir or options.source.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    generations.write(folder / generations.FILE, judged)
-    generations.write_settings(folder, kept | {"scorer": options.scorer})
+    with exclusive(options.output_dir or options.source.parent) as folder:
+        generations.write(folder / generations.FILE, judged)
+        generations.write_settings(folder, kept | {"scorer": options.scorer})
     checkpoints = kept["checkpoints"]
     about = {
         "settings": kept["settings"],

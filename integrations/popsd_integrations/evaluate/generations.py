@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from popsd_integrations.evaluate.checkpoints import Checkpoint
 from popsd_integrations.evaluate.settings import SamplingConfig, Task
+from popsd_integrations.run_folder import write_whole
 
 FILE, SETTINGS = "generations.jsonl", "settings.json"
 Key = tuple[str, str, int, int]
@@ -66,9 +67,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Replace a file by these lines, at once."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(map(_line, records)), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, lambda file: file.write("".join(map(_line, records)).encode()))
 
 
 def append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -120,7 +119,6 @@ def open_folder(
                 f"output_dir: expected completions of the problems of {record['benchmark']}; problem {record['problem']} "
                 f"in {folder} is another one. Pass another output_dir."
             )
-    folder.mkdir(parents=True, exist_ok=True)
     known_checkpoints = {} if kept is None else kept["checkpoints"]
     known_checkpoints |= {x.label: {"run": x.run, "path": x.path, "weights": x.weights} for x in checkpoints}
     write_settings(folder, {"settings": config.plain(), "scorer": scorer, "checkpoints": known_checkpoints})
@@ -129,9 +127,7 @@ def open_folder(
 
 def write_settings(folder: Path, content: Mapping[str, Any]) -> None:
     """Replace settings.json at once."""
-    temporary = folder / f"{SETTINGS}.tmp"
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / SETTINGS)
+    write_whole(folder / SETTINGS, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from popsd_integrations.huggingface.frozen import AdapterOff, FrozenChecksum, Fr
 from popsd_integrations.huggingface.heads import is_sharded
 from popsd_integrations.huggingface.invariants import check_model
 from popsd_integrations.huggingface.prompts import Prompts
+from popsd_integrations.run_folder import write_whole
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
 
 T = TypeVar("T")
@@ -122,9 +122,8 @@ class FrozenWeightsCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.checksum is not None:
-            path = _path(args, state)
-            path.with_suffix(".tmp").write_text(json.dumps(self.checksum.values), encoding="utf-8")
-            os.replace(path.with_suffix(".tmp"), path)
+            values = self.checksum.values
+            write_whole(_path(args, state), lambda file: file.write(json.dumps(values).encode()))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.checksum is not None:
