@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+OPTIONAL = ("triton", "transformers", "trl", "peft", "accelerate", "datasets", "matplotlib")
 SOURCES = {
     "popsd": ROOT / "popsd",
     "popsd_kernels": ROOT / "kernels" / "popsd_kernels",
@@ -147,3 +148,35 @@ def test_the_command_runs_from_the_wheel(installed_wheel, tmp_path):
     for arguments in (["--help"], ["bench", "--help"]):
         out = run([sys.executable, "-m", "popsd_integrations.cli", *arguments], tmp_path, [installed_wheel])
         assert "usage: popsd" in out
+
+
+BLOCKED_RUN = f"""
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {OPTIONAL}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocked())
+try:
+    import transformers
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("the blocker does not block")
+
+import torch, popsd
+assert "torch._dynamo" not in sys.modules, "importing popsd loads torch's compiler, a second or two"
+streams = [torch.randn(5, 8, requires_grad=i == 0) for i in range(4)]
+out = popsd.linear_purified_jsd(popsd.HiddenStates(*streams), popsd.Head(torch.randn(33, 8)))
+out.loss.sum().backward()
+assert streams[0].grad.isfinite().all() and (out.loss > 0).all()
+import popsd_kernels
+assert not sys.modules.keys() & {set(OPTIONAL)}
+"""
+
+
+def test_core_runs_without_optional_packages(tmp_path):
+    run = subprocess.run([sys.executable, "-c", BLOCKED_RUN], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

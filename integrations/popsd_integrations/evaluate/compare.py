@@ -81,7 +81,9 @@ def run(folders: Sequence[str], output_dir: Path) -> int:
         body += "".join(map(report.side_by_side, problems))
     page, content = output_dir / "compare.html", output_dir / "comparison.json"
     page.write_text(report.page("popsd compare", body), encoding="utf-8")
-    content.write_text(json.dumps({"runs": list(folders), "tables": tables}, indent=1, ensure_ascii=False))
+    content.write_text(
+        json.dumps({"runs": list(folders), "tables": tables}, indent=1, ensure_ascii=False), encoding="utf-8"
+    )
     print("\n\n".join([*map(report.aligned, tables), "\n".join(f"* {note}" for note in NOTES)]) + "\n")
     print("Written: " + ", ".join(map(str, (page, content, *plots))))
     return 0
