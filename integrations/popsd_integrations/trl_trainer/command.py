@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
-from datasets import load_dataset
+from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import (
@@ -30,7 +30,7 @@ from trl import (
 from popsd.engine.workspace import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB
 from popsd_integrations.huggingface.objective import needed_contexts
 from popsd_integrations.huggingface.prompts import ContextBuilder, thinking_states
-from popsd_integrations.trl_trainer.dataset import SOLUTION_COLUMNS, WRONG_COLUMN, problem_of
+from popsd_integrations.trl_trainer.dataset import SOLUTION_COLUMNS, WRONG_COLUMN, RowCheck, problem_of
 from popsd_integrations.trl_trainer.guards import newest_whole_checkpoint
 from popsd_integrations.trl_trainer.trainer import PurifiedOPSDConfig, PurifiedOPSDTrainer
 
@@ -52,7 +52,10 @@ class TrainArguments(ScriptArguments):
     )
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Print the first example's prompts as tokenised and the memory plan, and stop."},
+        metadata={
+            "help": "Print the first example's prompts as tokenised, the memory plan and what max_prompt_length drops, "
+            "and stop."
+        },
     )
 
 
@@ -95,8 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             revision=model_args.model_revision,
             trust_remote_code=args.trust_remote_code,
         )
+        student = without_weights(model_args.model_name_or_path, args)
         print(describe_prompts(first, tokenizer, args))
-        print(memory_plan(model_args.model_name_or_path, args, peft_config))
+        print(memory_plan(student, args, peft_config))
+        for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if rows is not None:
+                print(f"=== {describe_rows(rows, name, tokenizer, student, args)}")
         return 0
     trainer = PurifiedOPSDTrainer(
         model=model_args.model_name_or_path,
@@ -216,8 +223,16 @@ def _printable(text: str) -> str:
     return "".join(x if x in "\n\t" or unicodedata.category(x) not in ("Cc", "Cf") else ascii(x)[1:-1] for x in text)
 
 
-def memory_plan(model: str, args: PurifiedOPSDConfig, peft_config: Any) -> str:
-    """What one process holds beside activations and the generation cache, before any sharding. No weight is loaded."""
+def describe_rows(rows: Any, name: str, tokenizer: Any, student: Any, args: PurifiedOPSDConfig) -> str:
+    """What max_prompt_length does to the data. Raises ValueError on a row that training would refuse."""
+    if isinstance(rows, IterableDataset):
+        return f"{name}: a stream, whose problems are looked at as they come"
+    contexts = ContextBuilder(tokenizer, args.context_config(), text_as_chat=False)
+    return str(RowCheck(contexts, student, args).kept(rows, name)[1])
+
+
+def without_weights(model: str, args: PurifiedOPSDConfig) -> Any:
+    """The student, of sizes alone: no weight is loaded."""
     kwargs = dict(args.model_init_kwargs or {})
     config = AutoConfig.from_pretrained(
         model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
@@ -225,10 +240,16 @@ def memory_plan(model: str, args: PurifiedOPSDConfig, peft_config: Any) -> str:
     dtype = kwargs.get("dtype") or "float32"
     dtype = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
     with torch.device("meta"):
-        student = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        if peft_config is not None:
-            from peft import get_peft_model
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
+
+def memory_plan(student: Any, args: PurifiedOPSDConfig, peft_config: Any) -> str:
+    """What one process holds beside activations and the generation cache, before any sharding."""
+    config, dtype = student.config, student.dtype
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        with torch.device("meta"):
             student = get_peft_model(student, peft_config)
     trained = [p for p in student.parameters() if p.requires_grad]
     weights, trained_bytes = (sum(p.numel() * p.itemsize for p in x) for x in (student.parameters(), trained))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
 
@@ -60,6 +60,23 @@ def check_columns(dataset: Any, name: str, args: PurifiedOPSDConfig) -> None:
         )
 
 
+class Counted(NamedTuple):
+    """What a limit of ``allowed`` tokens does to the rows of a dataset. longest: tokens of the longest prompt that stays."""
+
+    name: str
+    rows: int
+    dropped: int
+    truncated: int
+    longest: int
+    allowed: int | None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: of {self.rows} problems {self.dropped} are dropped and {self.truncated} have their solution cut, "
+            f"for prompts longer than max_prompt_length={self.allowed}. The longest that stays has {self.longest} tokens."
+        )
+
+
 class RowCheck:
     """Whether rows become prompts that fit ``model`` together with the longest completion."""
 
@@ -94,25 +111,33 @@ class RowCheck:
                 )
             check = self if self.args.on_overflow == "drop" else self._counting_apart()
             return dataset.filter(lambda row, index: check._keeps(row, f"{name}, row {index}"), with_indices=True)
+        keep, counted = self.kept(dataset, name)
+        if counted.dropped or counted.truncated:
+            logger.warning(counted)
+        return dataset if len(keep) == len(dataset) else dataset.select(keep)
+
+    def kept(self, dataset: Dataset, name: str) -> tuple[list[int], Counted]:
+        """The rows that are trained on, and what max_prompt_length does to the others. Raises ValueError as `dataset` does."""
         own = self._counting_apart()
         keep: list[int] = []
         shown: Prompts | None = None
+        longest = 0
         for index, row in enumerate(dataset):
             where = f"{name}, row {index}"
             prompts = own.prompts(_problem(row, where), where)
             if prompts is not None:
                 keep.append(index)
                 shown = shown or prompts
-        dropped, truncated = own.contexts.dropped, own.contexts.truncated
+                longest = max(longest, *map(len, prompts))
+        counted = Counted(
+            name, len(dataset), own.contexts.dropped, own.contexts.truncated, longest, self.args.max_prompt_length
+        )
         if not keep:
-            raise ValueError(f"{name}: expected at least one usable row; {dropped} of {len(dataset)} were dropped.")
-        self._warn_of_thinking(shown)
-        if dropped or truncated:
-            logger.warning(
-                f"{name}: of {len(dataset)} problems {dropped} were dropped and {truncated} have their "
-                f"solution cut, for prompts longer than max_prompt_length={self.args.max_prompt_length}."
+            raise ValueError(
+                f"{name}: expected at least one usable row; {counted.dropped} of {len(dataset)} were dropped."
             )
-        return dataset if len(keep) == len(dataset) else dataset.select(keep)
+        self._warn_of_thinking(shown)
+        return keep, counted
 
     def _keeps(self, row: Mapping[str, Any], where: str) -> bool:
         return self.prompts(_problem(row, where), where) is not None

@@ -74,6 +74,27 @@ def test_a_dry_run_prints_prompts_and_memory_and_trains_nothing(work, capsys):
     assert "copy of the initial weights" in capsys.readouterr().out
 
 
+def test_a_dry_run_counts_what_a_length_limit_does_to_the_data(work, capsys):
+    """Of the split that is trained on and of the one for evaluation; a row that training would refuse is named."""
+    rows = [{"problem": "1", "answer": "1 " * length} for length in (4, 5, 9)]
+    for split, kept in (("train", rows), ("test", rows[1:])):
+        (work / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    flags = ["train", "--config", str(work / "config.yaml"), "--dry_run", "true", "--eval_strategy", "steps"]
+    flags += ["--eval_steps", "1"]
+    limit = ["--max_prompt_length", "11"]
+    assert cli.main([*flags, *limit, "--on_overflow", "drop"]) == 0
+    printed = capsys.readouterr().out
+    assert "=== train_dataset: of 3 problems 1 are dropped and 0 have their solution cut" in printed
+    assert "=== eval_dataset: of 2 problems 1 are dropped and 0 have" in printed
+    assert "longer than max_prompt_length=11. The longest that stays has 11 tokens." in printed
+    assert cli.main([*flags, *limit, "--on_overflow", "truncate"]) == 0
+    assert "=== train_dataset: of 3 problems 0 are dropped and 1 have" in capsys.readouterr().out
+    assert cli.main([*flags, *limit]) == 2
+    assert "train_dataset, row 2: max_prompt_length: expected prompts of at most 11" in capsys.readouterr().err
+    assert cli.main([*flags, "--dataset_streaming", "true"]) == 0
+    assert "=== train_dataset: a stream, whose problems are looked at as they come" in capsys.readouterr().out
+
+
 def test_help_names_the_options_of_the_method(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--help"])

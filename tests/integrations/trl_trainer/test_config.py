@@ -59,7 +59,7 @@ LONG = {"prompt": "Q 1 2 A", "privileged_context": "1 2 3 4 5 6 7 8 9"}
 def test_prompts_too_long_are_dropped_and_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = build(tmp_path, rows=[LONG, *ROWS], max_prompt_length=12, on_overflow="drop", max_steps=2)
-    assert "of 9 problems 1 were dropped" in caplog.text
+    assert "of 9 problems 1 are dropped and 0 have their solution cut" in caplog.text
     assert [row["prompt"] for row in trainer.train_dataset] == [row["prompt"] for row in ROWS]
     trainer.train()
     stream = IterableDataset.from_generator(lambda: iter([LONG, *ROWS]))
