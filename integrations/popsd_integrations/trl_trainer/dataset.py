@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
@@ -116,14 +117,21 @@ class RowCheck:
             logger.warning(counted)
         return dataset if len(keep) == len(dataset) else dataset.select(keep)
 
+    def first(self, dataset: Any, name: str, count: int) -> list[Prompts]:
+        """The prompts of the first rows that are not dropped, at most ``count``. Raises ValueError on one that is no good."""
+        if isinstance(dataset, dict):
+            return [prompts for key, part in dataset.items() for prompts in self.first(part, f"{name}[{key!r}]", count)]
+        own = self._counting_apart()
+        built = (own.prompts(_problem(row, where), where) for row, where in _numbered(dataset, name))
+        return list(islice((prompts for prompts in built if prompts is not None), count))
+
     def kept(self, dataset: Dataset, name: str) -> tuple[list[int], Counted]:
         """The rows that are trained on, and what max_prompt_length does to the others. Raises ValueError as `dataset` does."""
         own = self._counting_apart()
         keep: list[int] = []
         shown: Prompts | None = None
         longest = 0
-        for index, row in enumerate(dataset):
-            where = f"{name}, row {index}"
+        for index, (row, where) in enumerate(_numbered(dataset, name)):
             prompts = own.prompts(_problem(row, where), where)
             if prompts is not None:
                 keep.append(index)
@@ -155,6 +163,10 @@ class RowCheck:
                 f"The prompts end in different thinking states: {states}. The completion's first tokens then mean "
                 "something else to each. Set the same chat_template_kwargs, or skip_first_tokens."
             )
+
+
+def _numbered(dataset: Any, name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    return ((row, f"{name}, row {index}") for index, row in enumerate(dataset))
 
 
 def _problem(row: Mapping[str, Any], where: str) -> Problem:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -145,17 +144,17 @@ class PurifiedOPSDTrainer(GuardedTrainer):
                 )
             self._ema = EMA(self.model, args.ema_decay)
             self.add_callback(EMACallback(self._ema))
-        self._side = self._checked_model(own_teacher)
+        self._side = self._checked_model(data, own_teacher)
         self.add_callback(FrozenWeightsCallback(self._frozen_source))
         if args.plot_metrics:
             self.add_callback(PlotMetrics())
 
-    def _checked_model(self, own_teacher: bool) -> str:
-        """The padding side that `check_model` finds exact. own_teacher: of frozen weights that are not the student's."""
-        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-        builder = ContextBuilder(self.processing_class, self._contexts.config, text_as_chat=False)  # counts for itself
-        built = [x for row in islice(dataset or (), 2) if (x := builder.build(problem_of(row))) is not None]
+    def _checked_model(self, data: Mapping[str, Any], own_teacher: bool) -> str:
+        """The padding side that `check_model` finds exact. data: as given; a stream that drops rows would count them here.
+
+        own_teacher: of frozen weights that are not the student's.
+        """
+        built = [prompts for name, dataset in data.items() for prompts in self._rows.first(dataset, name, 2)][:2]
         self.model.train()  # as it will be
         source, pad = self._frozen_source(), self.processing_class.pad_token_id
         return agreed(self.accelerator, lambda: exact_side(self.model, source, built, pad, own_teacher))
