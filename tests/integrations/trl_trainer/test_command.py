@@ -154,7 +154,9 @@ def test_a_misspelt_key_in_the_file_is_refused(work, capsys):
     assert "pmi_bta" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted([*EXAMPLES.glob("*.yaml"), *EXAMPLES.glob("reproduce/*.yaml")]), ids=lambda path: path.name
+)
 def test_examples_are_valid(path, tmp_path):
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
