@@ -86,7 +86,9 @@ def paired_difference(
     return bootstrap(differences, level=level, seed=seed)
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float], *, level: float = LEVEL, seed: int = 0) -> Interval:
+def ratio(
+    numerators: Sequence[float], denominators: Sequence[float], *, level: float = LEVEL, seed: int = 0
+) -> Interval:
     """Σ numerators / Σ denominators, where each pair is of one problem or completion, and pairs are what is resampled.
 
     The bootstrap is of what the ratio loses without each pair (the jackknife). The interval is then as wide as Student's t of

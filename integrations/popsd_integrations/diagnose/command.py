@@ -1,4 +1,4 @@
-"""``popsd diagnose``: what a training configuration would teach, or the miniature's; prints sentence and table, writes files."""
+"""``popsd diagnose``: what a training configuration would teach, or the miniature; prints a sentence and a table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ All options of popsd train are taken too, and mean the same: with --config train
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that ``popsd train`` has not; its own are left over, and read by its own parser."""
     parser.epilog = HELP
-    parser.add_argument("--completions", type=int, help="to sample, one for each of so many random rows (32; miniature 256)")
+    parser.add_argument(
+        "--completions", type=int, help="to sample, one for each of so many random rows (32; miniature 256)"
+    )
     parser.add_argument("--diagnose_dir", type=Path, help="where files go (diagnose in output_dir; runs/diagnose)")
     parser.add_argument("--cache_dir", type=Path, help="where warm-ups of the miniature are kept (XDG cache, popsd/)")
 
@@ -78,7 +80,10 @@ def _miniature(completions: int, cache_dir: Path, folder: Path) -> Setting:
     problems = [puzzle.problem for puzzle in draw_puzzles(completions, "test", seed=0)]
     prompts = ContextBuilder(tokenizer, MINIATURE_CONTEXTS).build_all(problems)
     config = DiagnoseConfig(
-        completions=completions, max_new_tokens=MAX_NEW_TOKENS, markers=EpistemicMarkers(MINIATURE_MARKERS), batch_size=64
+        completions=completions,
+        max_new_tokens=MAX_NEW_TOKENS,
+        markers=EpistemicMarkers(MINIATURE_MARKERS),
+        batch_size=64,
     )
     about = {
         "Model": "the miniature of popsd demo after its warm-up",

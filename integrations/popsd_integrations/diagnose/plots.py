@@ -80,7 +80,12 @@ def _line(axis: Any, points: Sequence[dict[str, Any]], name: str, dashes: str, c
     band = [(place, x) for place, x in zip(places, found, strict=True) if x.low is not None]
     if band:
         axis.fill_between(
-            [place for place, _ in band], [x.low for _, x in band], [x.high for _, x in band], color=color, alpha=0.15, lw=0
+            [place for place, _ in band],
+            [x.low for _, x in band],
+            [x.high for _, x in band],
+            color=color,
+            alpha=0.15,
+            lw=0,
         )
 
 
@@ -99,9 +104,7 @@ def heatmap(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     axis.set_xlim(0, _COLUMNS)
     axis.set_ylim(lines + 1.7, 0)
     axis.set_axis_off()
-    title = (
-        f"Completion {rows[0]['completion']}: blue tokens gain probability under the target, orange ones lose"
-    )
+    title = f"Completion {rows[0]['completion']}: blue tokens gain probability under the target, orange ones lose"
     axis.set_title(title, fontsize=10, loc="left")
     return save(drawn, path)
 

@@ -68,7 +68,9 @@ def table(diagnosis: Diagnosis) -> str:
     """The same as aligned text, with what is to be known of the markers."""
     rows = marker_rows(diagnosis)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([x[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(x[1:], widths[1:], strict=True))]) for x in rows]
+    lines = [
+        "  ".join([x[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(x[1:], widths[1:], strict=True))]) for x in rows
+    ]
     return "\n".join([*lines, *([f"* {diagnosis.note}."] if diagnosis.note else [])])
 
 
@@ -164,5 +166,6 @@ counts in the loss. The intervals are over completions, each marker by itself: o
 expected to miss. All markers together under the teacher: {teacher}.</p>{markers}{note}
 <h2>Measures</h2><p>Means per completion token. π_0 is the base, π_T the teacher.</p>{measures}{images}
 <h2>The completions that change most</h2><p>Colour: how much probability the token gains or loses under the target; hold the
-pointer over a token for the numbers. Struck through: not in the loss.</p><p class="scale">{scale}</p>{completions}</body></html>
+pointer over a token for the numbers. Struck through: not in the loss.</p><p class="scale">{scale}</p>{completions}
+</body></html>
 """

@@ -135,7 +135,10 @@ def summarise(
             "masks, skip_first_tokens: expected a token that counts in the loss; got none. Leave fewer tokens out."
         )
     words = {word: (word,) for word in markers.ids} | {"all": markers.summed}
-    plain = dataclasses.asdict(config) | {"contexts": config.contexts, "watched": {x: list(y) for x, y in markers.ids.items()}}
+    plain = dataclasses.asdict(config) | {
+        "contexts": config.contexts,
+        "watched": {x: list(y) for x, y in markers.ids.items()},
+    }
     return Diagnosis(
         tokens,
         {word: _moves(table, of, config.margin) for word, of in words.items()},
@@ -178,10 +181,10 @@ class _Table:
 
 
 def _moves(table: _Table, words: tuple[str, ...], margin: float) -> dict[str, Any]:
-    sums = {context: sum(table.sums(f"{context}/{word}") for word in words) for context in CONTEXTS}
+    sums = {x: np.sum([table.sums(f"{x}/{word}") for word in words], axis=0) for x in CONTEXTS}
     found: dict[str, Any] = {context: float(x.sum() / table.tokens.sum()) for context, x in sums.items()}
     for name, context in (("change", "target"), ("teacher_change", "teacher")):
-        found[name] = ratio(sums[context], sums["base"]) if sums["base"].sum() > 0 else None  # type: ignore[arg-type]
+        found[name] = ratio(sums[context].tolist(), sums["base"].tolist()) if sums["base"].sum() > 0 else None
     return found | {"verdict": verdict(found["change"], margin)}
 
 

@@ -43,7 +43,9 @@ def read(given: Sequence[str], completions: int, folder: Path | None) -> Setting
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=init.get("revision") or "main", trust_remote_code=args.trust_remote_code
         )
-        prompts, rows = _prompts(dataset, ContextBuilder(tokenizer, args.context_config(), text_as_chat=False), args, completions)
+        prompts, rows = _prompts(
+            dataset, ContextBuilder(tokenizer, args.context_config(), text_as_chat=False), args, completions
+        )
         model = create_model_from_path(
             name,
             trust_remote_code=args.trust_remote_code,
@@ -83,9 +85,9 @@ def _config(args: PurifiedOPSDConfig, tokenizer: Any, completions: int) -> Diagn
         completions=completions,
         batch_size=args.per_device_train_batch_size,
         max_new_tokens=args.max_completion_length,
-        temperature=(args.generation_kwargs or {}).get("temperature", args.temperature),
+        temperature=float({"temperature": args.temperature, **(args.generation_kwargs or {})}["temperature"]),
         loss_target=args.loss_target,
-        loss=loss.config,  # type: ignore[arg-type]
+        loss=loss.config,
         masks=loss.masks,
         markers=args.epistemic_markers(),
         seed=args.seed,
@@ -104,9 +106,7 @@ def _some(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _prompts(
-    dataset: Any, builder: ContextBuilder, args: PurifiedOPSDConfig, count: int
-) -> tuple[list[Prompts], str]:
+def _prompts(dataset: Any, builder: ContextBuilder, args: PurifiedOPSDConfig, count: int) -> tuple[list[Prompts], str]:
     """Prompts of ``count`` random rows and which rows these are, in words. Rows that training drops are passed over."""
     prompts: list[Prompts] = []
     places = []

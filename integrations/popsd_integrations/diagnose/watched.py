@@ -19,7 +19,7 @@ class Watched(NamedTuple):
 
     @property
     def summed(self) -> tuple[str, ...]:
-        """The markers that "all" is the sum of. First pieces begin other words too, so they count only where nothing else is."""
+        """The markers that "all" is the sum of. First pieces begin other words too, and count only where there is no other."""
         return tuple(word for word in self.ids if word not in self.pieces) or tuple(self.ids)
 
     @property

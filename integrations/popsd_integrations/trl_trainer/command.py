@@ -101,7 +101,11 @@ def read_options(
     """
     parser = TrlParser((TrainArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig), prog="popsd train")
     if (not trains or _is_dry(given)) and not torch.accelerator.is_available():
-        given = [*given, "--use_cpu", "true"]  # transformers refuses bf16 without a GPU, and nothing will be trained here
+        given = [
+            *given,
+            "--use_cpu",
+            "true",
+        ]  # transformers refuses bf16 without a GPU, and nothing will be trained here
     script, args, model_args, mixture = parser.parse_args_and_config(list(given))
     if not model_args.model_name_or_path:
         raise ValueError(

@@ -24,7 +24,7 @@ from popsd_integrations.diagnose import command, measure, report
 from popsd_integrations.diagnose.measure import DiagnoseConfig, diagnose
 from popsd_integrations.diagnose.plots import SCALE, colour
 from popsd_integrations.diagnose.summary import CANNOT_TELL, CONTEXTS, Diagnosis, needed, verdict
-from popsd_integrations.diagnose.watched import Watched, watched
+from popsd_integrations.diagnose.watched import Watched
 from popsd_integrations.estimates import Interval
 from popsd_integrations.huggingface.heads import head_from_model
 from popsd_integrations.huggingface.prompts import ContextBuilder
@@ -91,7 +91,11 @@ def test_padding_goes_where_the_model_does_not_see_it(diagnosis, monkeypatch):
 def test_other_targets_are_composed_as_training_composes_them():
     """The columns of the target, of the loss and of what is moved; the reference is not part of the last three."""
     mix = TargetConfig(target="arithmetic_mix", numbers=(0.3,))
-    for name, loss in (("opsd", PurifiedConfig()), ("beta_opsd", PurifiedConfig(pmi_beta=2.0)), ("arithmetic_mix", mix)):
+    for name, loss in (
+        ("opsd", PurifiedConfig()),
+        ("beta_opsd", PurifiedConfig(pmi_beta=2.0)),
+        ("arithmetic_mix", mix),
+    ):
         row = run(loss_target=name, loss=loss).tokens[5]
         base, teacher = row["base/wait"], row["teacher/wait"]
         if name == "opsd":
@@ -207,39 +211,6 @@ def test_the_sentence_says_where_the_markers_go(change, direction, words):
     assert ("about 150 completions would tell" in found.sentence) == (direction == CANNOT_TELL)
 
 
-class Splitting:
-    """Writes words in pieces of at most four letters; a space stands before a piece that begins a word."""
-
-    all_special_ids = (0,)
-    pieces = ("<s>", "wait", " wait", "perh", " perh", "aps", "Perh", "zeb", "ra", "a")
-
-    def __len__(self):
-        return len(self.pieces)
-
-    def decode(self, ids, skip_special_tokens=False):
-        return "".join(self.pieces[token] for token in ids if not (skip_special_tokens and token == 0))
-
-    def __call__(self, text, add_special_tokens=False):
-        ids = []
-        while text:
-            piece = max((x for x in self.pieces if text.startswith(x)), key=len, default=None)
-            ids.append(0 if piece is None else self.pieces.index(piece))
-            text = text[len(piece or text) :]
-        return {"input_ids": ids}
-
-
-def test_a_split_marker_is_measured_by_its_first_piece_and_that_is_said():
-    found = watched(EpistemicMarkers(("perhaps", "wait", "hmm", "wait a moment")), Splitting())
-    assert found.ids == {"perhaps": (3, 4, 6), "wait": (1, 2)} and found.left_out == ["hmm", "wait a moment"]
-    assert found.summed == ("wait",), "first pieces begin other words too"
-    assert "perhaps is several tokens here and is measured by its first ('perh', ' perh', 'Perh')" in found.note
-    assert found.note.endswith("sums are of wait; this tokenizer has no token for hmm, wait a moment")
-    assert watched(EpistemicMarkers(("perhaps",)), Splitting()).summed == ("perhaps",)
-    assert watched(MARKERS, TOKENIZER).note == ""
-    with pytest.raises(ValueError, match=r"markers: expected a marker that this tokenizer can write; got \['hmm'\]"):
-        watched(EpistemicMarkers(("hmm",)), Splitting())
-
-
 def test_sampling_leaves_the_callers_random_state_and_modes_alone():
     model = tiny().train()
     torch.manual_seed(5)
@@ -288,7 +259,14 @@ def test_files(diagnosis, tmp_path):
     assert "<i>" not in text
     shown = report.ranked(diagnosis)[: report.SHOWN_IN_HTML]
     assert page.spans == sum(map(len, shown)) + len(SCALE) and "<b>&$" not in text
-    for said in ("<i>a", "b & <i>", "popsd <i>", "today", "<i>note", *diagnosis.completions[shown[0][0]["completion"]].values()):
+    for said in (
+        "<i>a",
+        "b & <i>",
+        "popsd <i>",
+        "today",
+        "<i>note",
+        *diagnosis.completions[shown[0][0]["completion"]].values(),
+    ):
         assert html.escape(said) in text
     assert "+0.50" in text and "95 % interval" in text, "a scale for the colours, and intervals"
     assert page.sources and all(source.startswith("data:") for source in page.sources), "self-contained"

@@ -88,12 +88,9 @@ def test_prompts_target_and_sampling_are_those_of_training(config, tmp_path, mon
     assert setting.config.loss.vocab_size == 20 and setting.config.loss.temperature == 0.7
     assert (setting.config.loss_target, setting.config.max_new_tokens, setting.config.batch_size) == ("beta_opsd", 5, 4)
     assert setting.model.dtype == torch.bfloat16 and setting.folder == tmp_path / "out" / "diagnose"
-    written = {
-        tuple(build_tokenizer().decode(ids) for ids in row) for row in setting.prompts
-    }
-    row = ROWS[5]
-    expected = (f"Q {row['problem']} A", f"Q {row['problem']} R {row['answer']} OK A CHECK", f"Q R {row['answer']} OK A CHECK")
-    assert expected in written and len(written) == 8
+    written = {tuple(build_tokenizer().decode(ids) for ids in row) for row in setting.prompts}
+    hint = f"R {ROWS[5]['answer']} OK A A CHECK"  # the template's A, the chat template's, and what enable_thinking adds
+    assert (f"Q {ROWS[5]['problem']} A", f"Q {ROWS[5]['problem']} {hint}", f"Q {hint}") in written and len(written) == 8
     assert setting.generate.keywords == {"top_p": 1.0, "top_k": 3, "repetition_penalty": 1.0}
     counted = setting.token_weights(torch.ones(1, 3, dtype=torch.bool))
     assert counted.tolist() == [[False, True, True]]
@@ -142,7 +139,9 @@ def test_rows_that_training_drops_are_passed_over_and_counted(config, folder, tm
     long = {"dataset_name": str(tmp_path / "long.jsonl"), "max_prompt_length": 20}
     setting = read(config(**long, on_overflow="drop"))
     assert len(setting.prompts) == 4 and "4 more were dropped as too long" in setting.about["Data"]
-    with pytest.raises(ValueError, match=r"train_dataset, row \d: max_prompt_length: expected prompts of at most 20 tokens"):
+    with pytest.raises(
+        ValueError, match=r"train_dataset, row \d: max_prompt_length: expected prompts of at most 20 tokens"
+    ):
         read(config(**long))
     streamed = ["--dataset_streaming", "true", "--on_overflow", "drop"]
     assert len(read(config(**long), *streamed, completions=2).prompts) == 2
@@ -160,7 +159,12 @@ def test_the_command(config, tmp_path, capsys):
     content = json.loads((tmp_path / "out" / "diagnose" / "diagnosis.json").read_text())
     assert content["config"]["loss"]["target"] == name and content["means"]["tokens"][0] <= 30
     page = (tmp_path / "out" / "diagnose" / "report.html").read_text(encoding="utf-8")
-    for said in (f"loss_target {name}", "data.jsonl", "6 rows drawn with seed 3", "model, torch.float32 weights, torch.bfloat16"):
+    for said in (
+        f"loss_target {name}",
+        "data.jsonl",
+        "6 rows drawn with seed 3",
+        "model, torch.float32 weights, torch.bfloat16",
+    ):
         assert said in page, said
     assert "Command" in page and "Date" in page and "R 0 WAIT" in page
 
@@ -170,9 +174,11 @@ def test_the_command(config, tmp_path, capsys):
     [
         (["--pmi_bta", "1"], "pmi_bta"),
         (["--prompt_column", "question"], "expected columns of ['problem', 'answer']; got ['question']"),
-        (["--dataset_train_split", "all"], "dataset_train_split: expected one of the splits ['train']; got 'all'"),
         (["--markers", "zebra"], "markers: expected a marker that this tokenizer can write; got ['zebra']"),
-        (["--model_name_or_path", "/nowhere"], "model_name_or_path: expected a hub name or a local path; got '/nowhere'"),
+        (
+            ["--model_name_or_path", "/nowhere"],
+            "model_name_or_path: expected a hub name or a local path; got '/nowhere'",
+        ),
         (["--cache_dir", "x"], "cache_dir: expected none with a model to measure"),
         (["--loss_target", "nothing"], "loss_target: expected one of"),
     ],
