@@ -74,7 +74,7 @@ MEASURES += ("teacher_base_kl", "overlap", "overlap_advantage", "fork/target_bas
 
 
 def run(style: str, masks: str, seeds: list[int], folder: Path, known: dict[str, Any] | None) -> dict[str, Any]:
-    """One case. The miniature's data are written in this style meanwhile. known: what training did, where it is not repeated."""
+    """One case. The miniature's data are written in this style meanwhile. known: what training did, if it did before."""
     config, of, write = ExperimentConfig(loss=PurifiedConfig(**MASKS[masks])), STYLES[style], task.write_completion
     terse = {name: task.STYLES[name]._replace(terse=getattr(of, name)) for name in ("teacher", "reference")}
     written = write if of.token else lambda *a: [token for token in write(*a) if token != TOKEN_ID["SO"]]
