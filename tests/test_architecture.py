@@ -253,6 +253,9 @@ ARROWS = {
         f"popsd_integrations.{x}"
         for x in ("huggingface", "torch_loop", "miniature", "plotting", "estimates", "diagnose")
     },
+    "popsd_integrations.diagnose.training": {
+        f"popsd_integrations.{x}" for x in ("huggingface", "trl_trainer", "diagnose")
+    },
     "popsd_integrations.evaluate": {
         f"popsd_integrations.{x}" for x in ("huggingface", "run_folder", "plotting", "estimates", "scoring", "evaluate")
     },

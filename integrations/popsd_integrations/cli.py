@@ -16,7 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="popsd", description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands.add_parser("demo", help="watch OPSD destroy a small reasoner and the purified loss keep it"))
-    _add_diagnose(commands.add_parser("diagnose", help="what the purified target would change, before any training"))
+    _add_diagnose(
+        commands.add_parser("diagnose", help="what a target would change, before any training", allow_abbrev=False)
+    )
     _add_evaluate(commands.add_parser("evaluate", help="accuracy and markers of a base model and its checkpoints"))
     _add_compare(commands.add_parser("compare", help="runs beside one another: curves, differences, completions"))
     train = commands.add_parser(
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="what is installed, who would compute, and whether it is right")
     doctor.set_defaults(run=_doctor)
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.run not in (_train, _bench):
+    if rest and options.run not in (_train, _bench, _diagnose):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     try:

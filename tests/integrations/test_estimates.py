@@ -9,6 +9,7 @@ from popsd_integrations.estimates import (
     majority,
     paired_difference,
     pass_at_k,
+    ratio,
     sampling_error,
     selection_gain,
     student_quantile,
@@ -44,6 +45,32 @@ def test_intervals_of_the_mean_of_benchmarks():
     assert (found.high - found.low) / (alone.high - alone.low) == pytest.approx(0.5, abs=0.06)
     assert bootstrap([[0.0] * 29 + [1.0]], within=(0, 1)).low == 0
     assert bootstrap(groups) == found != bootstrap(groups, seed=1)
+
+
+def completions(rng, count, spread):
+    """Markers' probability under base and target, summed over completions whose lengths differ. The ratio is 1.04."""
+    base = rng.lognormal(5, spread, count) * rng.gamma(2, 0.005, count)
+    return base * rng.normal(1.04, 0.2, count), base
+
+
+@pytest.mark.parametrize(
+    ("count", "spread", "repetitions"),
+    [(24, 0.6, 150), *(pytest.param(n, s, 1200, marks=pytest.mark.slow) for n in (12, 24, 64) for s in (0.1, 0.6))],
+)
+def test_intervals_of_a_ratio_cover_what_they_promise(count, spread, repetitions):
+    rng, hits = np.random.default_rng(1), 0
+    for repetition in range(repetitions):
+        found = ratio(*completions(rng, count, spread), seed=repetition)
+        hits += found.low <= 1.04 <= found.high
+    assert abs(hits / repetitions - 0.95) <= 0.02 + 1.5 * math.sqrt(0.05 * 0.95 / repetitions)
+
+
+def test_a_ratio_counts_by_the_denominator():
+    found = ratio([1.0, 30.0], [1.0, 10.0])
+    assert found.mean == 31 / 11 and found.low < 31 / 11 < found.high
+    assert ratio([2.0], [4.0]) == (0.5, None, None) and ratio([3.0, 0.0], [4.0, 0.0]).low is None
+    with pytest.raises(ValueError, match=r"denominators: expected a positive sum; got 0"):
+        ratio([1.0], [0.0])
 
 
 def test_what_cannot_be_estimated_has_no_interval():

@@ -1,4 +1,4 @@
-"""The pre-flight check: which way the purified target would move the epistemic markers, before any training."""
+"""The pre-flight check: which way a target would move the epistemic markers, before any training."""
 
 from __future__ import annotations
 

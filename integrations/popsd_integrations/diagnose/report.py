@@ -1,4 +1,4 @@
-"""A diagnosis as files: JSON, CSV, plots, and a page with completions coloured by what the target would change."""
+"""A diagnosis as files: JSON, CSV, plots, and a page that loads nothing. Whatever comes from models and data is escaped."""
 
 from __future__ import annotations
 
@@ -9,66 +9,69 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from popsd_integrations.diagnose.measure import CONTEXTS, Diagnosis
-from popsd_integrations.plotting import (
-    BLUE,
-    COLOURS,
-    LINE,
-    TEXT,
-    VERMILLION,
-    data_uri,
-    figure,
-    legend,
-    rgb,
-    save,
-    style,
-)
+from popsd_integrations.diagnose import plots
+from popsd_integrations.diagnose.plots import SCALE, changed, colour
+from popsd_integrations.diagnose.summary import CANNOT_TELL, CONTEXTS, Diagnosis, times
+from popsd_integrations.estimates import Interval
+from popsd_integrations.plotting import data_uri
 
-UP, DOWN = rgb(BLUE), rgb(VERMILLION)
-HEAT_COLUMNS, HEAT_TOKENS = 16, 256
 SHOWN_IN_HTML = 4
+MEASURES = {
+    "mass_moved": "probability mass that the target moves, ½·Σ|target − π_0|",
+    "target_base_kl": "KL(target‖π_0), nats",
+    "reference_fraction": "‖Δ_ref‖/‖Δ_total‖, arXiv 2607.02234, capped at 10",
+    "weighted_reference_fraction": "the same, weighted by π_0",
+    "cos_total_transferable": "cos(Δ_total, Δ_it)",
+    "teacher_base_kl": "KL(π_T‖π_0), nats",
+    "overlap": "share of π_T's 16 likeliest tokens that are π_0's too, arXiv 2604.13016",
+    "overlap_advantage": "mean of −π_T·(log π_T − log π_0) over these, arXiv 2604.13016",
+    "fork/target_base_kl": "KL(target‖π_0) at the 20 % of tokens where π_0 has most entropy",
+    "fork/entropy_gained": "entropy of the target less that of π_0, at the same tokens",
+}
 
 
 def write(diagnosis: Diagnosis, folder: Path) -> list[Path]:
     """Write diagnosis.json, tokens.csv, report.html and, where matplotlib is there, curves.png and heatmap.png."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "diagnosis.json", folder / "tokens.csv"]
-    content = {
-        "sentence": diagnosis.sentence,
-        "direction": diagnosis.direction,
-        "change": diagnosis.change,
-        "markers": diagnosis.markers,
-        "means": diagnosis.means,
-        "positions": diagnosis.positions,
-        "config": diagnosis.config,
-    }
-    paths[0].write_text(json.dumps(content, indent=1), encoding="utf-8")
+    content = {name: getattr(diagnosis, name) for name in ("sentence", "direction", "change", "markers", "means")}
+    content |= {name: getattr(diagnosis, name) for name in ("positions", "note", "about", "completions", "config")}
+    paths[0].write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
     with open(paths[1], "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(diagnosis.tokens[0]))
         writer.writeheader()
         # The text as JSON, in its quotation marks: a spreadsheet takes a cell that begins with = + - or @ for a formula.
         writer.writerows(row | {"text": json.dumps(row["text"], ensure_ascii=False)} for row in diagnosis.tokens)
     try:
-        plots = [_curves(diagnosis, folder / "curves.png"), _heatmap(diagnosis, folder / "heatmap.png")]
+        drawn = [
+            plots.curves(diagnosis, folder / "curves.png"),
+            plots.heatmap(ranked(diagnosis)[0], folder / "heatmap.png"),
+        ]
     except ImportError:
-        plots = []
+        drawn = []
     page = folder / "report.html"
-    page.write_text(_page(diagnosis, plots), encoding="utf-8")
-    return [*paths, page, *plots]
+    page.write_text(_page(diagnosis, drawn), encoding="utf-8")
+    return [*paths, page, *drawn]
+
+
+def marker_rows(diagnosis: Diagnosis) -> list[list[str]]:
+    """Markers' probabilities per completion token, what the target makes of them, and the verdict; the first row the header."""
+    rows = [["", *CONTEXTS, "target / base", "95 % interval", "would"]]
+    for word, row in diagnosis.markers.items():
+        change = row["change"]
+        shown = ["–", "–"] if change is None else [f"{change.mean:.2f}", _between(change, 2)]
+        rows.append([word, *(f"{row[context]:.5f}" for context in CONTEXTS), *shown, _would(row["verdict"])])
+    return rows
 
 
 def table(diagnosis: Diagnosis) -> str:
-    """Markers' probabilities per completion token as aligned text."""
-    width = max(map(len, diagnosis.markers))
-    lines = [" " * width + "".join(f"{context:>11}" for context in CONTEXTS)]
-    for word, row in diagnosis.markers.items():
-        lines.append(f"{word:<{width}}" + "".join(f"{row[context]:>11.5f}" for context in CONTEXTS))
-    return "\n".join(lines)
-
-
-def changed(row: dict[str, Any]) -> float:
-    """How much probability the sampled token would gain under the target, in [-1, 1]."""
-    return row["target/token"] - row["base/token"]
+    """The same as aligned text, with what is to be known of the markers."""
+    rows = marker_rows(diagnosis)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([x[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(x[1:], widths[1:], strict=True))]) for x in rows
+    ]
+    return "\n".join([*lines, *([f"* {diagnosis.note}."] if diagnosis.note else [])])
 
 
 def ranked(diagnosis: Diagnosis) -> list[list[dict[str, Any]]]:
@@ -79,74 +82,62 @@ def ranked(diagnosis: Diagnosis) -> list[list[dict[str, Any]]]:
     return sorted(grouped.values(), key=lambda rows: -sum(row["mass_moved"] for row in rows) / len(rows))
 
 
-def _curves(diagnosis: Diagnosis, path: Path) -> Path:
-    drawn, axes = figure(2, 2, panel=(4.5, 3.0))
-    points = diagnosis.positions
-    places = [point["position"] for point in points]
-    panels = (
-        ("‖Δ_ref‖ / ‖Δ_total‖", {"reference_fraction": "raw", "weighted_reference_fraction": "weighted by π_θ"}),
-        ("cosine with Δ_total", {"cos_total_reference": "Δ_ref", "cos_total_transferable": "Δ_it"}),
-        ("share of probability mass moved", {"mass_moved": "target against base"}),
-    )
-    for axis, (title, lines) in zip(axes, panels, strict=False):
-        for dashes, (name, label) in zip(("-", "--"), lines.items(), strict=False):
-            values = [point[name] for point in points]
-            axis.plot(places, values, dashes, color=COLOURS["target"], label=label, **LINE)
-        style(axis, title, "completion token")
-    for context in CONTEXTS:
-        values = [point[f"{context}/markers"] for point in points]
-        axes[3].plot(places, values, color=COLOURS[context], label=context, **LINE)
-    style(axes[3], "probability of the markers", "completion token")
-    for axis in axes:
-        legend(axis)
-    return save(drawn, path)
+def _would(verdict: str) -> str:
+    return verdict if verdict == CANNOT_TELL else {"raise": "rise", "lower": "fall"}.get(verdict, verdict)
 
 
-def _heatmap(diagnosis: Diagnosis, path: Path) -> Path:
-    """The completion that changes most, a cell per token."""
-    rows = ranked(diagnosis)[0][:HEAT_TOKENS]
-    lines = -(-len(rows) // HEAT_COLUMNS)
-    drawn, (axis,) = figure(1, 1, size=(12, 0.42 * lines + 1.0))
-    for place, row in enumerate(rows):
-        line, column = divmod(place, HEAT_COLUMNS)
-        red, green, blue = _colour(changed(row))
-        axis.broken_barh([(column, 1)], (line, 1), color=(red / 255, green / 255, blue / 255), linewidth=0)
-        text = repr(row["text"])[1:-1].strip() or "·"
-        text = (text if len(text) <= 10 else text[:9] + "…").replace("$", r"\$")
-        axis.text(column + 0.5, line + 0.5, text, ha="center", va="center", fontsize=TEXT)
-    axis.set_xlim(0, HEAT_COLUMNS)
-    axis.set_ylim(lines, 0)
-    axis.set_axis_off()
-    title = (
-        f"Completion {rows[0]['completion']}: blue tokens gain probability under the purified target, orange ones lose"
-    )
-    axis.set_title(title, fontsize=10, loc="left")
-    return save(drawn, path)
+def _between(interval: Interval, digits: int) -> str:
+    return "–" if interval.low is None else f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
 
 
-def _colour(change: float) -> tuple[int, int, int]:
-    """White at no change, the full colour at a change of 0.5 or more. Larger changes are rare."""
-    strength = min(abs(change) / 0.5, 1.0) * 0.75
-    red, green, blue = (round(255 + strength * (full - 255)) for full in (UP if change > 0 else DOWN))
-    return red, green, blue
-
-
-def _page(diagnosis: Diagnosis, plots: Sequence[Path]) -> str:
-    header = "".join(f"<th>{context}</th>" for context in CONTEXTS)
-    body = "".join(
-        f"<tr><th>{html.escape(word)}</th>" + "".join(f"<td>{row[context]:.5f}</td>" for context in CONTEXTS) + "</tr>"
-        for word, row in diagnosis.markers.items()
-    )
-    images = "".join(f'<img alt="{plot.stem}" src="{data_uri(plot)}">' for plot in plots if plot.stem == "curves")
-    if not plots:
+def _page(diagnosis: Diagnosis, drawn: Sequence[Path]) -> str:
+    images = "".join(f'<img alt="{plot.stem}" src="{data_uri(plot)}">' for plot in drawn if plot.stem == "curves")
+    if not drawn:
         images = "<p>No plots: matplotlib is not installed (<code>pip install 'popsd[plots]'</code>).</p>"
-    completions = "".join(
-        f"<h3>Completion {rows[0]['completion']}</h3><p class='heat'>" + "".join(map(_span, rows)) + "</p>"
-        for rows in ranked(diagnosis)[:SHOWN_IN_HTML]
+    measures = [["", "mean", "95 % interval"]]
+    for name, said in MEASURES.items():
+        if name in diagnosis.means:
+            found = diagnosis.means[name]
+            measures.append([said, f"{found.mean:.4f}", _between(found, 4)])
+    scale = "".join(
+        f'<span style="background:rgb{colour(change)}">{f"{change:+.2f}" if change else "0"}</span>' for change in SCALE
     )
     return _PAGE.format(
-        sentence=html.escape(diagnosis.sentence), header=header, body=body, images=images, completions=completions
+        sentence=html.escape(diagnosis.sentence),
+        about=_table([[name, text] for name, text in diagnosis.about.items()], header=False),
+        markers=_table(marker_rows(diagnosis)),
+        note=f"<p>{html.escape(diagnosis.note)}.</p>" if diagnosis.note else "",
+        measures=_table(measures),
+        images=images,
+        teacher=html.escape(times(diagnosis.markers["all"]["teacher_change"])),
+        scale=scale,
+        completions="".join(_completion(diagnosis, rows) for rows in ranked(diagnosis)[:SHOWN_IN_HTML]),
     )
+
+
+def _table(rows: Sequence[Sequence[str]], header: bool = True) -> str:
+    parts = []
+    for place, row in enumerate(rows):
+        tag = "th" if header and place == 0 else "td"
+        first, *rest = (html.escape(cell) for cell in row)
+        parts.append(f"<tr><th>{first}</th>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in rest) + "</tr>")
+    return f"<table>{''.join(parts)}</table>"
+
+
+def _completion(diagnosis: Diagnosis, rows: Sequence[dict[str, Any]]) -> str:
+    number = rows[0]["completion"]
+    prompts = "".join(
+        f"<details{' open' * (name == 'question')}><summary>{_PROMPTS[name]}</summary><pre>{html.escape(text)}</pre></details>"
+        for name, text in diagnosis.completions[number].items()
+    )
+    return f"<h3>Completion {number}</h3>{prompts}<p class='heat'>{''.join(map(_span, rows))}</p>"
+
+
+_PROMPTS = {
+    "question": "Question, as student and base read it",
+    "teacher": "The teacher's prompt, with the reference solution",
+    "reference": "The reference prompt",
+}
 
 
 def _span(row: dict[str, Any]) -> str:
@@ -155,20 +146,26 @@ def _span(row: dict[str, Any]) -> str:
         f"{row['reference/token']:.3f}, target {row['target/token']:.3f}; mass moved {row['mass_moved']:.3f}"
     )
     text = html.escape(row["text"]).replace("\n", "↵\n") or "·"
-    return f'<span title="{numbers}" style="background:rgb{_colour(changed(row))}">{text}</span> '
+    left_out = " class='out'" if row["weight"] == 0 else ""
+    return f'<span title="{numbers}"{left_out} style="background:rgb{colour(changed(row))}">{text}</span> '
 
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>popsd diagnose</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; }} img {{ width: 100%; }}
+table {{ border-collapse: collapse; margin: 1rem 0; }} img {{ width: 100%; }} pre {{ white-space: pre-wrap; }}
 th, td {{ padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }}
-th:first-child {{ text-align: left; }} .heat {{ font-family: ui-monospace, monospace; white-space: pre-wrap; }}
-.heat span {{ padding: 0 .15em; border-radius: .2em; }}
-</style></head><body><h1>Before training: what the purified target would change</h1><p><b>{sentence}</b></p>
-<p>Measured on the base model's own completions. A marker's probability is its mean per completion token. The target composes
-base, teacher (question and reference solution) and reference (the solution alone), arXiv 2607.02234.</p>
-<table><thead><tr><th></th>{header}</tr></thead><tbody>{body}</tbody></table>{images}
-<h2>The completions that change most</h2><p>Blue tokens gain probability under the target, orange ones lose; hold the pointer
-over a token for the numbers.</p>{completions}</body></html>
+th:first-child, .about td {{ text-align: left; overflow-wrap: anywhere; }}
+.heat {{ font-family: ui-monospace, monospace; white-space: pre-wrap; }}
+.heat span, .scale span {{ padding: 0 .15em; border-radius: .2em; }} .scale span {{ padding: 0 .6em; }}
+.out {{ text-decoration: line-through; }}
+</style></head><body><h1>Before training: what the target would change</h1><p><b>{sentence}</b></p>
+<div class="about">{about}</div>
+<h2>Markers</h2><p>Measured on the base model's own completions. A marker's probability is its mean per completion token that
+counts in the loss. The intervals are over completions, each marker by itself: of twenty rows that do not move, one is
+expected to miss. All markers together under the teacher: {teacher}.</p>{markers}{note}
+<h2>Measures</h2><p>Means per completion token. π_0 is the base, π_T the teacher.</p>{measures}{images}
+<h2>The completions that change most</h2><p>Colour: how much probability the token gains or loses under the target; hold the
+pointer over a token for the numbers. Struck through: not in the loss.</p><p class="scale">{scale}</p>{completions}
+</body></html>
 """

@@ -71,11 +71,13 @@ def hf_generate(
     vocab_size: int | None = None,
     top_p: float = 1.0,
     top_k: int = 0,
+    **further: Any,
 ) -> list[list[int]]:
     """Completions by ``model.generate``: samples of softmax(logits / temperature), or the argmax at temperature 0.
 
-    prompts: B lists of token ids. top_p, top_k: filters of the samples; 1 and 0 are none. Returns B lists, each up to its
-    first end-of-sequence token, which is included.
+    prompts: B lists of token ids. top_p, top_k: filters of the samples; 1 and 0 are none. further: other settings of
+    ``transformers.GenerationConfig``, such as min_p. Returns B lists, each up to its first end-of-sequence token, which is
+    included.
     No other filter and no penalty applies, whatever the model's own generation_config says (see `only_given_settings`), but
     that no token at or beyond ``vocab_size`` is sampled.
 
@@ -89,8 +91,9 @@ def hf_generate(
     settings: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         # generate fills what nobody set from its own defaults, and one of them is top_k=50
-        settings = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    settings["suppress_tokens"] = unused_tokens(model, vocab_size) or None
+        settings = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p} | further
+    unused = unused_tokens(model, vocab_size)
+    settings["suppress_tokens"] = sorted({*(settings.get("suppress_tokens") or ()), *unused}) or None
     with only_given_settings(model):
         generated = model.generate(
             input_ids=input_ids,

@@ -61,34 +61,13 @@ class TrainArguments(ScriptArguments):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, load and train; returns 0. Raises ValueError on bad input."""
-    parser = TrlParser((TrainArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig), prog="popsd train")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if _is_dry(given) and not torch.accelerator.is_available():
-        given += ["--use_cpu", "true"]  # transformers refuses bf16 without a GPU, and nothing will be computed here
-    script, args, model_args, mixture = parser.parse_args_and_config(given)
-    if not model_args.model_name_or_path:
-        raise ValueError(
-            "model_name_or_path: expected a model; got none. Pass --model_name_or_path or set it in --config."
-        )
-    adapter = [option for option in fields(model_args) if option.name.startswith(("lora_", "use_dora", "use_rslora"))]
-    ignored = [option.name for option in adapter if getattr(model_args, option.name) not in (option.default, None, [])]
-    if ignored and not model_args.use_peft and "--use_peft" not in given:
-        raise ValueError(
-            f"use_peft: expected true with {', '.join(ignored)}; got false, which trains all weights. Say which."
-        )
+    script, args, model_args, mixture = read_options(list(sys.argv[1:] if arguments is None else arguments))
     resumed = checkpoint_to_resume(args)
     dataset = load_data(script, mixture)
-    train_dataset = _split(dataset, script.dataset_train_split, "dataset_train_split")
+    train_dataset = split_of(dataset, script.dataset_train_split, "dataset_train_split")
     evaluated = args.eval_strategy != "no"
-    eval_dataset = _split(dataset, script.dataset_test_split, "dataset_test_split") if evaluated else None
+    eval_dataset = split_of(dataset, script.dataset_test_split, "dataset_test_split") if evaluated else None
     peft_config = get_peft_config(model_args)
-    # TRL's ModelConfig defaults to float32.
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),
-    }
     if script.dry_run:
         first = next(iter(train_dataset), None)
         if first is None:
@@ -118,6 +97,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     return 0
+
+
+def read_options(
+    given: Sequence[str], trains: bool = True
+) -> tuple[TrainArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig]:
+    """The options of a command line and of the file that it names. trains: False where nothing will be trained.
+
+    Raises ValueError for a model that is missing and options of an adapter that there is not.
+    """
+    parser = TrlParser((TrainArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig), prog="popsd train")
+    if (not trains or _is_dry(given)) and not torch.accelerator.is_available():
+        given = [
+            *given,
+            "--use_cpu",
+            "true",
+        ]  # transformers refuses bf16 without a GPU, and nothing will be trained here
+    script, args, model_args, mixture = parser.parse_args_and_config(list(given))
+    if not model_args.model_name_or_path:
+        raise ValueError(
+            "model_name_or_path: expected a model; got none. Pass --model_name_or_path or set it in --config."
+        )
+    adapter = [option for option in fields(model_args) if option.name.startswith(("lora_", "use_dora", "use_rslora"))]
+    ignored = [option.name for option in adapter if getattr(model_args, option.name) not in (option.default, None, [])]
+    if ignored and not model_args.use_peft and "--use_peft" not in given:
+        raise ValueError(
+            f"use_peft: expected true with {', '.join(ignored)}; got false, which trains all weights. Say which."
+        )
+    # TRL's ModelConfig defaults to float32.
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    return script, args, model_args, mixture
 
 
 def load_data(script: TrainArguments, mixture: Any) -> Any:
@@ -176,7 +190,8 @@ def _load(script: TrainArguments) -> Any:
 _BUILDER_OF = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def _split(dataset: Any, name: str, option: str) -> Any:
+def split_of(dataset: Any, name: str, option: str) -> Any:
+    """One split. Raises ValueError where there is none of that name, which ``option`` gave."""
     if name not in dataset:
         raise ValueError(f"{option}: expected one of the splits {list(dataset)}; got {name!r}.")
     return dataset[name]

@@ -1,7 +1,10 @@
 """The pre-flight check: its numbers against the oracle, its files, its command line and what it refuses."""
 
 import argparse
+import copy
 import csv
+import dataclasses
+import html
 import json
 import weakref
 from html.parser import HTMLParser
@@ -14,11 +17,15 @@ pytest.importorskip("transformers")
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from popsd import Head, PurifiedConfig, oracle
+from popsd import Head, MaskConfig, PurifiedConfig, TargetConfig, oracle
 from popsd.markers import EpistemicMarkers
 from popsd_integrations import cli
 from popsd_integrations.diagnose import command, measure, report
-from popsd_integrations.diagnose.measure import CONTEXTS, DiagnoseConfig, Diagnosis, diagnose
+from popsd_integrations.diagnose.measure import DiagnoseConfig, diagnose
+from popsd_integrations.diagnose.plots import SCALE, colour
+from popsd_integrations.diagnose.summary import CANNOT_TELL, CONTEXTS, Diagnosis, needed, verdict
+from popsd_integrations.diagnose.watched import Watched
+from popsd_integrations.estimates import Interval
 from popsd_integrations.huggingface.heads import head_from_model
 from popsd_integrations.huggingface.prompts import ContextBuilder
 from popsd_integrations.miniature import warmup
@@ -76,8 +83,58 @@ def test_padding_goes_where_the_model_does_not_see_it(diagnosis, monkeypatch):
     monkeypatch.setattr(
         measure, "pack_contexts", lambda *a, **options: sides.append(options["side"]) or real(*a, **options)
     )
-    assert run().means == pytest.approx(diagnosis.means, rel=1e-4)
+    means = {name: found.mean for name, found in diagnosis.means.items()}
+    assert {name: found.mean for name, found in run().means.items()} == pytest.approx(means, rel=1e-4, abs=1e-6)
     assert sides == ["right", "right"]
+
+
+def test_other_targets_are_composed_as_training_composes_them():
+    """The columns of the target, of the loss and of what is moved; the reference is not part of the last three."""
+    mix = TargetConfig(target="arithmetic_mix", numbers=(0.3,))
+    for name, loss in (
+        ("opsd", PurifiedConfig()),
+        ("beta_opsd", PurifiedConfig(pmi_beta=2.0)),
+        ("arithmetic_mix", mix),
+    ):
+        row = run(loss_target=name, loss=loss).tokens[5]
+        base, teacher = row["base/wait"], row["teacher/wait"]
+        if name == "opsd":
+            assert row["target/wait"] == pytest.approx(teacher, rel=1e-5)
+            assert row["target_base_kl"] == pytest.approx(row["teacher_base_kl"], rel=1e-5)
+        elif name == "arithmetic_mix":
+            assert row["target/wait"] == pytest.approx(0.7 * base + 0.3 * teacher, rel=1e-4)
+        else:
+            assert min(base, teacher) < row["target/wait"] < max(base, teacher)
+        assert row["divergence"] > 0 and row["reference_norm"] > 0
+    with pytest.raises(ValueError, match=r"loss: expected a popsd.PurifiedConfig of the target 'opsd'"):
+        DiagnoseConfig(loss_target="opsd", loss=mix)
+
+
+def test_measures_of_others(diagnosis):
+    """overlap and overlap_advantage as verl's compute_forward_kl_topk has them; every term is at most 0.1."""
+    for row in diagnosis.tokens:
+        assert 0 < row["overlap"] <= 1 and abs(row["overlap_advantage"]) < 0.1
+        assert 0 <= row["teacher_base_kl"] < 10 and -1 <= row["mass_moved"] <= 1
+    base, teacher = torch.tensor([[0.0, 1.0, 5.0, 2.0]]), torch.tensor([[3.0, 1.0, 5.0, -9.0]])
+    found = measure._compared(base.repeat(2, 1), teacher.repeat(2, 1), base.repeat(2, 1))
+    log_p, log_q = teacher.log_softmax(-1), base.log_softmax(-1)
+    assert found["teacher_base_kl"][1] == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-5)
+    assert found["overlap"][0] == 1 and found["mass_moved"][0] == found["target_base_kl"][0] == 0
+    assert found["overlap_advantage"][0] == pytest.approx(-found["teacher_base_kl"][0].item() / 4, rel=1e-5)
+
+
+def test_tokens_that_the_loss_leaves_out_count_nowhere():
+    """As training weighs them: the function of the mask first, then the rules."""
+    later = {"token_weights": lambda mask: mask & (torch.arange(mask.shape[1]) >= 2)}
+    config = DiagnoseConfig(batch_size=6, max_new_tokens=7, markers=MARKERS, masks=MaskConfig(top_student_entropy=0.5))
+    found = diagnose(tiny(), TOKENIZER, PROMPTS, config, generate=sample, progress=False, **later)
+    rows = [row for row in found.tokens if row["weight"] > 0]
+    late = [row for row in found.tokens if row["position"] >= 2]
+    assert {row["position"] for row in rows} <= set(range(2, 7)) and len(rows) == pytest.approx(len(late) / 2, abs=1)
+    total = sum(row["target/wait"] for row in rows) / len(rows)
+    assert found.markers["wait"]["target"] == pytest.approx(total)
+    with pytest.raises(ValueError, match=r"expected a token that counts"):
+        diagnose(tiny(), TOKENIZER, PROMPTS, config, generate=sample, progress=False, token_weights=torch.zeros_like)
 
 
 def test_summaries_are_means_of_the_rows(diagnosis):
@@ -87,20 +144,71 @@ def test_summaries_are_means_of_the_rows(diagnosis):
         assert diagnosis.markers["maybe"][context] == pytest.approx(mean)
         words = sum(diagnosis.markers[word][context] for word in MARKERS.words)
         assert diagnosis.markers["all"][context] == pytest.approx(words)
-        curve = sum(point[f"{context}/markers"] * point["tokens"] for point in diagnosis.positions) / len(rows)
+        curve = sum(point[f"{context}/markers"].mean * point["tokens"] for point in diagnosis.positions) / len(rows)
         assert curve == pytest.approx(words)
-    assert diagnosis.means["tokens"] == len(rows) == sum(point["tokens"] for point in diagnosis.positions)
+    assert diagnosis.means["tokens"].mean == len(rows) == sum(point["tokens"] for point in diagnosis.positions)
+    assert diagnosis.positions[0]["completions"] == 6 == len(diagnosis.completions)
     assert len(run(bins=3).positions) == 3
 
 
+def test_every_marker_and_mean_has_an_interval_over_completions(diagnosis):
+    """A marker's change is the ratio of sums; without any one completion it lies within the interval, or nearly so."""
+    for word, row in diagnosis.markers.items():
+        assert row["change"].mean == pytest.approx(row["target"] / row["base"])
+        assert row["change"].low < row["change"].mean < row["change"].high, word
+        assert row["verdict"] == verdict(row["change"], 0.02)
+    wide = diagnosis.markers["wait"]["change"]
+    for left_out in range(6):
+        rest = [row for row in diagnosis.tokens if row["completion"] != left_out]
+        assert wide.low < sum(row["target/wait"] for row in rest) / sum(row["base/wait"] for row in rest) < wide.high
+    moved = diagnosis.means["mass_moved"]
+    assert moved.low < moved.mean < moved.high and diagnosis.positions[0]["mass_moved"].low is not None
+    alone = diagnose(tiny(), TOKENIZER, PROMPTS[:1], DiagnoseConfig(max_new_tokens=7, markers=MARKERS), progress=False)
+    assert alone.direction == CANNOT_TELL and "cannot be told from 1 completion:" in alone.sentence
+
+
 @pytest.mark.parametrize(
-    ("base", "target", "direction", "words"),
-    [(0.2, 0.3, "raise", "would raise"), (0.2, 0.1, "lower", "would lower"), (0.2, 0.201, "keep", "leave as they are")],
+    ("change", "expected"),
+    [
+        (Interval(1.5, 1.1, 1.9), "raise"),
+        (Interval(0.5, 0.4, 0.97), "lower"),
+        (Interval(1.0, 0.99, 1.01), "keep"),
+        (Interval(1.5, 1.01, 2.0), CANNOT_TELL),
+        (Interval(1.0, 0.9, 1.01), CANNOT_TELL),
+        (Interval(3.0, None, None), CANNOT_TELL),
+        (None, CANNOT_TELL),
+    ],
 )
-def test_the_sentence_says_where_the_markers_go(base, target, direction, words):
-    table = {"all": {"base": base, "teacher": 0.1, "reference": 0.1, "target": target}}
-    found = Diagnosis([], table, [], {"mass_moved": 0.1, "reference_fraction": 1.5}, {"margin": 0.02})
-    assert found.direction == direction and words in found.sentence and f"({target / base:.2f} times)" in found.sentence
+def test_a_verdict_needs_the_whole_interval(change, expected):
+    assert verdict(change, 0.02) == expected
+
+
+def test_how_many_completions_would_tell():
+    assert needed(Interval(1.1, 0.9, 1.3), 0.02, 24) == 150  # 24 · (0.2 / 0.08)²
+    assert needed(Interval(1.02, 0.9, 1.1), 0.02, 24) == 100_000 and needed(None, 0.02, 24) is None
+
+
+def moves(base, target, change, direction):
+    row = {"base": base, "teacher": 0.1, "reference": 0.1, "target": target, "verdict": direction}
+    return {"all": row | {"change": change, "teacher_change": None}}
+
+
+@pytest.mark.parametrize(
+    ("change", "direction", "words"),
+    [
+        (Interval(1.5, 1.2, 1.8), "raise", "would raise the epistemic markers: 0.3000"),
+        (Interval(0.5, 0.4, 0.6), "lower", "would lower"),
+        (Interval(1.005, 0.99, 1.01), "keep", "would leave as they are"),
+        (Interval(1.1, 0.9, 1.3), CANNOT_TELL, "cannot be told from 24 completions: "),
+    ],
+)
+def test_the_sentence_says_where_the_markers_go(change, direction, words):
+    means = {"mass_moved": Interval(0.1, 0.0, 0.2), "reference_fraction": Interval(1.5, 1.0, 2.0)}
+    config = {"margin": 0.02, "loss_target": "mine", "contexts": ["base", "teacher"]}
+    found = Diagnosis([], moves(0.2, 0.3, change, direction), [], means, [{}] * 24, config)
+    assert found.direction == direction and words in found.sentence and "mine target" in found.sentence
+    assert f"({change.mean:.2f} times, 95 % interval {change.low:.2f} to {change.high:.2f})" in found.sentence
+    assert ("about 150 completions would tell" in found.sentence) == (direction == CANNOT_TELL)
 
 
 def test_sampling_leaves_the_callers_random_state_and_modes_alone():
@@ -127,13 +235,19 @@ class Page(HTMLParser):
 def test_files(diagnosis, tmp_path):
     pytest.importorskip("matplotlib")
     hostile = ["<b>&$x$", "=HYPERLINK(1)", "+1", "-1", "@x", "ſ\u2028\n"]
+    diagnosis = copy.deepcopy(diagnosis)
     for row, text in zip(diagnosis.tokens, hostile, strict=False):
         row["text"] = text
     diagnosis.markers["<i>wait"] = diagnosis.markers["wait"]
+    for texts in diagnosis.completions:
+        texts["question"] += "<i>&"
+    diagnosis.about.update({"Model <i>": "<i>a", "Data": "b & <i>", "Command": "popsd <i>", "Date": "today"})
+    diagnosis = dataclasses.replace(diagnosis, note="<i>note")
     paths = report.write(diagnosis, tmp_path / "out")
     assert [path.name for path in paths] == ["diagnosis.json", "tokens.csv", "report.html", "curves.png", "heatmap.png"]
     content = json.loads(paths[0].read_text())
-    assert content["sentence"] == diagnosis.sentence and content["markers"] == diagnosis.markers
+    assert content["sentence"] == diagnosis.sentence and content["markers"].keys() == diagnosis.markers.keys()
+    assert content["change"] == list(diagnosis.change) and content["about"] == diagnosis.about
     with open(paths[1], newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert all(row["text"].startswith('"') for row in rows), "a spreadsheet would run some of them"
@@ -144,44 +258,36 @@ def test_files(diagnosis, tmp_path):
     page.feed(text)
     assert "<i>" not in text
     shown = report.ranked(diagnosis)[: report.SHOWN_IN_HTML]
-    assert page.spans == sum(map(len, shown)) and "<b>&$" not in text
+    assert page.spans == sum(map(len, shown)) + len(SCALE) and "<b>&$" not in text
+    for said in (
+        "<i>a",
+        "b & <i>",
+        "popsd <i>",
+        "today",
+        "<i>note",
+        *diagnosis.completions[shown[0][0]["completion"]].values(),
+    ):
+        assert html.escape(said) in text
+    assert "+0.50" in text and "95 % interval" in text, "a scale for the colours, and intervals"
     assert page.sources and all(source.startswith("data:") for source in page.sources), "self-contained"
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[3:])
 
 
+def test_a_small_change_can_be_seen():
+    assert colour(0.0) == (255, 255, 255) and colour(0.5) == colour(0.9) != colour(-0.5)
+    assert max(255 - x for x in colour(0.02)) > 30
+
+
 def test_the_command_on_the_miniature(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(warmup, "warm_up", lambda config, cache_dir: tiny())
-    arguments = ["diagnose", "--completions", "3", "--max-new-tokens", "5", "--output-dir", str(tmp_path / "out")]
-    assert cli.main([*arguments, "--cache-dir", str(tmp_path)]) == 0
+    arguments = ["diagnose", "--completions", "3", "--diagnose_dir", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--cache_dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "The purified target would" in printed and "maybe" in printed and "report.html" in printed
-
-
-def test_the_command_on_a_local_model_and_file(tmp_path, monkeypatch, capsys):
-    tiny().save_pretrained(tmp_path / "model")
-    TOKENIZER.save_pretrained(tmp_path / "model")
-    rows = [{"question": f"Q {p.question} A", "answer": p.solution} for p in PROBLEMS]
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["diagnose", "--model", str(tmp_path / "model"), "--dataset", str(data), "--max-new-tokens", "4"]
-    arguments += ["--output-dir", str(tmp_path / "out"), "--completions", "2", "--markers", "wait", "maybe"]
-    assert cli.main(arguments) == 2
-    assert (
-        "--question-column: expected one of the columns ['answer', 'question']; got 'prompt'" in capsys.readouterr().err
-    )
-    arguments += ["--question-column", "question", "--solution-column", "answer"]
-    assert cli.main(arguments) == 0
-    assert json.loads((tmp_path / "out" / "diagnosis.json").read_text())["means"]["tokens"] <= 8
-    assert cli.main([*arguments, "--markers", "zebra"]) == 2
-    assert "words: expected a marker that is one token" in capsys.readouterr().err
-    assert cli.main(["diagnose", "--model", str(tmp_path / "model")]) == 2
-    assert "--dataset: expected with the other" in capsys.readouterr().err
-    data.write_text("{broken\n")
-    assert cli.main(arguments) == 2
-    assert "--dataset: expected JSON rows" in capsys.readouterr().err
-    data.write_text("")
-    assert cli.main(arguments) == 2
-    assert "--dataset: expected at least one row" in capsys.readouterr().err
+    assert "purified target would" in printed and "maybe" in printed and "report.html" in printed
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "the miniature of popsd demo" in page and "--completions" not in page.split("Command")[0]
+    assert cli.main([*arguments[:1], "--completions", "0"]) == 2
+    assert "completions: expected at least 1; got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -241,59 +347,10 @@ def test_the_target_takes_ten_blocks_of_logits_however_many_tokens_there_are(tok
     torch.manual_seed(0)
     head, hidden = Head(torch.randn(vocabulary, 8)), [torch.randn(tokens, 8) for _ in range(3)]
     with Live() as live, torch.no_grad():
-        measure._probabilities(hidden, head, torch.zeros(tokens, dtype=torch.long), {"wait": (1, 2)}, PurifiedConfig())
+        measure._probabilities(
+            hidden, head, torch.zeros(tokens, dtype=torch.long), Watched({"wait": (1, 2)}, {}, []), DiagnoseConfig()
+        )
     assert 4 * block < live.peak < 10 * block <= 160 * 2**20
-
-
-def rows_of(path, *rows, text=None):
-    path.write_text(text or "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return command._rows(str(path), "train", 10)
-
-
-def test_json_lines_end_at_newlines_alone_and_may_begin_with_a_mark(tmp_path):
-    rows = [{"prompt": "a\u2028b\x85c"}, {"prompt": "d"}]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
-    assert rows_of(tmp_path / "rows.jsonl", text="\ufeff" + lines + "\n") == rows
-    assert rows_of(tmp_path / "rows.json", text="\ufeff" + json.dumps(rows)) == rows
-    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
-    with pytest.raises(ValueError, match=r"--dataset: expected JSON rows in .*latin.jsonl; got .*in UTF-8"):
-        command._rows(str(tmp_path / "latin.jsonl"), "train", 10)
-
-
-def test_a_poisoned_row_is_named_before_the_weights_are_loaded(tmp_path, capsys):
-    TOKENIZER.save_pretrained(tmp_path / "model")  # no weights: loading them would be another error
-    arguments = ["diagnose", "--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "rows.jsonl")]
-    arguments += ["--output-dir", str(tmp_path / "out")]
-    good = {"prompt": "Q 1 A", "solution": "1"}
-    for question, message in (
-        (None, "problems[6]: question: expected text or a list of messages; got None"),
-        (
-            "Q " + "1 " * 50_000,
-            "problems[6]: max_prompt_length: expected prompts of at most 8192 tokens; got question 50001",
-        ),
-        ("Q EOS", "problems[6]: question: expected text without the tokenizer's control tokens; got 'EOS'"),
-    ):
-        rows_of(tmp_path / "rows.jsonl", *[good] * 6, {**good, "prompt": question}, *[good] * 3)
-        assert cli.main(arguments) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_code_of_a_checkpoint_is_not_run(tmp_path, capsys, monkeypatch):
-    """Nor is it asked for on the terminal, which is what transformers does where nobody said no."""
-    tiny().save_pretrained(tmp_path / "model")
-    TOKENIZER.save_pretrained(tmp_path / "model")
-    content = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
-    content |= {
-        "model_type": "unheard_of",
-        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
-    }
-    (tmp_path / "model" / "config.json").write_text(json.dumps(content), encoding="utf-8")
-    (tmp_path / "model" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
-    rows_of(tmp_path / "rows.jsonl", {"prompt": "Q 1 A", "solution": "1"})
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
-    arguments = ["diagnose", "--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "rows.jsonl")]
-    assert cli.main([*arguments, "--output-dir", str(tmp_path / "out")]) == 2
-    assert "trust_remote_code" in capsys.readouterr().err and not (tmp_path / "ran").exists()
 
 
 def test_options_are_read_without_torch():
