@@ -87,9 +87,15 @@ def paired_difference(
 
 
 def ratio(
-    numerators: Sequence[float], denominators: Sequence[float], *, level: float = LEVEL, seed: int = 0
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    *,
+    level: float = LEVEL,
+    seed: int = 0,
+    within: tuple[float, float] = (-math.inf, math.inf),
 ) -> Interval:
     """Σ numerators / Σ denominators, where each pair is of one problem or completion, and pairs are what is resampled.
+    within: as for `bootstrap`.
 
     The bootstrap is of what the ratio loses without each pair (the jackknife). The interval is then as wide as Student's t of
     (Σd)² / Σd² pairs has it, for a few long completions decide. Of 24 completions whose lengths differ by factors of ten it
@@ -111,7 +117,8 @@ def ratio(
         return Interval(value, None, None)
     tail, deciding = (1 - level) / 2, float(total**2 / (below**2).sum())
     wider = student_quantile(tail, max(deciding - 1, 1)) / student_quantile(tail, len(above) - 1)
-    return Interval(value, value + wider * (found.low - found.mean), value + wider * (found.high - found.mean))
+    low, high = (value + wider * (end - found.mean) for end in (found.low, found.high))
+    return Interval(value, max(low, within[0]), min(high, within[1]))
 
 
 def student_quantile(probability: float, freedom: float) -> float:

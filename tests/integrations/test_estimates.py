@@ -68,6 +68,7 @@ def test_intervals_of_a_ratio_cover_what_they_promise(count, spread, repetitions
 def test_a_ratio_counts_by_the_denominator():
     found = ratio([1.0, 30.0], [1.0, 10.0])
     assert found.mean == 31 / 11 and found.low < 31 / 11 < found.high
+    assert ratio([1.0, 30.0], [1.0, 10.0], within=(2.5, 3)) == (31 / 11, 2.5, 3)
     assert ratio([2.0], [4.0]) == (0.5, None, None) and ratio([3.0, 0.0], [4.0, 0.0]).low is None
     with pytest.raises(ValueError, match=r"denominators: expected a positive sum; got 0"):
         ratio([1.0], [0.0])

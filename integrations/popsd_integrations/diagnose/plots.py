@@ -55,10 +55,14 @@ def curves(diagnosis: Diagnosis, path: Path) -> Path:
         for dashes, (name, label) in zip(("-", "--"), lines.items(), strict=False):
             _line(axis, points, name, dashes, COLOURS["target"], label)
         style(axis, title, "completion token")
-    for axis, contexts in ((axes[3], CONTEXTS), (axes[4], ("base", "target"))):
-        for context in contexts:
-            _line(axis, points, f"{context}/markers", "-", COLOURS[context], context)
-        style(axis, "probability of the markers" + ", base and target" * (axis is axes[4]), "completion token")
+    for context in CONTEXTS:
+        _line(axes[3], points, f"{context}/markers", "-", COLOURS[context], context)
+    style(axes[3], "probability of the markers", "completion token")
+    _line(axes[4], points, "change", "-", COLOURS["target"], "target / base")
+    margin = diagnosis.config["margin"]
+    axes[4].axhspan(1 - margin, 1 + margin, color=GREY, alpha=0.2, lw=0, label="counts as no change")
+    axes[4].set_ylim(0, min(3.0, axes[4].get_ylim()[1]))
+    style(axes[4], "the markers' change", "completion token")
     for axis in axes[:5]:
         legend(axis)
     places = [point["position"] for point in points]
@@ -74,8 +78,8 @@ def curves(diagnosis: Diagnosis, path: Path) -> Path:
 
 
 def _line(axis: Any, points: Sequence[dict[str, Any]], name: str, dashes: str, color: str, label: str) -> None:
-    places = [point["position"] for point in points]
-    found = [Interval(*point[name]) for point in points]
+    there = [point for point in points if point[name] is not None]
+    places, found = [point["position"] for point in there], [Interval(*point[name]) for point in there]
     axis.plot(places, [x.mean for x in found], dashes, color=color, label=label, **LINE)
     band = [(place, x) for place, x in zip(places, found, strict=True) if x.low is not None]
     if band:

@@ -59,7 +59,7 @@ def marker_rows(diagnosis: Diagnosis) -> list[list[str]]:
     rows = [["", *CONTEXTS, "target / base", "95 % interval", "would"]]
     for word, row in diagnosis.markers.items():
         change = row["change"]
-        shown = ["–", "–"] if change is None else [f"{change.mean:.2f}", _between(change, 2)]
+        shown = ["–", "–"] if change is None else [f"{change.mean:.3f}", _between(change, 3)]
         rows.append([word, *(f"{row[context]:.5f}" for context in CONTEXTS), *shown, _would(row["verdict"])])
     return rows
 

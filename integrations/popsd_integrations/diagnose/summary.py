@@ -101,7 +101,7 @@ def times(change: Interval | None) -> str:
         return "the base has none"
     if change.low is None:
         return f"{change.mean:.2f} times, no interval"
-    return f"{change.mean:.2f} times, 95 % interval {change.low:.2f} to {change.high:.2f}"
+    return f"{change.mean:.3f} times, 95 % interval {change.low:.3f} to {change.high:.3f}"
 
 
 def verdict(change: Interval | None, margin: float) -> str:
@@ -177,15 +177,27 @@ class _Table:
     def mean(self, *names: str, inside: np.ndarray | None = None) -> Interval:
         """Of the columns' sum, per token."""
         below = self.tokens if inside is None else self.sums(None, inside)
-        return ratio(np.sum([self.sums(name, inside) for name in names], axis=0), below)  # type: ignore[arg-type]
+        above = np.sum([self.sums(name, inside) for name in names], axis=0)
+        return ratio(above.tolist(), below.tolist(), within=_range(names[0]))
+
+
+def _range(name: str) -> tuple[float, float]:
+    """What a mean can be; an interval ends there."""
+    if name.split("_")[-1] in ("moved", "overlap", "changed") or "/" in name:  # shares and probabilities
+        return 0.0, 1.0
+    return (-1.0, 1.0) if "cos_" in name else (-math.inf, math.inf)
 
 
 def _moves(table: _Table, words: tuple[str, ...], margin: float) -> dict[str, Any]:
-    sums = {x: np.sum([table.sums(f"{x}/{word}") for word in words], axis=0) for x in CONTEXTS}
-    found: dict[str, Any] = {context: float(x.sum() / table.tokens.sum()) for context, x in sums.items()}
-    for name, context in (("change", "target"), ("teacher_change", "teacher")):
-        found[name] = ratio(sums[context].tolist(), sums["base"].tolist()) if sums["base"].sum() > 0 else None
+    found: dict[str, Any] = {x: table.mean(*(f"{x}/{word}" for word in words)).mean for x in CONTEXTS}
+    found |= {name: _change(table, words, x) for name, x in (("change", "target"), ("teacher_change", "teacher"))}
     return found | {"verdict": verdict(found["change"], margin)}
+
+
+def _change(table: _Table, words: tuple[str, ...], context: str, inside: np.ndarray | None = None) -> Interval | None:
+    """The words' probability in a context relative to the base's, or None where the base has none."""
+    ours, base = (np.sum([table.sums(f"{x}/{word}", inside) for word in words], axis=0) for x in (context, "base"))
+    return ratio(ours.tolist(), base.tolist(), within=(0.0, math.inf)) if base.sum() > 0 else None
 
 
 def _means(table: _Table) -> dict[str, Interval]:
@@ -195,7 +207,7 @@ def _means(table: _Table) -> dict[str, Interval]:
     if table.sums(None, forks).sum() > 0:
         found |= {f"fork/{name}": table.mean(name, inside=forks) for name in ("target_base_kl", "teacher_base_kl")}
         above = table.sums("target_entropy", forks) - table.sums("student_entropy", forks)
-        found["fork/entropy_gained"] = ratio(above, table.sums(None, forks))  # type: ignore[arg-type]
+        found["fork/entropy_gained"] = ratio(above.tolist(), table.sums(None, forks).tolist())
     return found | {"tokens": Interval(float(len(table.rows)), None, None)}
 
 
@@ -213,5 +225,6 @@ def _curves(table: _Table, words: tuple[str, ...], bins: int) -> list[dict[str, 
         point |= {name: table.mean(name, inside=inside) for name in CURVES}
         for context in CONTEXTS:
             point[f"{context}/markers"] = table.mean(*(f"{context}/{word}" for word in words), inside=inside)
+        point["change"] = _change(table, words, "target", inside)
         points.append(point)
     return points

@@ -163,6 +163,9 @@ def test_every_marker_and_mean_has_an_interval_over_completions(diagnosis):
         assert wide.low < sum(row["target/wait"] for row in rest) / sum(row["base/wait"] for row in rest) < wide.high
     moved = diagnosis.means["mass_moved"]
     assert moved.low < moved.mean < moved.high and diagnosis.positions[0]["mass_moved"].low is not None
+    for point in diagnosis.positions:
+        for name, least in (("cos_total_reference", -1), ("target/markers", 0), ("mass_moved", 0)):
+            assert point[name].low is None or least <= point[name].low <= point[name].high <= 1
     alone = diagnose(tiny(), TOKENIZER, PROMPTS[:1], DiagnoseConfig(max_new_tokens=7, markers=MARKERS), progress=False)
     assert alone.direction == CANNOT_TELL and "cannot be told from 1 completion:" in alone.sentence
 
@@ -207,7 +210,7 @@ def test_the_sentence_says_where_the_markers_go(change, direction, words):
     config = {"margin": 0.02, "loss_target": "mine", "contexts": ["base", "teacher"]}
     found = Diagnosis([], moves(0.2, 0.3, change, direction), [], means, [{}] * 24, config)
     assert found.direction == direction and words in found.sentence and "mine target" in found.sentence
-    assert f"({change.mean:.2f} times, 95 % interval {change.low:.2f} to {change.high:.2f})" in found.sentence
+    assert f"({change.mean:.3f} times, 95 % interval {change.low:.3f} to {change.high:.3f})" in found.sentence
     assert ("about 150 completions would tell" in found.sentence) == (direction == CANNOT_TELL)
 
 
