@@ -1,16 +1,13 @@
 """Does the pre-flight check predict what training does? The miniature in four styles of data, and masks where it fails.
 
-    python benchmarks/preflight.py [--seeds 0 1 --cases plain --output-dir runs/preflight]
+    python benchmarks/preflight.py [--seeds 0 1 --output-dir runs/preflight]
 
 For each case: warm up, diagnose the base model (`popsd diagnose`), then train on the purified target for 50 steps, and set
 the change of the markers' probability beside the markers before and after. The table goes to stdout and to table.md.
 About two CPU minutes for each style and half a minute for each further run.
 """
 
-from __future__ import annotations
-
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,8 +48,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "plausibility 0.3": {"plausibility": 0.3},
     "tail below 0.05 capped at 0.1": {"tail_floor": 0.05, "tail_cap": 0.1},
 }
-CASES = [(style, "none") for style in STYLES]
-CASES += [("no style token", masks) for masks in MASKS if masks != "none"]
+CASES = [(style, "none") for style in STYLES] + [("no style token", masks) for masks in MASKS if masks != "none"]
 CASES += [("probe terser", "plausibility 0.3"), ("teacher terser", "plausibility 0.3")]
 HEADER = """\
 | data | masks on entries | target / base | pre-flight | markers per completion | accuracy, T = 1 | agrees |
@@ -60,8 +56,8 @@ HEADER = """\
 """
 
 
-def run(style: str, masks: str, seeds: list[int], folder: Path) -> dict[str, Any]:
-    """One case. The miniature's data are written in this style meanwhile."""
+def run(style: str, masks: str, seeds: list[int], folder: Path) -> str:
+    """One case as a row of the table. The miniature's data are written in this style meanwhile."""
     config, of, write = ExperimentConfig(loss=PurifiedConfig(**MASKS[masks])), STYLES[style], task.write_completion
     terse = {name: task.STYLES[name]._replace(terse=getattr(of, name)) for name in ("teacher", "reference")}
     written = write if of.token else lambda *a: [token for token in write(*a) if token != TOKEN_ID["SO"]]
@@ -79,42 +75,33 @@ def run(style: str, masks: str, seeds: list[int], folder: Path) -> dict[str, Any
         found = diagnose(model, tokenizer, prompts, options, generate=sample, progress=False)
         before = evaluate(model, test)
         ends = [distil(config, "purified", seed, folder / f"{name}-{seed}", cache)[-1] for seed in seeds]
-    after = [end["eval/markers"] for end in ends]
-    growth = sum(after) / len(after) / before.markers
-    return {
-        "style": style,
-        "masks": masks,
-        "change": found.change,
-        "direction": found.direction,
-        "markers": [before.markers, *after],
-        "accuracy": [before.accuracy, *(end["eval/accuracy"] for end in ends)],
-        "agrees": found.direction == ("raise" if growth > 1.1 else "lower" if growth < 0.9 else "keep"),
-    }
+    counts = [before.markers, *(end["eval/markers"] for end in ends)]
+    accuracy = [before.accuracy, *(end["eval/accuracy"] for end in ends)]
+    growth = sum(counts[1:]) / len(ends) / before.markers
+    agrees = found.direction == ("raise" if growth > 1.1 else "lower" if growth < 0.9 else "keep")
 
-
-def as_row(found: dict[str, Any]) -> str:
     def change(values: list[float], digits: int) -> str:
-        before, *after = (f"{x:.{digits}f}" for x in values)
-        return f"{before} → {', '.join(after)}"
+        first, *later = (f"{x:.{digits}f}" for x in values)
+        return f"{first} → {', '.join(later)}"
 
-    texts = [found["style"], found["masks"], f"{found['change']:.2f}", found["direction"]]
-    texts += [change(found["markers"], 1), change(found["accuracy"], 3), "yes" if found["agrees"] else "no"]
-    return f"| {' | '.join(texts)} |\n"
+    texts = [style, masks, f"{found.change:.2f}", found.direction, change(counts, 1), change(accuracy, 3)]
+    return f"| {' | '.join(texts)} | {'yes' if agrees else 'no'} |\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the distillation runs")
-    parser.add_argument("--cases", choices=["plain", "all"], default="all", help="plain: the four styles without masks")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/preflight"))
     options = parser.parse_args()
     torch.set_num_threads(1)  # two threads on busy cores are many times slower at this size
-    rows = []
-    for style, masks in CASES if options.cases == "all" else CASES[: len(STYLES)]:
-        rows.append(run(style, masks, options.seeds, options.output_dir))
-        print(as_row(rows[-1]), end="", flush=True)
-        (options.output_dir / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        (options.output_dir / "table.md").write_text(HEADER + "".join(map(as_row, rows)), encoding="utf-8")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    with (options.output_dir / "table.md").open("w", encoding="utf-8") as table:
+        table.write(HEADER)
+        for style, masks in CASES:
+            row = run(style, masks, options.seeds, options.output_dir)
+            print(row, end="", flush=True)
+            table.write(row)
+            table.flush()
     return 0
 
 

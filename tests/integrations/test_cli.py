@@ -128,7 +128,7 @@ def test_no_or_an_unknown_command_shows_the_usage(arguments, capsys):
 def suite(monkeypatch):
     """The measurement, replaced by one finished cell; returns what it was called with, and may be told to fail."""
     from popsd_benchmarks import command
-    from popsd_benchmarks.plan import SHAPES
+    from popsd_benchmarks.problems import SHAPES
     from popsd_benchmarks.results import Case, Cell, Results
 
     calls = []
