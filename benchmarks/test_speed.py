@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from popsd_benchmarks.measure import seconds_of
 from popsd_benchmarks.problems import make_problem
 from popsd_benchmarks.providers import OURS, PROVIDERS
 from popsd_benchmarks.results import Case, Shape
@@ -30,14 +31,13 @@ def test_forward_and_backward(benchmark, device, loss, case):
         pytest.skip("no GPU")
     shape = replace(SHAPES[device], width=8) if case == "sweeps" else SHAPES[device]
     dtype = "bfloat16" if device == "cuda" else "float32"
-    trainable = case == "trainable head"
-    problem = make_problem(Case(loss=loss, shape=shape, trainable_head=trainable, dtype=dtype, device=device))
+    problem = make_problem(
+        Case(loss=loss, shape=shape, trainable_head=case == "trainable head", dtype=dtype, device=device)
+    )
     step = PROVIDERS[OURS[device]].prepare(problem)
 
     def finished():
         problem.clear()
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        seconds_of(step, device)  # which waits for the device
 
     benchmark.pedantic(finished, rounds=10, warmup_rounds=2)  # a first launch compiles

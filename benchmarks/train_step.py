@@ -5,10 +5,8 @@
 
 A trainer per variant: ``purified`` and ``opsd``, popsd's loss towards the purified target and towards the teacher itself. The
 weights are random, of Qwen3's shapes, under LoRA. Completions are given, for generation is the same in both. Rounds are
-interleaved and each starts with another variant; ratios are of the medians, beside those of the fastest steps.
+interleaved and each starts with another variant; their ratio is that of the medians.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -25,8 +23,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PrinterCallback, Qwen3Config, TrainerCallback
 
-from popsd_benchmarks import memory, provenance
+from popsd_benchmarks import memory
 from popsd_benchmarks.measure import in_turns
+from popsd_benchmarks.results import Results, describe
 from popsd_integrations.miniature.tokenizer import DIGITS, build_tokenizer
 from popsd_integrations.trl_trainer import PurifiedOPSDConfig, PurifiedOPSDTrainer
 
@@ -55,95 +54,83 @@ class Clock(TrainerCallback):
             self.parts[part] = now - self.last
         self.last = now
 
+    def after(self, part: str | None, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            result = function(*arguments, **named)
+            self.stop(part)
+            return result
+
+        return timed
+
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.stop("optimiser")
 
 
-class TimedTrainer(PurifiedOPSDTrainer):
-    def __init__(self, clock: Clock, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, callbacks=[clock], **named)
-        self.clock = clock
-        self.remove_callback(PrinterCallback)
-        self._loss_fn.register_forward_pre_hook(lambda *_: clock.stop("student"))
-        self._loss_fn.register_forward_hook(lambda *_: clock.stop("loss"))
-
-    def _generate_single_turn(self, prompt_ids: Any, *_: Any, **__: Any) -> Any:
-        return [[i % len(DIGITS) for i in range(self.args.max_completion_length)] for _ in prompt_ids]
-
-    def _generate_and_score_completions(self, inputs: Any) -> Any:
-        batch = super()._generate_and_score_completions(inputs)
-        self.clock.stop(None)
-        return batch
-
-    def _frozen_states(self, *arguments: Any, **named: Any) -> Any:
-        states = super()._frozen_states(*arguments, **named)
-        self.clock.stop("frozen")
-        return states
-
-    def training_step(self, *arguments: Any, **named: Any) -> Any:
-        loss = super().training_step(*arguments, **named)
-        self.clock.stop("backward")
-        return loss
-
-
 def make_model(options: argparse.Namespace) -> Any:
     config = Qwen3Config(bos_token_id=None, **dict(zip(SIZES, SHAPES[options.model], strict=True)))
+    lora = peft.LoraConfig(
+        r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     torch.manual_seed(0)
     with torch.device(options.device):
         dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    rank = options.rank
-    lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, lora)
-    with torch.no_grad():  # B is zero at the start; then student and base agree, and no gradient reaches A
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.02)
-    return model
+        return peft.get_peft_model(AutoModelForCausalLM.from_config(config, dtype=dtype), lora)
 
 
-def make_trainer(options: argparse.Namespace, variant: str, folder: str) -> TimedTrainer:
+def make_trainer(options: argparse.Namespace, variant: str, folder: str) -> tuple[PurifiedOPSDTrainer, Clock]:
     """Its learning rate is 0: every step is the same step."""
     words = " ".join(DIGITS[i % 10] for i in range(options.prompt - 2))
     data = Dataset.from_list([{"prompt": f"Q {words} A", "solution": "OK"}] * options.micro_batch)
     config = PurifiedOPSDConfig(
         folder, loss_target=variant, per_device_train_batch_size=options.micro_batch, learning_rate=0.0, max_steps=1,
-        max_completion_length=options.completion, gradient_checkpointing=options.checkpointing,
+        max_completion_length=options.prompt, gradient_checkpointing=options.checkpointing,
         bf16=options.device == "cuda", use_cpu=options.device == "cpu", save_strategy="no", logging_strategy="no",
         report_to="none", disable_tqdm=True, plot_metrics=False, diagnostics_steps=0,
-        workspace_mib=options.workspace_mib, teacher_template="{question} {solution} A",
-        reference_template=f"R {words} {{solution}} A",
+        teacher_template="{question} {solution} A", reference_template=f"R {words} {{solution}} A",
     )  # fmt: skip
-    clock = Clock(options.device)
-    return TimedTrainer(clock, make_model(options), config, data, processing_class=build_tokenizer())
+    model, clock = make_model(options), Clock(options.device)
+    trainer = PurifiedOPSDTrainer(model, config, data, processing_class=build_tokenizer(), callbacks=[clock])
+    trainer.remove_callback(PrinterCallback)
+    trainer._loss_fn.register_forward_pre_hook(lambda *_: clock.stop("student"))
+    trainer._loss_fn.register_forward_hook(lambda *_: clock.stop("loss"))
+    completion = [i % len(DIGITS) for i in range(options.prompt)]
+    trainer._generate_single_turn = lambda prompt_ids, *_, **__: [list(completion) for _ in prompt_ids]
+    parts = {"_generate_and_score_completions": None, "_frozen_states": "frozen", "training_step": "backward"}
+    for method, part in parts.items():
+        setattr(trainer, method, clock.after(part, getattr(trainer, method)))
+    torch.manual_seed(1)
+    for parameter in model.parameters():  # B is zero, as the trainer wants it at first; then no gradient reaches A
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.02)
+    return trainer, clock
 
 
-def measure(options: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Medians by part and variant, peak memory, losses; ``write`` is called as soon as anything is known."""
-    given = {name: value for name, value in vars(options).items() if name != "json"}
-    variants: dict[str, Any] = {}
-    result = {"about": provenance.describe(options.device) | {"options": given}, "variants": variants}
+def measure(options: argparse.Namespace, record: Callable[..., None]) -> None:
+    """Records, as part "step", each variant's medians in seconds, peak memory and loss; "stopped" until all is known."""
+    known: dict[str, dict[str, Any]] = {}
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+
+    def figures(name: str) -> dict[str, float]:
+        steps = [sum(parts.values()) for parts in rounds[name]]
+        found = {f"{part}_s": statistics.median(x[part] for x in rounds[name]) for part in rounds[name][0]}
+        found |= {"step_s": statistics.median(steps), "fastest_s": min(steps)}
+        return found | {"loss_share": found["loss_s"] / found["step_s"], **known[name]}
+
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {name: make_trainer(options, name, folder) for name in options.variants}
-        for name, trainer in trainers.items():
+        trainers = {name: make_trainer(options, name, folder) for name in VARIANTS}
+        for name, (trainer, _) in trainers.items():
             trainer.train()  # compiles
             memory.reset_peak(options.device)
             loss = trainer.train().training_loss
-            variants[name] = {"loss": loss, "peak_gib": memory.peak(options.device) / 1024, "rounds": []}
-            write(result)
-        for _, name in in_turns(options.variants, options.rounds - 1):
-            trainers[name].train()
-            variants[name]["rounds"].append(dict(trainers[name].clock.parts))
-            write(result)
-    for found in variants.values():
-        totals = [sum(parts.values()) for parts in found["rounds"]]
-        found["median"] = {part: statistics.median(x[part] for x in found["rounds"]) for part in found["rounds"][0]}
-        found |= {"step": statistics.median(totals), "fastest": min(totals)}
-    if set(VARIANTS) <= set(variants):
-        ours, theirs = (variants[name] for name in VARIANTS)
-        result["ratios"] = {name: ours[name] / theirs[name] for name in ("step", "fastest")}
-    write(result)
-    return result
+            known[name] = {"loss": loss, "peak_gib": memory.peak(options.device) / 1024}
+        for _, name in in_turns(VARIANTS, options.rounds - 1):
+            trainer, clock = trainers[name]
+            trainer.train()
+            rounds[name].append(dict(clock.parts))
+            record("step", name, status="stopped", **figures(name))
+    ours, theirs = map(figures, VARIANTS)
+    record("step", "opsd", **theirs)
+    record("step", "purified", **ours, over_opsd=ours["step_s"] / theirs["step_s"])  # last: it says that all is there
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -152,37 +139,33 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--model", choices=list(SHAPES), help="default: tiny on CPU, qwen3-1.7b on a GPU")
     add("--micro-batch", type=int, default=4, help="rows")
-    add("--prompt", type=int, help="tokens of every prompt; default 1024, 64 on CPU")
-    add("--completion", type=int, help="tokens; default as --prompt")
+    add("--prompt", type=int, help="tokens of every prompt and of every completion; default 1024, 64 on CPU")
     add("--rank", type=int, default=64, help="of LoRA")
-    add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations; default on a GPU")
+    add("--checkpointing", action="store_true", help="recompute activations, which it does on a GPU anyway")
     add("--rounds", type=int, default=7)
-    add("--workspace-mib", type=float, help="popsd's workspace; its default if not given")
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    add("--json", type=Path, help="write everything measured here, after every variant and round")
+    add("--json", type=Path, help="results file, written after every round")
     options = parser.parse_args(arguments)
     gpu = options.device == "cuda"
     options.model = options.model or ("qwen3-1.7b" if gpu else "tiny")
     options.prompt = options.prompt or (1024 if gpu else 64)
-    options.completion = options.completion or options.prompt
-    options.checkpointing = gpu if options.checkpointing is None else options.checkpointing
+    options.checkpointing |= gpu
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_options(arguments)
+def main() -> int:
+    options = parse_options()
+    given = {name: value for name, value in vars(options).items() if name != "json"}
+    results = Results(describe(options.device) | {"options": given})
 
-    def write(result: dict[str, Any]) -> None:
+    def record(*names: str, **figures: Any) -> None:
+        results.record(*names, **figures)
         if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            results.save(options.json)
 
-    result = measure(options, write)
-    print(json.dumps(result["about"]))
-    for name, found in result["variants"].items():
-        parts = [f"{part} {seconds:.4f} s" for part, seconds in found["median"].items()]
-        print(f"{name:8}", *parts, f"step {found['step']:.4f} s", f"peak {found['peak_gib']:.3f} GiB", sep="  ")
-    if "ratios" in result:
-        print("purified / opsd: {step:.3f} (of the fastest steps {fastest:.3f})".format(**result["ratios"]))
+    measure(options, record)
+    print(json.dumps(results.meta))
+    for row in results.records:
+        print(row["name"], *(f"{name} {x:.4f}" for name, x in row.items() if isinstance(x, float)), sep="  ")
     return 0
 
 

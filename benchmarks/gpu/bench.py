@@ -1,7 +1,5 @@
 """What a part is, and what it works with in its own process."""
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback
@@ -15,10 +13,9 @@ import torch
 
 from popsd_benchmarks import suite
 from popsd_benchmarks.command import Progress
-from popsd_benchmarks.measure import FIRST_STEP, Effort, UnusableError, failure
-from popsd_benchmarks.plan import Item
+from popsd_benchmarks.measure import FIRST_STEP, Effort, UnusableError, described, failure
 from popsd_benchmarks.providers import Provider
-from popsd_benchmarks.results import FINISHED, Case, Results, load
+from popsd_benchmarks.results import FINISHED, Case, Results
 
 UNUSABLE = 3
 """Exit status of a part whose process a CUDA failure has made unusable."""
@@ -26,7 +23,9 @@ UNUSABLE = 3
 
 @dataclass(frozen=True)
 class Bench:
-    """What a part works with, in its own process. dry: on the CPU, at a tiny size."""
+    """The results file at ``path``, and how to add to it. dry: on the CPU, at a tiny size. skip_failed: failed cells and
+    records stay as they are.
+    """
 
     results: Results
     path: Path
@@ -54,7 +53,7 @@ class Bench:
         try:
             yield wanted
         except Exception as error:
-            status, text = failure(error), f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            status, text = failure(error), described(error)
             self.record(part, name, status=status or "failed", note=text)
             if status is None:
                 raise UnusableError(text) from error
@@ -64,30 +63,39 @@ class Bench:
 
     def measure(self, part: str, case: Case, providers: Sequence[Provider], effort: Effort) -> None:
         """The case's cells, as `popsd bench` makes them."""
-        work = [Item(part, case, replace(effort, peak=effort.peak and not self.dry))]
+        if self.dry:
+            effort = replace(effort, rounds=min(effort.rounds, 1), peak=False, compilers=False)
         options = {"out": self.path, "skip_failed": self.skip_failed}
-        suite.run_items(work, providers, self.results, progress=Progress(), **options)
+        suite.run_items([suite.Item(part, case, effort)], providers, self.results, progress=Progress(), **options)
 
 
 @dataclass(frozen=True)
 class Part:
-    """seconds: at most. cases: selections of the correctness suite, pytest's arguments, run first, a process each.
-    run: what is then measured. gib: of the device's memory. modules: imported by ``run``. tool: what all of it runs under.
+    """A list of programs, each in a process of its own, and then a function in another.
+
+    seconds: at most. run: the function. programs: what follows ``python`` on their command lines; PYTEST stands for the
+    correctness suite, and WORKERS for as many processes as the device's memory holds, each replaced if it dies.
+    tool: what the programs run under; WORK stands for the folder of the results. environment: the programs' own.
+    collect: called at the end.
     """
 
     name: str
     seconds: float
     run: Callable[[Bench], None] | None = None
-    cases: tuple[str, ...] = ()
-    gib: float = 0.0
-    modules: tuple[str, ...] = ()
-    tool: tuple[str, ...] = ()
+    programs: tuple[str, ...] = ()
+    tool: str = ""
     environment: tuple[tuple[str, str], ...] = ()
     collect: Callable[[Bench, Path], None] | None = None
 
 
-def child(part: Part, bench: Bench) -> int:
-    """The part itself, in its own process."""
+def forked(part: Part, bench: Bench, log: Path) -> None:
+    """The part's function in its own process, which writes to the log."""
+    os.setsid()
+    stream = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    if bench.dry:
+        torch.set_num_threads(1)
     assert part.run is not None
     try:
         part.run(bench)
@@ -96,14 +104,3 @@ def child(part: Part, bench: Bench) -> int:
         sys.stderr.flush()
         unusable = isinstance(error, UnusableError) or failure(error) is None
         os._exit(UNUSABLE if unusable else 1)  # a broken context may hang in its own clearing up
-    return 0
-
-
-def forked(part: Part, path: Path, dry: bool, skip_failed: bool, log: Path) -> None:
-    os.setsid()
-    stream = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
-    if dry:
-        torch.set_num_threads(1)
-    sys.exit(child(part, Bench(load(path), path, dry, skip_failed)))

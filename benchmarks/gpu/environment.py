@@ -5,10 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-_PATHS = [
-    str(folder)
-    for folder in (ROOT, *(ROOT / name for name in ("kernels", "integrations", "benchmarks", "benchmarks/gpu")))
-]
-sys.path[:0] = _PATHS
-os.environ["PYTHONPATH"] = os.pathsep.join([*_PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
+PATHS = [str(ROOT / name) for name in ("", "kernels", "integrations", "benchmarks", "benchmarks/gpu")]
+sys.path[:0] = PATHS
+os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ["PYTHONUNBUFFERED"] = "1"

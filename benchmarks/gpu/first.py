@@ -6,18 +6,22 @@ README.md here says what to bring and how to read the output. `--dry` runs every
 """
 
 import sys
+from dataclasses import replace
+from functools import partial
 
 import environment  # noqa: F401 (it comes first)
 import measuring
 from bench import Part
+from measuring import EFFORT, cells
 from runner import main
 
-CASES = ("WORKERS --resume-results -m not~alone", "--resume-results -m alone")
+CASES = ("PYTEST WORKERS --resume-results -m 'not alone'", "PYTEST --resume-results -m alone")
+THREE = replace(EFFORT, rounds=3, peak=False)
 PARTS = [
-    Part("probe", 25, measuring.probe, gib=16),
-    Part("correctness", 75, cases=CASES, environment=(("OMP_NUM_THREADS", "2"),)),  # workers draw inputs on the CPU
-    Part("headline", 105, measuring.headline, gib=30),
-    Part("profile", 30, measuring.profile, gib=16),
+    Part("probe", 25, measuring.probe),
+    Part("correctness", 75, programs=CASES, environment=(("OMP_NUM_THREADS", "2"),)),  # workers draw inputs on the CPU
+    Part("headline", 105, measuring.headline),
+    Part("profile", 30, partial(cells, part="profile", losses=("purified",), effort=THREE)),
 ]
 
 if __name__ == "__main__":

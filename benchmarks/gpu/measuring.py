@@ -1,11 +1,11 @@
 """What the parts measure, each a function of a `Bench`."""
 
-from __future__ import annotations
-
 import csv
 import statistics
+import sys
 import unittest.mock
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,45 +16,49 @@ from bench import Bench
 from popsd.engine import workspace
 from popsd_benchmarks.accuracy import Judge
 from popsd_benchmarks.measure import WHOLE_TILES, Effort, seconds_of
-from popsd_benchmarks.plan import SHAPES
-from popsd_benchmarks.problems import Problem, make_problem
+from popsd_benchmarks.problems import SHAPES, Problem, make_problem
 from popsd_benchmarks.providers import FLOOR, OURS, PROVIDERS, Provider, Step
-from popsd_benchmarks.providers.matmuls import project
+from popsd_benchmarks.providers.baselines import project
 from popsd_benchmarks.providers.ours import Popsd
-from popsd_benchmarks.results import Case, Loss, Shape
+from popsd_benchmarks.results import Case, Loss, Results
+from popsd_benchmarks.suite import LOSSES
 
-JUDGED_ROWS = 256
-EFFORT = Effort(rounds=9, seconds=6.0, compilers=False, judged_rows=JUDGED_ROWS)
-DRY_EFFORT = replace(EFFORT, rounds=1)
+EFFORT = Effort(rounds=9, seconds=6.0, compilers=False, judged_rows=256)
+BOTH = ("qwen3-1.7b", "qwen3-8b")
 VOCAB, USED, PITCH = 151936, 151669, 151680
-TINY = {VOCAB: 512, USED: 503, PITCH: 512, 8192: 32, 4096: 48, 2560: 40, 2048: 32, 2496: 24, 1664: 24, 1536: 16}
 
 
-def shape(bench: Bench, name: str, **changes: int) -> Shape:
-    """A real one with all rows of its head in use, which every peer can do too; a dry run's is tiny."""
-    found = replace(SHAPES[name], **{"used": None, **changes})
-    sizes = {"tokens": 16, "vocab": 257, "width": found.width // 128}
-    return replace(found, **sizes, used=found.used and 250) if bench.dry else found
-
-
-def case(bench: Bench, loss: Loss, of: Shape, **changes: float) -> Case:
+def case(bench: Bench, loss: Loss, model: str, tokens: int = 8192, used: int | None = None, **changes: float) -> Case:
+    """A real shape with all rows of its head in use, which every peer can do too; a dry run's is tiny."""
+    of = replace(SHAPES[model], tokens=tokens, used=used, name=model if tokens == 8192 else f"{model}-{tokens}")
+    if bench.dry:
+        of = replace(of, tokens=16, vocab=257, width=of.width // 128, used=used and 250)
     return Case(loss=loss, shape=of, dtype="bfloat16", device=bench.device, **changes)  # type: ignore[arg-type]
 
 
-def providers(bench: Bench, *names: str) -> list[Provider]:
-    """The floor, ours and those."""
-    return [PROVIDERS[name] for name in dict.fromkeys((FLOOR, OURS[bench.device], *names))]
-
-
-def cells(bench: Bench, part: str, of: Case, *names: str, **effort: bool) -> None:
-    bench.measure(part, of, providers(bench, *names), replace(DRY_EFFORT if bench.dry else EFFORT, **effort))
+def cells(
+    bench: Bench,
+    *,
+    models: Sequence[str] = ("qwen3-1.7b",),
+    peers: Sequence[Provider | str] = (),
+    part: str = "table",
+    losses: Sequence[Loss] = LOSSES,
+    effort: Effort = EFFORT,
+    **changes: Any,
+) -> None:
+    """The bare matmuls, popsd and these peers on a case for each model and loss."""
+    names = dict.fromkeys((FLOOR, OURS[bench.device], *peers))
+    providers = [PROVIDERS[name] if isinstance(name, str) else name for name in names]
+    for model in models:
+        for loss in losses:
+            bench.measure(part, case(bench, loss, model, **changes), providers, effort)
 
 
 def probe(bench: Bench) -> None:
     """The card's ceilings, and matmuls in the shapes and alignments that the loss needs."""
 
     def size(number: int) -> int:
-        return TINY[number] if bench.dry else number
+        return number // 64 if bench.dry else number
 
     def normal(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, device=bench.device).bfloat16()
@@ -67,7 +71,7 @@ def probe(bench: Bench) -> None:
                 bench.record("probe", name, ms=1e3 * seconds, **{figure: amount / seconds}, **sizes)
 
     def copy() -> Step:
-        source = torch.empty(1 << (14 if bench.dry else 30), device=bench.device)
+        source = torch.empty(size(1 << 30), device=bench.device)
         target = torch.empty_like(source)
         return lambda: target.copy_(source)
 
@@ -75,7 +79,7 @@ def probe(bench: Bench) -> None:
         a, b = normal(size(8192), size(8192)), normal(size(8192), size(8192))
         return lambda: a @ b
 
-    measured("copy", copy, "gb_per_s", 2e-9 * 4 * (1 << (14 if bench.dry else 30)))
+    measured("copy", copy, "gb_per_s", 2e-9 * 4 * size(1 << 30))
     measured("square", square, "tflops", 2e-12 * size(8192) ** 3)
     pitches = {"V 151936": (VOCAB, VOCAB), "V 151669": (USED, PITCH), "V 151680": (PITCH, PITCH)}
     for width in (2048, 2560, 4096):
@@ -100,18 +104,8 @@ def probe(bench: Bench) -> None:
 
 def headline(bench: Bench) -> None:
     """popsd beside the bare matmuls, TRL, Liger, orda-kernel and eager code."""
-    peers = ("trl", "liger-triton", "orda", "popsd-graph", "eager-16bit-logits")
-    for name in ("qwen3-1.7b", "qwen3-8b"):
-        for loss in ("purified", "two"):
-            cells(bench, "table", case(bench, loss, shape(bench, name)), *peers)
-    small = shape(bench, "qwen3-1.7b", tokens=2048)
-    for loss in ("purified", "two"):
-        cells(bench, "table", case(bench, loss, replace(small, name="qwen3-1.7b-2048")), "eager")
-
-
-def profile(bench: Bench) -> None:
-    effort = replace(DRY_EFFORT if bench.dry else EFFORT, rounds=1 if bench.dry else 3, peak=False)
-    bench.measure("profile", case(bench, "purified", shape(bench, "qwen3-1.7b")), providers(bench), effort)
+    cells(bench, models=BOTH, peers=("trl", "liger-triton", "orda", "popsd-graph", "eager-16bit-logits"))
+    cells(bench, peers=("eager",), tokens=2048)
 
 
 @dataclass(frozen=True)
@@ -146,91 +140,57 @@ def planning(bench: Bench) -> None:
     variants: list[Provider] = [replace(ours, name=f"popsd {mib} MiB", workspace_mib=mib) for mib in (400, 1024, 2048)]
     for rows in ((512, 1024), (512, 2048), (832, 1664), (832, 2496), (1024, 2048)):
         scaled = (rows[0] // 128, rows[0] // 128) if bench.dry else rows  # a CPU's gradient takes the logits' place
-        variants.append(Planned(f"popsd rows {rows[0]}/{rows[1]}", ours.impl, rows=scaled))
-    effort = replace(DRY_EFFORT if bench.dry else EFFORT, rounds=1 if bench.dry else 5)
-    for name in ("qwen3-1.7b", "qwen3-8b"):
-        bench.measure("planning", case(bench, "purified", shape(bench, name)), [*providers(bench), *variants], effort)
-    padded = shape(bench, "qwen3-1.7b", used=USED)
-    bench.measure("planning", case(bench, "purified", padded), providers(bench), effort)
+        variants.append(Planned(f"popsd rows {rows[0]}/{rows[1]}", impl=ours.impl, rows=scaled))
+    alone: dict[str, Any] = {"part": "planning", "losses": ("purified",), "effort": replace(EFFORT, rounds=5)}
+    cells(bench, models=BOTH, peers=variants, **alone)
+    cells(bench, used=USED, **alone)
 
 
 def step(bench: Bench) -> None:
     """A training step of a Qwen3-1.7B with LoRA in the TRL trainer, by part."""
-    import train_step
-
     with bench.attempt("step", "purified") as wanted:
         if not wanted:
             return
-        arguments = ["--rounds", "5", "--device", bench.device]
-        if bench.dry:
-            arguments = ["--rounds", "1", "--prompt", "4", "--completion", "4", "--micro-batch", "1", "--rank", "2"]
+        import train_step
 
-        def keep(result: dict[str, Any]) -> None:
-            """What is known so far, as the record of a part that has not ended."""
-            for name, found in result["variants"].items():
-                if totals := [sum(parts.values()) for parts in found["rounds"]]:
-                    figures = {"step_s": statistics.median(totals), "peak_gib": found["peak_gib"]}
-                    bench.record("step", name, status="stopped", **figures)
-
-        result = train_step.measure(train_step.parse_options(arguments), keep)
-        for name, found in reversed(result["variants"].items()):  # the purified one last: it says that all is there
-            figures = {f"{part}_s": seconds for part, seconds in found["median"].items()}
-            figures |= {"step_s": found["step"], "loss_share": found["median"]["loss"] / found["step"]}
-            figures |= {"over_opsd": result["ratios"]["step"]} if name == "purified" else {}
-            bench.record("step", name, peak_gib=found["peak_gib"], **figures)
-
-
-def forward_kl(bench: Bench) -> None:
-    for loss in ("purified", "two"):
-        cells(bench, "table", case(bench, loss, shape(bench, "qwen3-1.7b"), beta=0.0), "trl", "liger-triton")
-
-
-def width_2560(bench: Bench) -> None:
-    for loss in ("purified", "two"):
-        cells(bench, "table", case(bench, loss, shape(bench, "qwen3-4b")), "trl", "liger-triton")
+        tiny = ["--rounds", "1", "--prompt", "4", "--micro-batch", "1", "--rank", "2"]
+        options = train_step.parse_options(tiny if bench.dry else ["--rounds", "5", "--device", bench.device])
+        train_step.measure(options, bench.record)
 
 
 def accuracy(bench: Bench) -> None:
     """Errors of dH and the loss against float64, by the true KL and the deviation of the logits."""
-    of = shape(bench, "qwen3-1.7b", tokens=WHOLE_TILES)
-    names = (OURS[bench.device], "eager", "eager-16bit-logits")
-    effort = replace(EFFORT, rounds=0, peak=False, gate=False)
+    providers = [PROVIDERS[name] for name in (OURS[bench.device], "eager", "eager-16bit-logits")]
+    usual = case(bench, "purified", "qwen3-1.7b", tokens=WHOLE_TILES)
     for deviation in (3.0, 10.0, 30.0):
         for kl in (1e-3, 1e-1, 1.0):
             spread = (2 * kl) ** 0.5 / deviation
-            found = case(bench, "purified", of, deviation=deviation, spread=float(f"{spread:.2g}"))
+            found = replace(usual, deviation=deviation, spread=float(f"{spread:.2g}"))
             for _ in range(2):  # the divergence grows with the square of the spread
                 true = max(Judge(make_problem(found), 64).exact(False).kl, 1e-9)
                 spread = found.spread * min(max(kl / true, 0.01), 100.0) ** 0.5
                 found = replace(found, spread=float(f"{spread:.2g}"))
-            bench.measure("accuracy", found, [PROVIDERS[name] for name in names], effort)
+            bench.measure("accuracy", found, providers, replace(EFFORT, rounds=0))
+
+
+ONE_STEP = ("benchmarks/gpu/measuring.py",)
+NCU = """ncu --clock-control none --csv --log-file WORK/ncu.csv --kernel-name regex:^row_ --launch-count 16
+--metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum --print-units base"""
 
 
 def one_step(bench: Bench) -> None:
     """What runs under ncu: a step of several chunks, so that every kernel of the main path is launched."""
-    of = case(bench, "purified", shape(bench, "qwen3-1.7b", tokens=2048))
-    PROVIDERS[OURS[bench.device]].prepare(make_problem(of))()
-
-
-NCU = ("ncu", "--clock-control", "none", "--csv", "--log-file", "WORK/ncu.csv", "--kernel-name", "regex:^row_",
-       "--launch-count", "16", "--metrics", "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum",
-       "--print-units", "base")  # fmt: skip
+    PROVIDERS[OURS[bench.device]].prepare(make_problem(case(bench, "purified", "qwen3-1.7b", tokens=2048)))()
 
 
 def read_ncu(bench: Bench, work: Path) -> None:
     """A record per kernel: bytes moved and their rate, as a share of the copy's that the probe measured."""
     path = work / "ncu.csv"
-    rows = (
-        [text for text in path.read_text(encoding="utf-8").splitlines() if text.startswith('"')]
-        if path.exists()
-        else []
-    )
-    totals: dict[str, dict[str, float]] = {}
-    for row in csv.DictReader(rows):
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    totals: dict[str, Any] = defaultdict(Counter)
+    for row in csv.DictReader(text for text in lines if text.startswith('"')):
         if row.get("Metric Name"):
-            found = totals.setdefault(row["Kernel Name"].split("(")[0], {})
-            value = float(row["Metric Value"].replace(",", ""))
-            found[row["Metric Name"]] = found.get(row["Metric Name"], 0.0) + value
+            totals[row["Kernel Name"].split("(")[0]][row["Metric Name"]] += float(row["Metric Value"].replace(",", ""))
     copied = bench.results.found("probe", "copy").get("gb_per_s")
     for name, found in totals.items():
         rate = (found["dram__bytes_read.sum"] + found["dram__bytes_write.sum"]) / found["gpu__time_duration.sum"]
@@ -240,18 +200,5 @@ def read_ncu(bench: Bench, work: Path) -> None:
         bench.record("dram", "kernels", status="failed", note="ncu named no kernel: see log.txt")
 
 
-def streaming(bench: Bench) -> None:
-    for loss in ("purified", "two"):
-        cells(bench, "table", case(bench, loss, shape(bench, "qwen3-1.7b")), "popsd-streaming")
-
-
-def single_read(bench: Bench) -> None:
-    for name in ("qwen3-1.7b", "qwen3-8b"):
-        cells(bench, "table", case(bench, "purified", shape(bench, name)), "popsd-single-read")
-
-
-def compiled(bench: Bench) -> None:
-    small = replace(shape(bench, "qwen3-1.7b", tokens=2048), name="qwen3-1.7b-2048")
-    names = () if bench.dry else ("eager-compiled", "liger-compiled")  # compiling takes half a minute
-    for loss in ("two", "purified"):
-        cells(bench, "table", case(bench, loss, small), *names, compilers=True)
+if __name__ == "__main__":
+    one_step(Bench(Results({}), Path(), dry="--dry" in sys.argv))

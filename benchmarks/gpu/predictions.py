@@ -6,11 +6,11 @@ takes the longer of its bytes and its instructions: on an H100 6.7 ms and, with 
 8,192 tokens; on an H200 4.7 and 4.3 ms with four distributions, and with two the instructions decide, 4.3 against 3.3 ms.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
+from popsd.engine.workspace import fill
 from popsd_benchmarks.problems import matmuls, operations
+from popsd_benchmarks.report import goals, tables
 from popsd_benchmarks.results import Cell, Results
 
 
@@ -38,8 +38,6 @@ ISSUED = MULTIPROCESSORS * 128 * 1.7e9
 TRL_MATMULS = (7, 5)
 LIGER_HEAD_READS = {2048: 192, 2560: 192, 4096: 96}
 """Times that three matmuls of Liger's chunks (128 rows, 256 at D = 4096) read the head, for 8,192 tokens."""
-GOALS = {"popsd 400 MiB": 1.5, "popsd 1024 MiB": 1.15}
-ERROR_GOAL = 6e-3
 
 
 def rates(device: str) -> Rates | None:
@@ -74,37 +72,32 @@ def milliseconds(cell: Cell, card: Rates) -> float | None:
     return matmul_time(TRL_MATMULS[end] if cell.provider == "trl" else count) + swept
 
 
-def filled(rows: int, columns: int) -> float:
-    """Share of the multiprocessors' time that a matmul in tiles of 128 x 256 uses."""
-    waves = -(-(-(-rows // 128) * -(-columns // 256)) // MULTIPROCESSORS)
-    return rows * columns / (128 * 256 * waves * MULTIPROCESSORS)
-
-
 def record_predictions(row: dict[str, Any], card: Rates) -> dict[str, float]:
     """The figures of a record that are predicted."""
     if row["part"] == "probe":
         if "rows" in row:
-            return {"tflops": card.tflops * filled(row["rows"], row["columns"])}
+            return {"tflops": card.tflops * fill(row["rows"], row["columns"], MULTIPROCESSORS)}
         return {"gb_per_s": 1e3 * card.tbps, "tflops": card.square}
-    if row["part"] == "dram":
-        return {"share_of_copy": SWEPT}
-    return {"over_opsd": 1.15} if (row["part"], row["name"]) == ("step", "purified") else {}
+    return {"share_of_copy": SWEPT} if row["part"] == "dram" else {}
 
 
 def comparison(results: Results) -> list[str]:
-    """A line per case and per kind of record: what was measured, and in brackets what was predicted."""
+    """A line per goal that was measured, per case and per kind of record; in brackets what was predicted."""
     card = rates(results.meta["device"])
-    lines, groups = ["Measured (predicted); times in ms, x: of popsd's own"], {}
+    lines = [
+        f"goal {verdict.word}: {verdict.claim}: {verdict.value:.3g}, at most {verdict.most:g}"
+        for verdict in goals.judge("cuda", results)
+        if verdict.value is not None
+    ]
+    groups: dict[str, list[str]] = {}
     for cell in results.cells:
-        case, shape = cell.case, cell.case.shape
-        used = "" if shape.used is None else f" ({shape.used} used)"
-        deviation = f" std {case.deviation:g}" if cell.part == "accuracy" else ""
-        where = f"{cell.part} {case.loss} N {shape.tokens}{used} D {shape.width} beta {case.beta:g}{deviation}"
+        where = f"{cell.part}, {tables.case_title(cell.case)}"
         groups.setdefault(where, []).append(f"{cell.provider} {_of_cell(cell, card)}")
     for row in results.records:
         if row["part"] != "parts":
             where, _, name = f"{row['part']} {row['name']}".partition(" V " if row["part"] == "probe" else " ")
             groups.setdefault(where if name else "probe", []).append(f"{name or row['name']} {_of_record(row, card)}")
+    lines += ["Measured (predicted); times in ms, x: of popsd's own"]
     lines += [f"{where}: {', '.join(found)}"[:440] for where, found in groups.items()]
     parts = [row for row in results.records if row["part"] == "parts" and row["status"] != "ok"]
     return lines + [f"part {row['name']}: {row['note']}" for row in parts]
@@ -112,15 +105,12 @@ def comparison(results: Results) -> list[str]:
 
 def _of_cell(cell: Cell, card: Rates | None) -> str:
     if cell.part == "accuracy" and "dhidden" in cell.errors:
-        goal = f" (at most {ERROR_GOAL:g})" if cell.provider.startswith("popsd") else ""
-        return f"KL {cell.kl or 0.0:.1e} dH {cell.errors['dhidden']:.1e}{goal}"
+        return f"KL {cell.kl or 0.0:.1e} dH {cell.errors['dhidden']:.1e}"
     if cell.seconds is None or cell.status not in ("ok", "inaccurate"):
         return cell.status
     expected = None if card is None else milliseconds(cell, card)
     shown = f"{1e3 * cell.seconds.median:.1f}" + ("" if expected is None else f" ({expected:.1f})")
-    if cell.part == "planning" and cell.ratios is not None:
-        goal = f" (at most {GOALS[cell.provider]:g})" if cell.provider in GOALS else ""
-        shown += f" = {cell.ratios.median:.2f} x{goal}"
+    shown += f" = {cell.ratios.median:.2f} x" if cell.part == "planning" and cell.ratios else ""
     return shown + ("" if cell.status == "ok" else " INACCURATE")
 
 
@@ -130,6 +120,6 @@ def _of_record(row: dict[str, Any], card: Rates | None) -> str:
     expected = {} if card is None else record_predictions(row, card)
     hidden = {"rows", "columns", "inner", *(["ms"] if "tflops" in row else [])}
     figures = {k: x for k, x in row.items() if isinstance(x, int | float) and k not in hidden}
-    shown = [f"{x:.4g}" + (f" ({expected[k]:.4g})" if k in expected else "") + f" {k}" for k, x in figures.items()]
+    shown = (f"{x:.4g}" + (f" ({expected[k]:.4g})" if k in expected else "") + f" {k}" for k, x in figures.items())
     failed = ["FAILED", str(row.get("note", ""))[:60]] if row["status"] == "failed" else []
     return " ".join([*shown, *failed])

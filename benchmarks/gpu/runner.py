@@ -4,36 +4,33 @@ What a part measures it writes to the results file at once. One that crashes, ha
 alone; one that leaves its process unusable is begun again without what broke it; a rerun takes up what is missing.
 """
 
-from __future__ import annotations
-
 import argparse
-import importlib.util
 import json
 import math
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import count
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import UNUSABLE, Bench, Part, child, forked
+from bench import UNUSABLE, Bench, Part, forked
 from environment import ROOT
 from predictions import comparison
 
-from popsd_benchmarks import provenance
 from popsd_benchmarks.measure import FIRST_STEP
-from popsd_benchmarks.results import FINISHED, Results, load
+from popsd_benchmarks.results import FINISHED, Results, describe, load
 
-PEERS = {"trl": "trl", "liger_kernel": "liger-kernel", "orda_kernel": "orda-kernel"}
 ATTEMPTS = 3
 LEAST_SECONDS = 5.0
 LOG_BYTES = 4 << 20
@@ -54,12 +51,8 @@ def main(description: str, parts: Sequence[Part], arguments: Sequence[str] | Non
     add("--work", type=Path, help="folder that survives, where a rerun finds what is done (default: --out)")
     add("--parts", default=",".join(by_name), help="comma-separated, run in this order (%(default)s)")
     add("--seconds", type=float, help=f"for everything ({sum(part.seconds for part in parts):.0f})")
-    add("--dry", action="store_true", help="every part on the CPU at a tiny size, tools by a stub")
-    add("--child", help=argparse.SUPPRESS)
-    add("--skip-failed", action="store_true", help=argparse.SUPPRESS)
+    add("--dry", action="store_true", help="every part on the CPU at a tiny size")
     options = parser.parse_args(arguments)
-    if options.child:
-        return child(by_name[options.child], Bench(load(options.out), options.out, options.dry, options.skip_failed))
     wanted = options.parts.split(",")
     if unknown := [name for name in wanted if name not in by_name]:
         parser.error(f"--parts: expected some of {', '.join(by_name)}; got {', '.join(unknown)}.")
@@ -69,18 +62,18 @@ def main(description: str, parts: Sequence[Part], arguments: Sequence[str] | Non
     for flag, folder in (("--out", options.out), ("--work", work)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".probe").touch()
-            (folder / ".probe").unlink()
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             parser.error(f"{flag}: expected a folder that can be written to; got {folder} ({error.strerror}).")
-    limits = {part.name: DRY_SECONDS if options.dry else part.seconds for part in parts}
-    session = Session(work, options.out, options.dry)
-    for sentence in session.warnings():
-        print(sentence, flush=True)
+    try:
+        session = Session(work, options.out, options.dry)
+    except ValueError as error:  # what is there was measured elsewhere
+        parser.error(f"--work: {error}")
+    limits = {name: DRY_SECONDS if options.dry else by_name[name].seconds for name in wanted}
     end, left_over = time.monotonic() + (options.seconds or sum(limits.values())), 0
-    for name in wanted:
+    for name, limit in limits.items():
         began = time.monotonic()
-        ended = session.run(by_name[name], min(limits[name], end - began))
+        ended = session.run(by_name[name], min(limit, end - began))
         left_over += ended != "done"
         print(f"== {name}: {ended}, {time.monotonic() - began:.0f} s", flush=True)
     print("\n".join(comparison(load(session.path))[:40]), flush=True)
@@ -91,37 +84,34 @@ class Session:
     """One run of a command: the results file in ``work``, a log beside it, both copied to ``out`` after every part."""
 
     def __init__(self, work: Path, out: Path, dry: bool) -> None:
-        self.work, self.out, self.dry = work, out, dry
+        self.work, self.out, self.dry = work.resolve(), out.resolve(), dry
         if dry:  # at tiny sizes, threads wait for one another
             os.environ["OMP_NUM_THREADS"] = "1"
             torch.set_num_threads(1)
         self.card = {} if dry else card()
-        meta = provenance.describe("cpu" if dry else "cuda") | {"card": self.card, "dry": dry}
-        self.path, results = begin(work, "dry" if dry else slug(meta["device"]), meta)
+        meta = describe("cpu" if dry else "cuda") | {"card": self.card, "dry": dry}
+        self.path, results = begin(self.work, "dry" if dry else slug(meta["device"]), meta)
         results.save(self.path)
-        self.log = work / "log.txt"
+        self.log = self.work / "log.txt"
 
-    def warnings(self) -> list[str]:
-        """A sentence for everything that is not as it should be, and yet leaves something to run."""
-        absent = [peer for name, peer in PEERS.items() if importlib.util.find_spec(name) is None]
-        found = [f"{peer} is missing: its cells will say so. README.md here says how to carry it." for peer in absent]
-        capability = self.card.get("capability", [9, 0])
-        if capability != [9, 0]:
-            found.append(f"The predictions are for compute capability 9.0; this card has {capability}: it has none.")
-        return found
+    def bench(self) -> Bench:
+        return Bench(load(self.path), self.path, self.dry)
 
     def run(self, part: Part, seconds: float) -> str:
         """How it ended, in a few words."""
-        if load(self.path).found("parts", part.name).get("status") in FINISHED:
+        if self.bench().results.found("parts", part.name).get("status") in FINISHED:
             return "done"
-        if (obstacle := self.obstacle(part, seconds)) is not None:
-            ended = f"left out: {obstacle}"
+        tool = part.tool.split()[:1]
+        if seconds < LEAST_SECONDS:
+            ended = "left out: no time"
+        elif tool and shutil.which(*tool) is None:
+            ended = f"left out: no {tool[0]}"
         else:
             try:
                 ended = self._run(part, time.monotonic() + seconds)
             finally:
-                self.copy()
-        results = load(self.path)
+                self.copy()  # also of an interrupted one
+        results = self.bench().results
         unfinished = [cell.provider for cell in results.cells if cell.part == part.name and cell.status == "failed"]
         unfinished += [r["name"] for r in results.records if r["part"] == part.name and r["status"] not in FINISHED]
         if ended == "done" and unfinished:
@@ -131,41 +121,20 @@ class Session:
         self.copy()
         return ended
 
-    def obstacle(self, part: Part, seconds: float) -> str | None:
-        if seconds < LEAST_SECONDS:
-            return "no time"
-        if part.gib > (gib := self.card.get("gib", part.gib)):
-            return f"needs {part.gib:.0f} GiB of device memory; the card has {gib:.0f}"
-        if part.tool and not self.dry and shutil.which(part.tool[0]) is None:
-            return f"no {part.tool[0]}"
-        absent = [name for name in part.modules if importlib.util.find_spec(name) is None]
-        return f"no {', '.join(absent)}" if absent else None
-
     def _run(self, part: Part, deadline: float) -> str:
-        ended = "done"
-        for selection in part.cases:
-            status = self.program(part, self.suite_command(part, selection), deadline)
-            if status not in (0, 1, 5, 9):  # 1 and 9: failed cases, which are records; 5: none is left of them
-                ended = status if isinstance(status, str) else f"pytest ended with status {status}"
-        if part.cases:
-            self.collect_cases(part)
+        endings = [self.program(part, program, deadline) for program in part.programs]
+        if self.cases_of(part).exists():
+            read_cases(self.bench(), part.name, self.cases_of(part))
         if part.run is not None:
-            measured = self.measure(part, deadline)
-            ended = measured if ended == "done" else ended
+            endings.append(self.measure(part, deadline))
         if part.collect is not None:
-            part.collect(Bench(load(self.path), self.path, self.dry), self.work)
-        return ended
+            part.collect(self.bench(), self.work)
+        return next((ended for ended in endings if ended != "done"), "done")
 
     def measure(self, part: Part, deadline: float) -> str:
-        """The part's own process, and where something broke it another one that leaves this out."""
-        command = [sys.executable, str(Path(sys.argv[0]).resolve()), "--child", part.name]
-        command += ["--out", str(self.path.resolve()), *["--dry"] * self.dry]
+        """The part's function, and where something broke its process again without that."""
         for attempt in range(ATTEMPTS):
-            if part.tool:
-                again = [*command, *["--skip-failed"] * (attempt > 0)]
-                status = self.program(part, self.under_tool(part, again), deadline)
-            else:
-                status = self.fork(part, attempt > 0, deadline)
+            status = self.fork(part, attempt > 0, deadline)
             broken = self.blame(status) or status == UNUSABLE
             if isinstance(status, str) or status == 0:
                 return status or "done"
@@ -173,42 +142,40 @@ class Session:
                 break
         return f"exit status {status}"
 
-    def suite_command(self, part: Part, selection: str) -> list[str]:
-        """The correctness suite. WORKERS in a selection: as many processes as the memory holds, each replaced if it dies."""
-        command = [sys.executable, "-m", "pytest", "tests/test_correctness.py", "-q", "-p", "no:cacheprovider"]
-        command += ["--device", "cpu" if self.dry else "cuda", "--results", str(self.cases_of(part).resolve())]
-        if self.dry or importlib.util.find_spec("xdist") is None:
-            words = selection.replace("WORKERS", "").replace("-n 1", "")
-        else:
-            number = max(1, min(8, os.cpu_count() or 1, int(self.card["gib"] - 4) // CASE_GIB))
-            words = selection.replace("WORKERS", f"-n {number} --max-worker-restart 200")
-        if self.dry:  # a few cases of the first selection; of the others only that there are such
-            words += " -k test_torch~and~bf16~and~kl" if "WORKERS" in selection else " --collect-only"
-        return self.under_tool(part, command + [word.replace("~", " ") for word in words.split()])
-
     def cases_of(self, part: Part) -> Path:
         return self.work / f"cases-{part.name}.jsonl"
 
-    def under_tool(self, part: Part, command: list[str]) -> list[str]:
-        tool = [word.replace("WORK", str(self.work.resolve())) for word in part.tool]
-        if tool and self.dry:
-            tool = [sys.executable, str(Path(__file__).with_name("stub.py")), *tool]
-        return [*tool, *command]
+    def command(self, part: Part, program: str) -> list[str]:
+        results = shlex.quote(str(self.cases_of(part)))
+        suite = f"-m pytest tests/test_correctness.py -q -p no:cacheprovider --results {results}"
+        if self.dry:  # a few cases of the first selection; of the others only that there are such
+            some = "-k 'test_torch and bf16 and kl'" if "WORKERS" in program else "--collect-only"
+            program = program.replace("PYTEST", f"{suite} {some}") if "PYTEST" in program else f"{program} --dry"
+        if self.dry:
+            words = program.replace("WORKERS", "").replace("-n 1", "")
+        else:
+            number = max(1, min(8, os.cpu_count() or 1, int(self.card["gib"] - 4) // CASE_GIB))
+            words = program.replace("WORKERS", f"-n {number} --max-worker-restart 200")
+        tool = part.tool.replace("WORK", shlex.quote(str(self.work)))
+        return [*shlex.split(tool), sys.executable, *shlex.split(words.replace("PYTEST", f"{suite} --device cuda"))]
 
-    def program(self, part: Part, command: list[str], deadline: float) -> int | str:
-        """A program: its exit status, or how long it ran where it was stopped, its own processes with it."""
-        environment = os.environ | dict(part.environment)
+    def program(self, part: Part, program: str, deadline: float) -> str:
+        """How a program ended; one that is stopped takes its own processes with it."""
+        command, environment = self.command(part, program), os.environ | dict(part.environment)
         with self.log.open("a", encoding="utf-8") as stream:
             print("$", *command, file=stream, flush=True)
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
-            return wait(process.pid, process.wait, deadline)
+            status = wait(process.pid, process.wait, deadline)
+        if status in (0, 1, 5, 9):  # 1 and 9: failed cases, which are records; 5: none is left of them
+            return "done"
+        return status if isinstance(status, str) else f"a program ended with status {status}"
 
     def fork(self, part: Part, skip_failed: bool, deadline: float) -> int | str:
         """The part in a fork of a server that has imported everything and never touched the GPU: five seconds saved."""
-        given = (part, self.path.resolve(), self.dry, skip_failed, self.log.resolve())
-        process = FORKS.Process(target=forked, args=given)
+        bench = replace(self.bench(), skip_failed=skip_failed)
+        process = FORKS.Process(target=forked, args=(part, bench, self.log))
         process.start()
         assert process.pid is not None
 
@@ -222,43 +189,42 @@ class Session:
 
     def blame(self, status: int | str) -> bool:
         """What was in its first step when the process died has failed, or was stopped; whether there is such a thing."""
-        results = load(self.path)
-        stopped = isinstance(status, str)
-        note = f"{status} in its first step" if stopped else f"its process died (status {status})"
-        cells = [cell for cell in results.cells if (cell.status, cell.note) == ("stopped", FIRST_STEP)]
-        rows = [row for row in results.records if (row["status"], row.get("note")) == ("stopped", FIRST_STEP)]
-        for cell in cells:
-            cell.status, cell.note = "stopped" if stopped else "failed", note
-        for row in rows:
-            row |= {"status": "stopped" if stopped else "failed", "note": note}
+        results, known = load(self.path), ("stopped", FIRST_STEP)
+        now = {"status": "failed", "note": f"its process died (status {status})"}
+        if isinstance(status, str):
+            now = {"status": "stopped", "note": f"{status} in its first step"}
+        cells = [vars(cell) for cell in results.cells]
+        blamed = [row for row in [*cells, *results.records] if (row["status"], row.get("note")) == known]
+        for row in blamed:
+            row |= now
         results.save(self.path)
-        return bool(cells or rows)
-
-    def collect_cases(self, part: Part) -> None:
-        """The suite's lines as records: how many passed, the worst, and what failed."""
-        if not self.cases_of(part).exists():
-            return
-        rows: dict[tuple[str, str], dict[str, Any]] = {}
-        for text in self.cases_of(part).read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # cut off by a kill
-                row = json.loads(text)
-                rows[row["case"], row["impl"]] = row  # the last line counts
-        failed = [row for row in rows.values() if not row["passed"]]
-        worst = max(rows.values(), key=worst_share)
-        Bench(load(self.path), self.path, self.dry).record(
-            part.name, "cases", status="failed" if failed else "ok", passed=len(rows) - len(failed), failed=len(failed),
-            worst=worst["case"], share_of_bound=worst_share(worst),
-            failures={row["case"]: row.get("exception") or row["errors"] for row in failed[:50]},
-        )  # fmt: skip
+        return bool(blamed)
 
     def copy(self) -> None:
         """To ``out``, where that is another folder; of the log its end."""
         if self.log.exists() and self.log.stat().st_size > LOG_BYTES:
             self.log.write_bytes(self.log.read_bytes()[-LOG_BYTES:])
-        if self.work.resolve() != self.out.resolve():
-            for path in (self.path, self.log, *self.work.glob("cases-*.jsonl")):
-                if path.exists():
-                    shutil.copyfile(path, self.out / path.name)
+        for path in (self.path, self.log, *self.work.glob("cases-*.jsonl")):
+            with suppress(shutil.SameFileError, FileNotFoundError):
+                shutil.copyfile(path, self.out / path.name)
+
+
+def read_cases(bench: Bench, part: str, path: Path) -> None:
+    """The suite's lines as a record: how many passed, the worst, and what failed."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # cut off by a kill
+            row = json.loads(text)
+            rows[row["case"], row["impl"]] = row  # the last line counts
+    if not rows:
+        return
+    failed = [row for row in rows.values() if not row["passed"]]
+    worst = max(rows.values(), key=worst_share)
+    bench.record(
+        part, "cases", status="failed" if failed else "ok", passed=len(rows) - len(failed), failed=len(failed),
+        worst=worst["case"], share_of_bound=worst_share(worst),
+        failures={row["case"]: row.get("exception") or row["errors"] for row in failed[:50]},
+    )  # fmt: skip
 
 
 def worst_share(row: dict[str, Any]) -> float:
@@ -282,14 +248,10 @@ def wait(pid: int, joined: Callable[..., int], deadline: float) -> int | str:
 
 
 def begin(work: Path, name: str, meta: dict[str, Any]) -> tuple[Path, Results]:
-    """The newest file of this card that can be continued, or a new one, called by the card and the day."""
-    for path in sorted(work.glob(f"{name}-*.json"), reverse=True):
-        try:
-            return path, provenance.continued(load(path), meta)
-        except ValueError as error:
-            print(f"Not continued: {error}", flush=True)
-    names = (work / f"{name}-{meta['date'][:10]}{f'-{i}' if i > 1 else ''}.json" for i in count(1))
-    return next(path for path in names if not path.exists()), Results(meta)
+    """The newest file of this card, continued, or a new one, called by the card and the day."""
+    for path in sorted(work.glob(f"{name}-*.json"), reverse=True)[:1]:
+        return path, load(path).continued(meta)
+    return work / f"{name}-{meta['date'][:10]}.json", Results(meta)
 
 
 def slug(device: str) -> str:
@@ -300,14 +262,10 @@ def slug(device: str) -> str:
 def card() -> dict[str, Any]:
     """What the driver says of the card as it is found."""
     properties = torch.cuda.get_device_properties(0)
-    found: dict[str, Any] = {
-        "capability": [properties.major, properties.minor],
-        "multiprocessors": properties.multi_processor_count,
-        "gib": round(properties.total_memory / 2**30, 1),
-    }
+    found = {"capability": [properties.major, properties.minor], "gib": round(properties.total_memory / 2**30, 1)}
     fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0"]
     with suppress(OSError, subprocess.SubprocessError):
-        values = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-        found |= dict(zip(fields.split(","), values.strip().split(", "), strict=False))
-    return found | {tool: shutil.which(tool) is not None for tool in ("ncu", "compute-sanitizer")}
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0"]
+        values = subprocess.check_output(query, text=True, timeout=10).strip().split(", ")
+        found |= dict(zip(fields.split(","), values, strict=False))
+    return found

@@ -1,9 +1,7 @@
 """Loss and gradients of a provider against float64 on the very same inputs, and how wrong is too wrong for a speed figure."""
 
-from __future__ import annotations
-
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,51 +31,23 @@ class Exact(NamedTuple):
     kl: float
 
 
-@dataclass(frozen=True)
 class Judge:
     """rows: how many tokens to look at, spread evenly; None, or a trained head, whose dW needs them all: every token."""
 
-    problem: Problem
-    rows: int | None = None
-    known: dict[bool, Exact] = field(default_factory=dict)
-
-    @property
-    def complete(self) -> bool:
-        tokens = self.problem.case.shape.tokens
-        return self.rows is None or self.rows >= tokens or self.problem.case.trainable_head
-
-    @property
-    def index(self) -> torch.Tensor:
-        tokens = self.problem.case.shape.tokens
-        count = tokens if self.complete or self.rows is None else self.rows
-        return torch.arange(count, device=self.problem.case.device) * (tokens - 1) // max(count - 1, 1)
+    def __init__(self, problem: Problem, rows: int | None = None) -> None:
+        tokens, self.problem = problem.case.shape.tokens, problem
+        count = tokens if rows is None or problem.case.trainable_head else min(rows, tokens)
+        self.complete = count == tokens
+        self.index = torch.arange(count, device=problem.case.device) * (tokens - 1) // max(count - 1, 1)
+        self.known: dict[bool, Exact] = {}
 
     def exact(self, drops_padding: bool) -> Exact:
         """The oracle's answer, with or without the head's padding rows in the softmax."""
         drops_padding = drops_padding or self.problem.config.vocab_size is None
         if drops_padding not in self.known:
-            self.known[drops_padding] = self._exact(drops_padding)
+            config = self.problem.config if drops_padding else replace(self.problem.config, vocab_size=None)
+            self.known[drops_padding] = _exact(self.problem, self.index, config)
         return self.known[drops_padding]
-
-    def _exact(self, drops_padding: bool) -> Exact:
-        problem, index = self.problem, self.index
-        shape, device = problem.case.shape, problem.case.device
-        config = problem.config if drops_padding else replace(problem.config, vocab_size=None)
-        heads, dweight = (problem.head, problem.head), torch.zeros(0)
-        parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        for rows in index.split(max(1, CHUNK_ELEMENTS[device] // shape.vocab)):
-            taken: Any = (None if x is None else x.detach()[rows] for x in problem.hidden)
-            hidden = HiddenStates(*taken)
-            ones = torch.ones(len(rows), device=device)
-            if problem.case.loss == "purified":
-                truth = true_purified(hidden, heads, config, ones)
-            else:
-                truth = true_jsd(hidden.student, hidden.teacher, heads, config, ones)
-            if problem.case.trainable_head:  # [V, D] in float64 is 5 GB of a large model, to be kept where it is needed
-                dweight = truth.dweight if not parts else dweight.add_(truth.dweight)
-            parts.append((truth.loss, truth.dhidden, _forward_kl(hidden, problem.head, config)))
-        loss, dhidden, kl = (torch.cat(x) for x in zip(*parts, strict=True))
-        return Exact(loss, dhidden, dweight, float(kl.mean()))
 
     def errors(self, provider: Provider, loss: torch.Tensor) -> dict[str, float]:
         """Relative L2 of what the provider left in the leaves, and of its loss where it can be compared."""
@@ -102,6 +72,23 @@ class Judge:
         bounds = {"loss": LOSS[dtype] + floor, "dhidden": GRADIENT[dtype], "dweight": GRADIENT[dtype]}
         broken = [f"{k} off by {x:.1e}, at most {bounds[k]:.1e}" for k, x in errors.items() if not x <= bounds[k]]
         return "; ".join(broken) or None
+
+
+def _exact(problem: Problem, index: torch.Tensor, config: PurifiedConfig) -> Exact:
+    case, heads, dweight = problem.case, (problem.head, problem.head), torch.zeros(0)
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    for rows in index.split(max(1, CHUNK_ELEMENTS[case.device] // case.shape.vocab)):
+        taken: Any = (None if x is None else x.detach()[rows] for x in problem.hidden)
+        hidden, ones = HiddenStates(*taken), torch.ones(len(rows), device=case.device)
+        if case.loss == "purified":
+            truth = true_purified(hidden, heads, config, ones)
+        else:
+            truth = true_jsd(hidden.student, hidden.teacher, heads, config, ones)
+        if case.trainable_head:  # [V, D] in float64 is 5 GB of a large model, to be kept where it is needed
+            dweight = truth.dweight if not parts else dweight.add_(truth.dweight)
+        parts.append((truth.loss, truth.dhidden, _forward_kl(hidden, problem.head, config)))
+    loss, dhidden, kl = (torch.cat(x) for x in zip(*parts, strict=True))
+    return Exact(loss, dhidden, dweight, float(kl.mean()))
 
 
 def _error(value: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,7 +1,5 @@
 """``popsd bench``: popsd beside its peers on this machine, as a table, JSON, CSV and plots."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time
@@ -9,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from popsd_benchmarks.plan import SHAPES
+from popsd_benchmarks.problems import SHAPES
 from popsd_benchmarks.providers import PROVIDERS
 from popsd_benchmarks.report import plots, tables
 from popsd_benchmarks.results import Cell, Results, load
@@ -23,28 +21,6 @@ PEERS = "pip install liger-kernel orda-kernel trl"
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, print and write; returns the exit status. Raises ValueError on bad input."""
-    options = _parser().parse_args(arguments)
-    folder: Path = options.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    out = folder / "results.json"
-    kept = len(load(out).cells) if out.exists() else 0
-    progress = Progress()
-    parts = options.parts or (PARTS if options.full else QUICK_PARTS)
-    effort: dict[str, Any] = {"quick": not options.full, "time_budget": None if options.full else QUICK_SECONDS}
-    device = "cuda" if options.gpu else "cpu"
-    try:
-        results = run(parts, options.shapes, options.providers, device=device, out=out, progress=progress, **effort)
-    except KeyboardInterrupt:
-        print(f"{progress.done + kept} cells are kept in {out}.", file=sys.stderr)
-        raise
-    print(report(results))
-    if any(cell.status == "not installed" for cell in results.cells):
-        print(f"\nThe peers that are not installed: {PEERS}")
-    print(f"\n{closing(progress, kept, out)}\nWritten: {', '.join(map(str, write(results, folder)))}")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="popsd bench",
         description="Time, peak memory and gradient accuracy of popsd beside eager PyTorch, torch.compile, TRL, Liger and "
@@ -57,7 +33,42 @@ def _parser() -> argparse.ArgumentParser:
         shown = f"some of {', '.join(valid)}"
         parser.add_argument(f"--{name}", nargs="+", choices=list(valid), metavar=name[:-1].upper(), help=shown)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/bench"), help="where results go (%(default)s)")
-    return parser
+    options = parser.parse_args(arguments)
+    folder: Path = options.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / "results.json"
+    kept = len(load(out).cells) if out.exists() else 0
+    progress = Progress()
+    effort: dict[str, Any] = {"quick": not options.full, "time_budget": None if options.full else QUICK_SECONDS}
+    effort |= {"device": "cuda" if options.gpu else "cpu", "out": out, "progress": progress}
+    try:
+        results = run(
+            options.parts or (PARTS if options.full else QUICK_PARTS), options.shapes, options.providers, **effort
+        )
+    except KeyboardInterrupt:
+        print(f"{progress.done + kept} cells are kept in {out}.", file=sys.stderr)
+        raise
+    print(report(results))
+    if any(cell.status == "not installed" for cell in results.cells):
+        print(f"\nThe peers that are not installed: {PEERS}")
+    if (left := progress.planned - progress.done) > 0:
+        closing = f"Stopped after {QUICK_SECONDS:.0f} s with {left} cells to go: the same command resumes."
+    elif not progress.done:
+        closing = (
+            f"Nothing to do: {out} has all {kept} cells. Delete it, or name another --output-dir, to measure again."
+        )
+    else:
+        closing = f"{progress.done} cells in {progress.seconds:.0f} s" + (
+            f", {kept} kept from earlier." if kept else "."
+        )
+    tables.write_csv(results.cells, folder / "results.csv")
+    drawn = []
+    try:
+        drawn = plots.draw(results, folder)
+    except ImportError:
+        print("No plots: matplotlib is missing (pip install 'popsd[bench]').")
+    print(f"\n{closing}\nWritten: {', '.join(map(str, [out, folder / 'results.csv', *drawn]))}")
+    return 0
 
 
 class Progress:
@@ -67,6 +78,10 @@ class Progress:
         self.done = self.planned = 0
         self.start = time.perf_counter()
 
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
     def __call__(self, done: int, planned: int, cell: Cell) -> None:
         self.done, self.planned = done, planned
         figure = f"{tables.significant(tables.milliseconds(cell))} ms" if cell.seconds else ""
@@ -74,8 +89,7 @@ class Progress:
             figure = f"dH error {cell.errors['dhidden']:.1e}"
         status = "" if cell.status == "ok" else cell.status
         where = f"{cell.part}: {cell.case.loss}, {tables.setting(cell.case)}"
-        elapsed = time.perf_counter() - self.start
-        line = f"[{done}/{planned}, {elapsed:.0f} s] {where}: {cell.provider} {figure} {status}"
+        line = f"[{done}/{planned}, {self.seconds:.0f} s] {where}: {cell.provider} {figure} {status}"
         print(line.rstrip(), file=sys.stderr, flush=True)
 
 
@@ -86,26 +100,4 @@ def report(results: Results) -> str:
         notes = [*(f"  * {note}" for note in table.notes), *(f"  - {absent}" for absent in table.absent)]
         blocks.append("\n".join([table.title, tables.as_text(table.rows), *notes]))
     meta = results.meta
-    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-    return "\n\n".join(["", *blocks, f"{meta['device']}; commit {meta['commit']}; {versions}"])
-
-
-def write(results: Results, folder: Path) -> list[Path]:
-    """results.csv and, where matplotlib is there, the plots, beside results.json."""
-    tables.write_csv(results.cells, folder / "results.csv")
-    drawn = []
-    try:
-        drawn = plots.draw(results, folder)
-    except ImportError:
-        print("No plots: matplotlib is missing (pip install 'popsd[bench]').")
-    return [folder / "results.json", folder / "results.csv", *drawn]
-
-
-def closing(progress: Progress, kept: int, out: Path) -> str:
-    """What this run did, and what is left."""
-    if (left := progress.planned - progress.done) > 0:
-        return f"Stopped after {QUICK_SECONDS:.0f} s with {left} cells to go: the same command resumes."
-    if not progress.done:
-        return f"Nothing to do: {out} has all {kept} cells. Delete it, or name another --output-dir, to measure again."
-    earlier = f", {kept} kept from earlier" if kept else ""
-    return f"{progress.done} cells in {time.perf_counter() - progress.start:.0f} s{earlier}."
+    return "\n\n".join(["", *blocks, f"{meta['device']}; commit {meta['commit']}; {tables.versions(meta)}"])

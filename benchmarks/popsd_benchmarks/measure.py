@@ -1,18 +1,17 @@
 """One case, several providers: each in turn, round by round in one process, so that other load hits all of them alike."""
 
-from __future__ import annotations
-
 import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from functools import cache
 from typing import TypeVar
 
 import torch
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 from popsd_benchmarks import memory
 from popsd_benchmarks.accuracy import Judge
@@ -21,19 +20,30 @@ from popsd_benchmarks.providers import FLOOR, OURS, Provider, Step
 from popsd_benchmarks.results import Case, Cell, Rounds, Status
 
 T = TypeVar("T")
+LARGEST = 12
+"""Rows kept; the rest is summed up in one."""
 
+BYTES_PER_ENTRY = {
+    "row_statistics_kernel": {"purified": 16, "two": 8},
+    "row_loss_gradient_kernel": {"purified": 18, "two": 18},
+    "row_single_read_kernel": {"purified": 14, "two": 10},
+}
+"""What popsd's sweeps must move per token and vocabulary row at beta strictly between 0 and 1: float32 logits read (twice by
+the loss and gradient sweep), the composed target written, the 16-bit gradient written. See kernels/README.md."""
 JUDGED_ROWS = 64
 WHOLE_TILES = 512
 """Tokens with which kernels take the path of large problems: with fewer a row is split among several programs."""
-QUIET = 0.1
-"""Share of the machine that others may take before the cells say so: with as many threads as cores, one that waits holds
-up all, and a step on two cores took ten times as long beside two busy processes."""
 CPU_MEMORY_SHARE = 0.7
 """Of the machine's memory, above which full logits are not tried on a CPU."""
 FIRST_STEP = "ended in its first step"
 """Note of a cell that is being tried: whose process dies then was killed by it."""
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 BROKEN = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]", "device-side assert", "CUBLAS_", "CUDNN_", "cuDNN")
+
+
+def described(error: BaseException) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 class UnusableError(RuntimeError):
@@ -52,23 +62,66 @@ def failure(error: BaseException) -> Status | None:
 class Effort:
     """How much to spend on a case.
 
-    rounds: timed ones, after one that is dropped; 0: accuracy alone. seconds: when no other round starts, once there are
-    three. peak: measure memory too. gate: withhold "ok" from what breaks the bounds of accuracy. compilers: also what
-    torch.compile compiles, which costs half a minute a case. judged_rows: see `Judge`.
+    rounds: timed ones, after one that is dropped; 0: accuracy alone, whatever it is. seconds: when no other round starts,
+    once there are three. peak: measure memory too. compilers: also what torch.compile compiles, which costs half a minute
+    a case. judged_rows: see `Judge`.
     """
 
     rounds: int
     seconds: float = 60.0
     peak: bool = True
-    gate: bool = True
     compilers: bool = True
     judged_rows: int | None = None
+
+
+def measure(
+    part: str,
+    case: Case,
+    providers: Sequence[Provider],
+    effort: Effort,
+    keep: Callable[[Cell], None] = lambda cell: None,
+) -> Iterator[Cell]:
+    """A finished cell per provider, in order. What a provider raises becomes its cell's status; the others go on.
+
+    keep: called with what is known of a cell, as "stopped", before its first step, after it and after every round. Raises
+    UnusableError where a CUDA failure leaves nothing to go on with; the cell that met it has been kept as "failed".
+    """
+    if effort.compilers and any(provider.compiles for provider in providers):
+        torch.compiler.reset()  # earlier cases' code would count against this one's limit of recompilations
+    problem = make_problem(case)
+    judge = Judge(problem, effort.judged_rows)
+    runners = [_Runner(p, Cell(part=part, provider=p.name, case=case), problem, effort, keep) for p in providers]
+    for runner in runners:
+        runner.cell.note = runner.provider.remark(case)
+        if (refusal := _refusal(runner.provider, case, effort)) is not None:
+            runner.cell.status, runner.cell.note = refusal
+        else:
+            runner.save(FIRST_STEP)
+            runner.attempt(lambda runner=runner: runner.first_step(judge))  # type: ignore[misc]
+    start, late = time.perf_counter(), None
+    for i, runner in in_turns(runners, effort.rounds) if effort.rounds else ():
+        if i == late:
+            break
+        if late is None and i >= 3 and time.perf_counter() - start > effort.seconds:
+            late = i + 1  # the round that has begun is finished: ratios need all of it
+        if runner.step is not None:
+            runner.attempt(runner.warm_up if i == 0 else runner.round)
+    _compare(runners, case)
+    for runner in runners:
+        if effort.rounds and effort.peak and case.device == "cpu" and runner.step and runner.provider.computes_loss:
+            try:
+                runner.cell.peak_mib = memory.peak_on_cpu(runner.provider, case)
+            except Exception as error:  # a peer may fail in any way
+                runner.note(f"peak memory not measured: {error}")
+        yield runner.cell
 
 
 @dataclass
 class _Runner:
     provider: Provider
     cell: Cell
+    problem: Problem
+    effort: Effort
     keep: Callable[[Cell], None]
     step: Step | None = None
     seconds: list[float] = field(default_factory=list)
@@ -80,111 +133,66 @@ class _Runner:
     def note(self, text: str) -> None:
         self.cell.note = "; ".join(filter(None, [self.cell.note, text]))
 
+    def attempt(self, what: Callable[[], object]) -> None:
+        """An exception becomes the cell's status; its provider is taken out, and what it held is freed."""
+        self.problem.clear()
+        try:
+            what()
+            return
+        except Exception as error:
+            status, text = failure(error), described(error)
+            self.cell.status = status or "failed"
+            self.note(text)
+            self.step, self.seconds = None, []
+            if status is None:
+                self.keep(self.cell)
+                raise UnusableError(text) from error
+        finally:
+            self.problem.clear()
+        gc.collect()  # here, where the exception is gone, whose frames held the tensors that did not fit
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
-def measure(
-    part: str,
-    case: Case,
-    providers: Sequence[Provider],
-    effort: Effort,
-    wanted: Collection[str] | None = None,
-    keep: Callable[[Cell], None] = lambda cell: None,
-) -> Iterator[Cell]:
-    """A finished cell per provider whose name is ``wanted`` (None: every one), in order; the others only run beside them.
+    def first_step(self, judge: Judge) -> None:
+        """Everything but time: compilation, accuracy, and peak memory on a GPU."""
+        step = self.provider.prepare(self.problem)
+        loss = step()
+        if self.provider.computes_loss:
+            assert loss is not None
+            self.cell.kl = judge.exact(self.provider.drops_padding).kl
+            self.cell.errors = judge.errors(self.provider, loss)
+            if self.effort.rounds and (complaint := judge.complaint(self.provider, self.cell.errors)):
+                self.cell.status = "inaccurate"
+                self.note(complaint)
+            del loss
+            if self.effort.rounds and self.effort.peak and self.cell.case.device != "cpu":
+                self.problem.clear()
+                # None: a graph replays within memory that it holds already
+                self.cell.peak_mib = memory.peak_of(step, "cuda") or None
+        self.step = step
+        self.save(self.cell.note)
 
-    What a provider raises becomes its cell's status; the others go on. keep: called with what is known of a wanted cell,
-    as "stopped", before its first step, after it and after every round. Raises UnusableError where a CUDA failure leaves
-    nothing to go on with; the cell that met it has been kept as "failed".
-    """
-    if effort.compilers and any(provider.compiles for provider in providers):
-        torch.compiler.reset()  # earlier cases' code would count against this one's limit of recompilations
-    problem = make_problem(case)
-    judge = Judge(problem, effort.judged_rows)
-    names = {provider.name for provider in providers} if wanted is None else wanted
-    runners = [
-        _Runner(p, Cell(part=part, provider=p.name, case=case), keep if p.name in names else lambda cell: None)
-        for p in providers
-    ]
-    for runner in runners:
-        if not _refused(runner, effort):
-            runner.save(FIRST_STEP)
-            _attempt(runner, problem, partial(_first_step, runner, problem, judge, effort))
-    if effort.rounds:
-        start = processor_times()
-        _time_rounds(runners, problem, effort)
-        _compare(runners, case)
-        wall, busy, own = (now - then for now, then in zip(processor_times(), start, strict=True))
-        others = max(busy - own, 0.0) / (wall * (os.cpu_count() or 1))
-        for runner in runners:
-            if runner.seconds and others > QUIET:
-                runner.note(f"other processes took {others:.0%} of the machine meanwhile")
-    for runner in runners:
-        if runner.provider.name in names:
-            if effort.peak and case.device == "cpu" and runner.step is not None and runner.provider.computes_loss:
-                try:
-                    runner.cell.peak_mib = memory.peak_on_cpu(runner.provider, case)
-                except Exception as error:  # a peer may fail in any way
-                    runner.note(f"peak memory not measured: {error}")
-            yield runner.cell
+    def warm_up(self) -> float:
+        assert self.step is not None
+        return seconds_of(self.step, self.cell.case.device)
+
+    def round(self) -> None:
+        self.seconds.append(self.warm_up())
+        self.save(self.cell.note)
 
 
-def _refused(runner: _Runner, effort: Effort) -> bool:
-    """Whether it cannot be measured here; the cell says why."""
-    provider, cell, case = runner.provider, runner.cell, runner.cell.case
-    cell.note = provider.remark(case)
-    needed = provider.full_buffers(case) * 4 * case.shape.tokens * case.shape.vocab
-    found: tuple[Status, str] | None = None
+def _refusal(provider: Provider, case: Case, effort: Effort) -> tuple[Status, str] | None:
+    """Why it cannot be measured here, or None."""
     if (refusal := provider.supports(case)) is not None:
-        found = "unsupported", refusal
-    elif (absence := provider.available()) is not None:
-        found = "not installed", absence
-    elif provider.compiles and not effort.compilers:
-        found = "left out", "takes half a minute to compile; measured where it is named"
-    elif case.device == "cpu" and needed > CPU_MEMORY_SHARE * _memory_of_machine():
-        found = "out of memory", f"not tried: full logits would take about {needed / 2**30:.0f} GiB"
-    if found is not None:
-        cell.status, cell.note = found
-    return found is not None
-
-
-def _first_step(runner: _Runner, problem: Problem, judge: Judge, effort: Effort) -> None:
-    """Everything but time: compilation, accuracy, and peak memory on a GPU."""
-    provider, cell = runner.provider, runner.cell
-    step = provider.prepare(problem)
-    loss = step()
-    if provider.computes_loss:
-        assert loss is not None
-        cell.kl = judge.exact(provider.drops_padding).kl
-        cell.errors = judge.errors(provider, loss)
-        complaint = judge.complaint(provider, cell.errors)
-        if complaint is not None and effort.gate:
-            cell.status = "inaccurate"
-            runner.note(complaint)
-        del loss
-        if effort.peak and problem.case.device != "cpu":
-            problem.clear()
-            cell.peak_mib = memory.peak_of(step, "cuda") or None  # a graph replays within memory that it holds already
-    runner.step = step
-    runner.save(cell.note)
-
-
-def _time_rounds(runners: list[_Runner], problem: Problem, effort: Effort) -> None:
-    """Seconds of every provider, paired by round."""
-
-    def timed(runner: _Runner, counts: bool) -> None:
-        assert runner.step is not None
-        seconds = seconds_of(runner.step, problem.case.device)
-        if counts:
-            runner.seconds.append(seconds)
-            runner.save(runner.cell.note)
-
-    start, late = time.perf_counter(), None
-    for i, runner in in_turns(runners, effort.rounds):
-        if i == late:
-            break
-        if late is None and i >= 3 and time.perf_counter() - start > effort.seconds:
-            late = i + 1  # the round that has begun is finished: ratios need all of it
-        if runner.step is not None:
-            _attempt(runner, problem, partial(timed, runner, i > 0))
+        return "unsupported", refusal
+    if (absence := provider.available()) is not None:
+        return "not installed", absence
+    if provider.compiles and not effort.compilers:
+        return "left out", "takes half a minute to compile; measured where it is named"
+    needed = provider.buffers[case.loss == "two"] * 4 * case.shape.tokens * case.shape.vocab
+    if case.device == "cpu" and needed > CPU_MEMORY_SHARE * _memory_of_machine():
+        return "out of memory", f"not tried: full logits would take about {needed / 2**30:.0f} GiB"
+    return None
 
 
 def in_turns(contestants: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
@@ -209,46 +217,61 @@ def seconds_of(step: Callable[[], object], device: str) -> float:
 
 
 def _compare(runners: list[_Runner], case: Case) -> None:
+    """Paired by round: those that were not taken out have as many."""
     seconds = {runner.provider.name: runner.seconds for runner in runners}
-    ours, floor = seconds.get(OURS[case.device]), seconds.get(FLOOR)
+    ours, floor = seconds.get(OURS[case.device], []), seconds.get(FLOOR, [])
     for runner in runners:
-        cell, found = runner.cell, runner.seconds
-        if found:
-            cell.seconds = Rounds.of(found)
-            cell.tflops = operations(case) / statistics.median(found) / 1e12
-            cell.ratios = Rounds.of([a / b for a, b in zip(found, ours, strict=True)]) if ours else None
-            cell.floor_share = statistics.median(b / a for a, b in zip(found, floor, strict=True)) if floor else None
-
-
-def _attempt(runner: _Runner, problem: Problem, what: Callable[[], None]) -> None:
-    """An exception becomes the cell's status; its provider is taken out, and what it held is freed."""
-    problem.clear()
-    try:
-        what()
-        return
-    except Exception as error:
-        status, text = failure(error), f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        runner.cell.status = status or "failed"
-        runner.note(text)
-        runner.step, runner.seconds = None, []
-        if status is None:
-            runner.keep(runner.cell)
-            raise UnusableError(text) from error
-    finally:
-        problem.clear()
-    gc.collect()  # here, where the exception is gone, whose frames held the tensors that did not fit
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def processor_times() -> tuple[float, float, float]:
-    """Seconds: of the clock, of all processors at work, of this process. The second is 0 where /proc does not tell."""
-    try:
-        ticks = sum(map(int, Path("/proc/stat").read_text(encoding="utf-8").split()[1:4]))
-        return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
-    except (OSError, ValueError):
-        return time.perf_counter(), 0.0, time.process_time()
+        cell = runner.cell
+        cell.seconds = Rounds.of(runner.seconds)
+        cell.ratios = Rounds.of([a / b for a, b in zip(runner.seconds, ours, strict=False)])
+        if cell.seconds:
+            cell.tflops = operations(case) / cell.seconds.median / 1e12
+            shares = Rounds.of([b / a for a, b in zip(runner.seconds, floor, strict=False)])
+            cell.floor_share = shares.median if shares else None
 
 
 def _memory_of_machine() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def add_kernels(cell: Cell, provider: Provider) -> None:
+    """The kernels of a timed cell and their share of a copy's bandwidth; a note where the machine forbids a profiler."""
+    case, problem = cell.case, make_problem(cell.case)
+    step, on_gpu = provider.prepare(problem), case.device == "cuda"
+    seconds_of(step, case.device)
+    problem.clear()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    try:
+        with torch.profiler.profile(activities=activities, acc_events=True) as recorded:
+            seconds_of(step, case.device)
+        events = recorded.key_averages()
+    except RuntimeError as error:
+        cell.note = f"{cell.note}; not profiled: {error}".removeprefix("; ")[:300]
+        return
+    rows = []
+    for event in events:
+        seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        if seconds and (event.device_type == DeviceType.CPU) != on_gpu:
+            rows.append({"name": event.key[:120], "seconds": seconds, "calls": event.count})
+    rows.sort(key=lambda row: -row["seconds"])
+    total = sum(row["seconds"] for row in rows)
+    if rest := rows[LARGEST:]:
+        sums = {name: sum(row[name] for row in rest) for name in ("seconds", "calls")}
+        rows[LARGEST:] = [{"name": f"{len(rest)} others", **sums}]
+    counted = 0 < case.beta < 1 and case.dtype != "float32" and case.shape.softcap is None
+    for row in rows:
+        row["share"] = row["seconds"] / total
+        if counted and (per_entry := BYTES_PER_ENTRY.get(row["name"])):
+            row["bytes"] = per_entry[case.loss] * case.shape.tokens * (case.shape.used or case.shape.vocab)
+            row["gb_per_s"] = row["bytes"] / row["seconds"] / 1e9
+            row["bandwidth_share"] = row["gb_per_s"] / copy_bandwidth() if on_gpu else None
+    cell.kernels = rows
+
+
+@cache
+def copy_bandwidth() -> float:
+    """GB/s, read and write together, of a 4 GiB copy on the GPU."""
+    source = torch.empty(1 << 30, device="cuda")
+    target = torch.empty_like(source)
+    seconds = [seconds_of(lambda: target.copy_(source), "cuda") for _ in range(10)]
+    return 2 * source.nbytes / statistics.median(seconds) / 1e9

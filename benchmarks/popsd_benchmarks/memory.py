@@ -1,7 +1,5 @@
 """Peak memory of one step above its inputs: the allocator's count on a GPU, a fresh process's resident set on a CPU."""
 
-from __future__ import annotations
-
 import multiprocessing
 import re
 from collections.abc import Callable
@@ -26,7 +24,7 @@ def reset_peak(device: str) -> float:
         return torch.cuda.memory_allocated() / MIB
     Path("/proc/self/clear_refs").write_text(
         "5", encoding="utf-8"
-    )  # sets the high-water mark VmHWM back to the present size
+    )  # the high-water mark VmHWM is the present size again
     return _resident("VmRSS")
 
 

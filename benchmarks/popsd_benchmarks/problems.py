@@ -1,16 +1,29 @@
 """Inputs as a language model would give them: hidden states and a head whose logits are peaked."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
 import torch
 
 import popsd
-from popsd_benchmarks.results import Case
+from popsd_benchmarks.results import Case, Shape
 
 FAVOURITES = 4
+CPU_SHAPE = Shape(name="cpu", tokens=512, vocab=32768, width=512)
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape(name="qwen3-1.7b", tokens=8192, vocab=151936, used=151669, width=2048),
+        Shape(name="qwen3-8b", tokens=8192, vocab=151936, used=151669, width=4096),
+        Shape(name="qwen3-4b", tokens=8192, vocab=151936, used=151669, width=2560),
+        Shape(name="llama-3-8b", tokens=8192, vocab=128256, width=4096),
+        Shape(name="gemma-2-2b", tokens=8192, vocab=256000, width=2304, softcap=30.0),
+        Shape(name="gemma-2-9b", tokens=8192, vocab=256000, width=3584, softcap=30.0),
+        CPU_SHAPE,
+        Shape(name="tiny", tokens=48, vocab=1537, width=32),
+    )
+}
+"""Heads of real models, and two shapes of our own."""
 
 
 @dataclass(frozen=True)

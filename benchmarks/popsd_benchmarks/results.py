@@ -1,15 +1,29 @@
-"""What is measured: a cell is one provider on one case of one shape. Results are a JSON file of cells, written after each."""
+"""What is measured: a cell is one provider on one case of one shape. Results are a JSON file of cells, written after each.
 
-from __future__ import annotations
+With them goes where they come from: POPSD_COMMIT names the commit where the source has no repository.
+"""
 
 import json
 import os
+import platform
+import re
+import shlex
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+import torch
+
+import popsd
+
+PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "orda-kernel", "numpy")
 Loss = Literal["purified", "two"]
 Status = Literal["ok", "inaccurate", "unsupported", "not installed", "left out", "out of memory", "failed", "stopped"]
 FINISHED = ("ok", "inaccurate", "unsupported", "out of memory")
@@ -56,7 +70,7 @@ class Rounds:
     count: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Rounds | None:
+    def of(cls, values: Sequence[float]) -> Self | None:
         """None of no values."""
         if len(values) < 2:
             return cls(values[0], values[0], values[0], 1) if values else None
@@ -68,14 +82,12 @@ class Rounds:
 class Cell:
     """One provider on one case. Times in seconds, forward and backward together.
 
-    part: which table or plot the cell belongs to ("table", "accuracy", "tokens", "vocab", "width", "planning", "profile").
-    status: "stopped" while it is being measured, so that a process that ends early leaves it so.
-    seconds: over the rounds. ratios: of the provider's time to popsd's, paired round by round. Either may be given as the
-        list of rounds. peak_mib: memory above inputs.
-    floor_share: time of the bare matmuls over the provider's own, 1 is the floor; tflops: achieved on those matmuls.
-    errors: relative L2 against float64 of "loss", "dhidden", "dweight"; kl: the true mean KL(target ‖ student) in nats.
-    kernels: of part "profile", a row per kernel or operation: name, seconds, calls, share of the step; where known also
-        bytes, gb_per_s and bandwidth_share, of a copy's.
+    part: which table or plot it belongs to. status: "stopped" while it is being measured, so that a process that ends early
+    leaves it so. seconds: over the rounds. ratios: of its time to popsd's, paired round by round. floor_share: time of the
+    bare matmuls over its own, 1 is the floor. tflops: achieved on those matmuls. peak_mib: memory above inputs. errors:
+    relative L2 against float64 of "loss", "dhidden", "dweight". kl: the true mean KL(target ‖ student) in nats. kernels: of
+    part "profile", a row per kernel or operation: name, seconds, calls, share of the step; where known also bytes,
+    gb_per_s and bandwidth_share, of a copy's.
     """
 
     part: str
@@ -92,26 +104,16 @@ class Cell:
     kl: float | None = None
     kernels: list[dict[str, Any]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        for name in ("seconds", "ratios"):
-            given: Any = getattr(self, name)
-            if isinstance(given, list):
-                setattr(self, name, Rounds.of(given))
-            elif isinstance(given, dict):
-                setattr(self, name, Rounds(**given))
-
     @property
-    def key(self) -> str:
+    def key(self) -> tuple[str, str, Case]:
         """What makes the cell this cell."""
-        return json.dumps([self.part, self.provider, asdict(self.case)], sort_keys=True)
+        return self.part, self.provider, self.case
 
 
 @dataclass
 class Results:
-    """meta: versions, device, commit, command, date. cells in the order measured, one per key.
-
-    records: what is no loss beside its peers, such as a card's copy rate: dicts with "part", "name", a "status" like a
-    cell's and any figures; one per part and name.
+    """meta: versions, device, commit, command, date. cells: in the order measured, one per key. records: what is no loss
+    beside its peers, such as a card's copy rate: "part", "name", a "status" like a cell's and any figures.
     """
 
     meta: dict[str, Any]
@@ -120,25 +122,35 @@ class Results:
 
     def put(self, cell: Cell) -> None:
         """In the place of an earlier one of its key."""
-        _replace(self.cells, cell, lambda one: one.key)
+        _replace(self.cells, cell, [one.key == cell.key for one in self.cells])
 
     def record(self, part: str, name: str, status: str = "ok", **figures: Any) -> None:
         """In the place of an earlier one of its part and name."""
         row = {"part": part, "name": name, "status": status, **figures}
-        _replace(self.records, row, lambda one: (one["part"], one["name"]))
+        _replace(self.records, row, [one is self.found(part, name) for one in self.records])
 
     def found(self, part: str, name: str) -> dict[str, Any]:
         """The record of this part and name, or an empty one."""
         return next((row for row in self.records if (row["part"], row["name"]) == (part, name)), {})
 
+    def continued(self, now: dict[str, Any]) -> Self:
+        """With the session of these ``meta`` noted. Raises ValueError where its cells would not compare with new ones."""
+        for name in ("versions", "device", "threads"):
+            if self.meta.get(name) != now[name]:
+                raise ValueError(
+                    f"out: expected a results file measured with {name} {now[name]}; got one with {self.meta.get(name)}. "
+                    "Name another file, or delete this one."
+                )
+        session = {name: now[name] for name in ("commit", "command", "date", "load")}
+        return replace(self, meta={**self.meta, "continued": [*self.meta.get("continued", []), session]})
+
     def save(self, path: Path) -> None:
         """Atomically, a line per cell: a run that is killed keeps the cells it finished."""
-        blocks = [f' "meta": {json.dumps(self.meta)}']
-        for name, rows in (("cells", list(map(_sparse, self.cells))), ("records", self.records)):
-            if rows or name == "cells":
-                blocks.append(f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]")
+        cells = ",\n  ".join(json.dumps(_sparse(asdict(cell))) for cell in self.cells)
+        records = ",\n  ".join(map(json.dumps, self.records))
+        text = f' "meta": {json.dumps(self.meta)},\n "cells": [\n  {cells}\n ],\n "records": [\n  {records}\n ]'
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
+        temporary.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
         os.replace(temporary, path)
 
 
@@ -146,20 +158,16 @@ def load(path: Path) -> Results:
     """Raises ValueError for a file that is not a results file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Results(
-            content["meta"],
-            [Cell(**row | {"case": case_of(row["case"])}) for row in content["cells"]],
-            content.get("records", []),
-        )
+        return Results(content["meta"], list(map(_cell_of, content["cells"])), content.get("records", []))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: expected results with meta and cells; got {type(error).__name__}: {error}."
         ) from error
 
 
-def case_of(row: dict[str, Any]) -> Case:
-    """A case from its fields."""
-    return Case(**row | {"shape": Shape(**row["shape"])})
+def _cell_of(row: dict[str, Any]) -> Cell:
+    case = Case(**row["case"] | {"shape": Shape(**row["case"]["shape"])})
+    return Cell(**row | {"case": case} | {name: Rounds(**row[name]) for name in ("seconds", "ratios") if name in row})
 
 
 def select(cells: Iterable[Cell], **wanted: Any) -> list[Cell]:
@@ -168,20 +176,63 @@ def select(cells: Iterable[Cell], **wanted: Any) -> list[Cell]:
     return [c for c in cells if all(getattr(c if k in own else c.case, k) == v for k, v in wanted.items())]
 
 
-def _replace(entries: list[Any], new: Any, key: Callable[[Any], Any]) -> None:
-    at = next((i for i, one in enumerate(entries) if key(one) == key(new)), len(entries))
+def _replace(entries: list[Any], new: Any, same: list[bool]) -> None:
+    at = same.index(True) if True in same else len(entries)
     entries[at : at + 1] = [new]
 
 
-def _sparse(one: Any) -> Any:
-    """As a dict, without what has its default value."""
-    if not is_dataclass(one):
-        return one
-    if isinstance(one, Rounds):
-        return asdict(one)
-    values = {entry.name: (_default(entry), getattr(one, entry.name)) for entry in fields(one)}
-    return {name: _sparse(value) for name, (default, value) in values.items() if value != default}
+def _sparse(row: dict[str, Any]) -> dict[str, Any]:
+    """Without what says nothing."""
+    kept = {name: value for name, value in row.items() if value not in (None, "", {}, [])}
+    return {name: _sparse(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
-def _default(entry: Any) -> Any:
-    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
+def describe(device: str) -> dict[str, Any]:
+    """The ``meta`` of results measured now."""
+    return {
+        "versions": _versions(),
+        "device": _device(device),
+        "threads": torch.get_num_threads(),
+        "commit": os.environ.get("POPSD_COMMIT") or _commit(),
+        "command": _command(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"popsd": popsd.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _device(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    path = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s+: (.*)", path.read_text(encoding="utf-8")) if path.exists() else None
+    return f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _commit() -> str | None:
+    """Of the source that runs, "+" where it has changes; None outside a repository."""
+    git = [
+        "git",
+        "-C",
+        str(Path(popsd.__file__).parent),
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--abbrev=12",
+        "--dirty=+",
+    ]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
+    return None
+
+
+def _command() -> str:
+    """As typed, less this machine's folders."""
+    return re.sub(r"(?<![^\s=])/\S*/", "", shlex.join(["python", *sys.orig_argv[1:]]))

@@ -1,88 +1,105 @@
-"""The whole measurement, part by part, into one results file: resumable, a cell at a time."""
-
-from __future__ import annotations
+"""Which cases each part measures, and the run over them into one results file: resumable, a cell at a time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from popsd_benchmarks import plan, profiling, provenance
-from popsd_benchmarks.measure import measure
-from popsd_benchmarks.plan import PARTS
-from popsd_benchmarks.providers import FLOOR, OURS, Provider
-from popsd_benchmarks.providers import find as find_providers
-from popsd_benchmarks.results import FINISHED, Cell, Results, load
+from popsd_benchmarks.measure import JUDGED_ROWS, WHOLE_TILES, Effort, add_kernels, measure
+from popsd_benchmarks.problems import CPU_SHAPE, SHAPES
+from popsd_benchmarks.providers import FLOOR, OURS, PROVIDERS, Provider
+from popsd_benchmarks.results import FINISHED, Case, Cell, Loss, Results, Shape, describe, load
 
-__all__ = ["PARTS", "run", "run_items"]
+Progress = Callable[[int, int, Cell], None]
+PARTS = ("table", "accuracy", "tokens", "vocab", "width", "profile")
+LOSSES: tuple[Loss, ...] = ("purified", "two")
+GPU_TABLE = ("qwen3-1.7b", "qwen3-8b", "gemma-2-2b", "llama-3-8b", "qwen3-4b")
+SPREADS = (0.003, 0.008, 0.02, 0.05, 0.12, 0.3, 0.7, 1.6)
+"""KL(target ‖ student) from about 1e-4 to 3 nats."""
+SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    "cpu": {
+        "tokens": (256, 1024, 4096, 16384),
+        "vocab": (8192, 32768, 131072, 262144),
+        "width": (128, 512, 2048),
+    },
+    "cuda": {
+        "tokens": (256, 1024, 4096, 16384, 65536),
+        "vocab": (32768, 65536, 131072, 262144),
+        "width": (1024, 2048, 4096, 8192),
+    },
+}
+"""Of the scaling curves."""
+
+
+class Item(NamedTuple):
+    part: str
+    case: Case
+    effort: Effort
 
 
 def run(
-    parts: Sequence[str] = ("table", "accuracy"),
+    parts: Sequence[str],
     shapes: Sequence[str] | None = None,
     providers: Sequence[str] | None = None,
     *,
     quick: bool = True,
     device: str = "cpu",
     out: Path | None = None,
-    progress: Callable[[int, int, Cell], None] | None = None,
-    time_budget: float | None = None,
+    **how: Any,
 ) -> Results:
-    """Measures every cell that ``out`` does not hold yet, or holds as failed, and returns all of them.
+    """Measures what ``out`` does not hold yet, or holds as failed, and returns all of it; ``how``: as in `run_items`.
 
-    Args:
-        parts: of `PARTS`, in this order.
-        shapes: names of `popsd_benchmarks.plan.SHAPES`; None: those that suit the device and ``quick``.
-        providers: names of `popsd_benchmarks.providers.PROVIDERS`; None: all. The bare matmuls and popsd are always among
-            them: shares and ratios are to theirs.
-        quick: few rounds and small scaling curves; under two minutes on two cores.
-        device: "cpu" or "cuda".
-        out: the results file, written after every cell; one that exists is continued. None: nothing is written.
-        progress: called after every cell with (cells done, cells planned, the cell).
-        time_budget: seconds after which no other case is started; None: no limit.
+    parts, shapes, providers: names in `PARTS`, `SHAPES` and `PROVIDERS`; None: the shapes that suit the device, and all
+    providers. popsd and the bare matmuls are always among them: ratios are to theirs. quick: few rounds, small curves.
 
-    Raises ValueError for an unknown part, shape or provider, naming the valid ones, for ``out`` not a results file, and for
-    one that was measured on another device or with other versions.
+    Raises ValueError for an unknown name, for ``out`` not a results file, and for one of another device or other versions.
     """
-    chosen_shapes = None if shapes is None else plan.find(shapes)
-    chosen = find_providers(None if providers is None else [*providers, FLOOR, OURS.get(device, "")])
-    if device not in OURS:
-        raise ValueError(f"device: expected one of {', '.join(OURS)}; got {device!r}.")
+    valid = {"parts": (parts, PARTS), "shapes": (shapes, SHAPES), "providers": (providers, PROVIDERS)}
+    for argument, (names, known) in (valid | {"device": ([device], OURS)}).items():
+        if unknown := [name for name in names or () if name not in known]:
+            raise ValueError(f"{argument}: expected {', '.join(known)}; got {', '.join(unknown)}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected 'cpu' on this machine; got 'cuda', which torch does not see.")
-    work = [item for part in parts for item in plan.cases(part, chosen_shapes, quick=quick, device=device)]
-    results = Results(provenance.describe(device))
-    if out is not None and out.exists():
-        results = provenance.continued(load(out), results.meta)
+    chosen = [SHAPES[name] for name in shapes or ()]
+    work = [item for part in parts for item in cases(part, chosen, quick=quick, device=device)]
     if providers is not None:
-        work = [replace(item, effort=replace(item.effort, compilers=True)) for item in work]
-    run_items(work, chosen, results, out=out, progress=progress, time_budget=time_budget)
+        work = [item._replace(effort=replace(item.effort, compilers=True)) for item in work]
+        providers = [*providers, FLOOR, OURS[device]]
+    beside = [provider for name, provider in PROVIDERS.items() if providers is None or name in providers]
+    results = Results(describe(device))
+    if out is not None and out.exists():
+        results = load(out).continued(results.meta)
+    run_items(work, beside, results, out=out, **how)
     return results
 
 
 def run_items(
-    work: Sequence[plan.Item],
+    work: Sequence[Item],
     providers: Sequence[Provider],
     results: Results,
     *,
     out: Path | None = None,
-    progress: Callable[[int, int, Cell], None] | None = None,
+    progress: Progress | None = None,
     time_budget: float | None = None,
     skip_failed: bool = False,
 ) -> None:
-    """Measures what ``results`` lacks of these cases; ``out`` holds everything known at any time.
+    """Measures what ``results`` lacks of these cases.
 
-    skip_failed: leave failed cells as they are. Raises `popsd_benchmarks.measure.UnusableError`.
+    out: written after every cell, and after every round of one. progress: called after every cell with (cells done, cells
+    planned, the cell). time_budget: seconds after which no other case is started. skip_failed: failed cells stay as they
+    are. Raises `popsd_benchmarks.measure.UnusableError`.
     """
     start, done = time.perf_counter(), 0
     missing = [[p.name for p in providers if _is_missing(results, item, p, skip_failed)] for item in work]
 
     def keep(cell: Cell) -> None:
-        results.put(cell)
-        if out is not None:
-            results.save(out)
+        if cell.provider in names:
+            results.put(cell)
+            if out is not None:
+                results.save(out)
 
     for item, names in zip(work, missing, strict=True):
         if time_budget is not None and time.perf_counter() - start > time_budget:
@@ -90,16 +107,17 @@ def run_items(
         if not names:
             continue
         # ratios are within a run: popsd and the floor run beside what is missing, though they may be known
-        along = [p for p in providers if p.name in (*names, FLOOR, OURS[item.case.device])]
-        new = profiling.profile if item.part == "profile" else measure
-        for cell in new(item.part, item.case, along, item.effort, names, keep):
+        along = {p.name: p for p in providers if p.name in (*names, FLOOR, OURS[item.case.device])}
+        for cell in measure(item.part, item.case, list(along.values()), item.effort, keep):
+            if item.part == "profile" and cell.seconds:
+                add_kernels(cell, along[cell.provider])
             keep(cell)
-            done += 1
-            if progress is not None:
+            done += cell.provider in names
+            if progress is not None and cell.provider in names:
                 progress(done, sum(map(len, missing)), cell)
 
 
-def _is_missing(results: Results, item: plan.Item, provider: Provider, skip_failed: bool) -> bool:
+def _is_missing(results: Results, item: Item, provider: Provider, skip_failed: bool) -> bool:
     """Whether the cell has to be measured: it is new, was stopped or failed, or can be measured by now."""
     key = Cell(part=item.part, provider=provider.name, case=item.case).key
     status = next((cell.status for cell in results.cells if cell.key == key), None)
@@ -108,3 +126,36 @@ def _is_missing(results: Results, item: plan.Item, provider: Provider, skip_fail
     if status == "left out":
         return item.effort.compilers
     return status not in FINISHED and not (status == "failed" and skip_failed)
+
+
+def cases(part: str, shapes: Sequence[Shape], *, quick: bool, device: str) -> Iterator[Item]:
+    """Of a part, the most telling first; of the device's usual shapes where none is given."""
+    cpu, few = device == "cpu", quick or None
+    usual = (
+        replace(CPU_SHAPE, tokens=256, vocab=16384, width=256)
+        if cpu and quick
+        else SHAPES["cpu" if cpu else "qwen3-1.7b"]
+    )
+    case = Case(loss="purified", shape=usual, dtype="float32" if cpu else "bfloat16", device=device)
+    if part == "table":
+        effort = Effort(rounds=3 if quick else 9, seconds=10 if quick else 60, compilers=not quick)
+        effort = effort if cpu else replace(effort, judged_rows=JUDGED_ROWS)
+        heads, dtypes = (False, True)[:few], ("float32", "bfloat16")[:few] if cpu else ("bfloat16",)
+        chosen = shapes or ([usual] if cpu else [SHAPES[name] for name in GPU_TABLE[: few and 2]])
+        variants = [replace(case, shape=x, dtype=y, trainable_head=z) for x in chosen for y in dtypes for z in heads]
+    elif part == "accuracy":
+        effort = Effort(rounds=0, compilers=not quick and cpu, judged_rows=JUDGED_ROWS)
+        most, spreads = JUDGED_ROWS if cpu else WHOLE_TILES, SPREADS[:: 3 if quick else 1]
+        chosen = [replace(shape, tokens=min(shape.tokens, most)) for shape in shapes or [usual]]
+        dtypes = ("bfloat16", "float32")
+        variants = [replace(case, shape=x, dtype=y, spread=z) for x in chosen for y in dtypes for z in spreads]
+    elif part == "profile":
+        effort = Effort(rounds=1 if quick else 3, peak=False, compilers=not quick)
+        variants = [replace(case, shape=shape) for shape in shapes or [CPU_SHAPE if cpu else usual]]
+    else:  # one size grows, the others stay; compiled providers would compile anew for every size
+        effort = Effort(rounds=3, seconds=5 if quick else 20, compilers=False, judged_rows=JUDGED_ROWS)
+        chosen = shapes or [replace(CPU_SHAPE, tokens=256, vocab=8192, width=256) if cpu else usual]
+        chosen = [replace(shape, used=None) for shape in chosen] if part == "vocab" else chosen
+        sizes: list[dict[str, Any]] = [{part: size} for size in SIZES[device][part][: few and 3]]
+        variants = [replace(case, shape=replace(shape, **size)) for shape in chosen for size in sizes]
+    yield from (Item(part, replace(variant, loss=loss), effort) for variant in variants for loss in LOSSES)

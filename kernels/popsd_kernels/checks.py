@@ -108,11 +108,11 @@ def composing(rows: Rows) -> tuple[str, ...]:
     return ("base", "difference") if rows.composed is None else ("base", "teacher", "reference")
 
 
-def check_not_relative(function: str, options: RowOptions) -> None:
+def check_not_minus_student(function: str, options: RowOptions) -> None:
     """For launchers that cannot take a stream that is a difference to the student."""
-    if options.relative:
+    if options.minus_student:
         raise ValueError(
-            f"{function}: options.relative must be False, got True; pass the stream's own projections, or use "
+            f"{function}: options.minus_student must be False, got True; pass the stream's own projections, or use "
             "row_statistics and row_loss_gradient, which take a difference to the student's"
         )
 

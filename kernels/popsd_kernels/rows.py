@@ -37,7 +37,7 @@ class RowOptions:
     token_clip: upper bound on the token's loss; a capped token has zero gradient.
     student, target: logit transforms of the student and of every other stream.
     delta_scale: multiplies the difference of raw teacher and reference projections, before the temperature.
-    relative: the base (or target) stream, in `row_moments` the reference, holds its difference to the student, without
+    minus_student: the base (or target) stream, in `row_moments` the reference, holds its difference to the student, without
         bias or soft cap. The log-ratio is then rounded relative to itself, not to the logits. Differences are finite.
     """
 
@@ -50,7 +50,7 @@ class RowOptions:
     student: LogitTransform = LogitTransform()
     target: LogitTransform = LogitTransform()
     delta_scale: float = 1.0
-    relative: bool = False
+    minus_student: bool = False
 
 
 _NOT_OF_TOKENS = ("student_bias", "frozen_bias", "target_is_finished", "composed")

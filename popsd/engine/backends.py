@@ -101,7 +101,7 @@ class TritonBackend:
         place = rows.target_place
         moved = launch.sweep_bytes(options, place is not None, gradient is not None)
         tokens, device = rows.student.shape[0], rows.student.device
-        if not options.relative and launch.too_few_rows(tokens, *moved, device):
+        if not options.minus_student and launch.too_few_rows(tokens, *moved, device):
             return popsd_kernels.row_split_sweeps(rows, options, gradient=gradient)
         statistics = popsd_kernels.row_statistics(rows, options, target_out=place)
         if place is not None:

@@ -243,7 +243,7 @@ class Problem:
             student=LogitTransform(options.student_scale, options.student_softcap),
             target=LogitTransform(options.frozen_scale, options.frozen_softcap),
             delta_scale=1.0 if self.needs_separate_logits else options.frozen_scale,
-            relative=self.is_base_minus_student,
+            minus_student=self.is_base_minus_student,
         )
         if not self.is_purified or options.target is not None:
             return result

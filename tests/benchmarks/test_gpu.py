@@ -1,6 +1,5 @@
 """The two commands in benchmarks/gpu, as far as no GPU is needed: every part at a tiny size, failures, and the plans."""
 
-import csv
 import json
 import os
 import subprocess
@@ -10,11 +9,32 @@ from pathlib import Path
 import pytest
 import torch
 
-from popsd_benchmarks.plan import SHAPES
-from popsd_benchmarks.problems import make_problem
+from popsd_benchmarks.problems import SHAPES, make_problem
 from popsd_benchmarks.report import page
-from popsd_benchmarks.results import Case, Cell, Results, load
+from popsd_benchmarks.results import Case, Cell, Results, Rounds, load
 
+TOOL = """#!{python}
+import subprocess, sys
+from pathlib import Path
+
+tool, arguments = Path(sys.argv[0]).name, sys.argv[1:]
+required = {{"ncu": ("--clock-control", "none", "--csv"), "compute-sanitizer": ("--tool", "memcheck", "--error-exitcode", "9")}}
+program = arguments.index(sys.executable)
+if absent := [word for word in required[tool] if word not in arguments[:program]]:
+    sys.exit(f"{{tool}}: {{' '.join(absent)}} is missing")
+if tool == "ncu":
+    Path(arguments[arguments.index("--log-file") + 1]).write_text({answer!r}, encoding="utf-8")
+sys.exit(subprocess.run(arguments[program:]).returncode)
+"""
+ANSWER = """==PROF== Connected to process 1
+"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","row_statistics_kernel","dram__bytes_read.sum","byte","1,200"
+"0","row_statistics_kernel","dram__bytes_write.sum","byte","400"
+"0","row_statistics_kernel","gpu__time_duration.sum","ns","2,000"
+"1","row_loss_gradient_kernel","dram__bytes_read.sum","byte","1,600"
+"1","row_loss_gradient_kernel","dram__bytes_write.sum","byte","200"
+"1","row_loss_gradient_kernel","gpu__time_duration.sum","ns","2,000"
+"""
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "gpu"
 PARTS = """
@@ -53,7 +73,7 @@ def hangs(bench):
         time.sleep(60)
 
 PARTS = [Part("hangs", 6, hangs), Part("dies", 60, dies), Part("breaks", 60, breaks), Part("raises", 60, raises),
-         Part("absent", 60, fine, modules=("no_such_module",)), Part("fine", 60, fine)]
+         Part("absent", 60, fine, tool="no_such_tool --csv"), Part("fine", 60, fine)]
 if __name__ == "__main__":
     import runner
     runner.DRY_SECONDS = 12.0
@@ -61,8 +81,8 @@ if __name__ == "__main__":
 """
 
 
-def run(script, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def run(script, *arguments, tools=None):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{tools}:{os.environ['PATH']}"}
     command = [sys.executable, str(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
 
@@ -90,8 +110,16 @@ def modules(monkeypatch):
     ],
 )  # fmt: skip
 def test_every_part_runs_dry(script, parts, tmp_path):
-    """On the CPU by the torch backend, tools by a stub; what comes out is what `make report` reads."""
-    found = run(FOLDER / script, "--dry", "--out", tmp_path / "out", "--work", tmp_path / "work")
+    """On the CPU by the torch backend; what comes out is what `make report` reads.
+
+    In the place of ncu and compute-sanitizer stand programs that check how they were called and answer in kind.
+    """
+    (tmp_path / "bin").mkdir()
+    for name in ("ncu", "compute-sanitizer"):
+        (tmp_path / "bin" / name).write_text(TOOL.format(python=sys.executable, answer=ANSWER))
+        (tmp_path / "bin" / name).chmod(0o755)
+    arguments = ("--dry", "--out", tmp_path / "out", "--work", tmp_path / "work")
+    found = run(FOLDER / script, *arguments, tools=tmp_path / "bin")
     for part in parts:
         assert f"== {part}: done," in found.stdout, found.stdout + (tmp_path / "out" / "log.txt").read_text()[-3000:]
     assert found.returncode == 0
@@ -122,7 +150,7 @@ def test_a_part_that_fails_fails_alone_and_is_taken_up_again(tmp_path):
     assert "its process died" in rows["dies killer"]["note"] and "illegal memory" in rows["breaks illegal"]["note"]
     statuses = [rows[f"raises {name}"]["status"] for name in ("first", "second", "third")]
     assert statuses == ["out of memory", "failed", "ok"]
-    assert rows["parts absent"]["note"] == "left out: no no_such_module"
+    assert rows["parts absent"]["note"] == "left out: no no_such_tool"
     assert rows["fine two"]["seconds"] == 0.5
     again = run(script, "--dry", "--out", tmp_path / "elsewhere", "--work", tmp_path / "work", "--parts", "fine,raises")
     assert again.returncode == 1 and "== fine: done, 0 s" in again.stdout
@@ -155,17 +183,14 @@ def test_bad_input_is_one_sentence(arguments, message, tmp_path, modules, capsys
 def test_what_cannot_run_is_left_out(modules, monkeypatch, tmp_path):
     runner = modules["runner"]
     monkeypatch.setattr(runner, "card", lambda: {"gib": 24.0, "capability": [8, 9]})
-    monkeypatch.setattr(runner.provenance, "describe", lambda device: {"device": "NVIDIA L4", "date": "2026-01-01"})
+    monkeypatch.setattr(runner, "describe", lambda device: {"device": "NVIDIA L4", "date": "2026-01-01"})
     session = runner.Session(tmp_path, tmp_path, dry=False)
     assert session.path.name == "l4-2026-01-01.json"
-    assert any("this card has [8, 9]" in sentence for sentence in session.warnings())
-    part = runner.Part("x", 60, gib=40)
-    assert session.obstacle(part, 60.0) == "needs 40 GiB of device memory; the card has 24"
-    assert session.obstacle(runner.Part("x", 60, tool=("no-such-tool",)), 60.0) == "no no-such-tool"
-    assert session.obstacle(part, 1.0) == "no time"
+    part = runner.Part("x", 60)
+    assert session.run(part, 1.0) == "left out: no time"
     # eight processes of 8 GiB would not fit: two do
-    command = session.suite_command(runner.Part("x", 60), "WORKERS -m not~alone")
-    assert command[command.index("-n") + 1] == "2" if "-n" in command else "--max-worker-restart" not in command
+    command = session.command(part, "PYTEST WORKERS -m 'not alone'")
+    assert command[command.index("-n") + 1] == "2"
     assert command[-2:] == ["-m", "not alone"]
 
 
@@ -185,10 +210,10 @@ def test_predictions_are_those_written_down(modules):
     for shape, row in expected.items():
         case = Case(loss="purified", shape=SHAPES[shape], dtype="bfloat16", device="cuda")
         for provider, ms in zip(("matmuls", "popsd-triton", "popsd-single-read"), row, strict=True):
-            cell = Cell(part="table", provider=provider, case=case, seconds=[ms / 1e3])
+            cell = Cell(part="table", provider=provider, case=case, seconds=Rounds.of([ms / 1e3]))
             assert predictions.milliseconds(cell, card) == pytest.approx(ms, rel=0.005), (shape, provider)
-    assert predictions.filled(1664, 2048) == pytest.approx(0.788, abs=1e-3)
-    assert predictions.filled(2048, 2560) == pytest.approx(0.606, abs=1e-3)
+    assert predictions.fill(1664, 2048, 132) == pytest.approx(0.788, abs=1e-3)
+    assert predictions.fill(2048, 2560, 132) == pytest.approx(0.606, abs=1e-3)
     results = Results({"device": "NVIDIA H100"}, [cell])
     assert "popsd-single-read 63.3 (63.0)" in predictions.comparison(results)[1]
     # on an H200 two distributions move 10 bytes an entry in 3.3 ms, and 100 instructions an entry take 4.3
@@ -204,19 +229,16 @@ def test_rows_of_ones_own_take_effect(modules, monkeypatch):
     problem = make_problem(Case(loss="two", shape=SHAPES["tiny"]))
     calls, mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, **out: calls.append(a.shape[0]) or mm(a, b, **out))
-    measuring.Planned("planned", "torch", rows=(16, 16)).prepare(problem)()
+    measuring.Planned("planned", impl="torch", rows=(16, 16)).prepare(problem)()
     assert calls == [2 * 16] * 3, "a chunk projects student and target at once"
     monkeypatch.setattr(measuring.Popsd, "prepare", lambda self, problem: lambda: None)
     with pytest.raises(AssertionError, match="was not asked"):
-        measuring.Planned("planned", "torch", rows=(16, 16)).prepare(problem)()
+        measuring.Planned("planned", impl="torch", rows=(16, 16)).prepare(problem)()
 
 
 def test_what_ncu_says_is_read(modules, tmp_path):
-    import stub
-
     results = Results({}, records=[{"part": "probe", "name": "copy", "status": "ok", "gb_per_s": 2.0}])
-    (tmp_path / "ncu.csv").write_text(stub.ANSWER)
-    assert len(list(csv.DictReader(stub.ANSWER.splitlines()[1:]))) == 6
+    (tmp_path / "ncu.csv").write_text(ANSWER)
     bench = modules["runner"].Bench(results, tmp_path / "results.json", dry=True)
     modules["measuring"].read_ncu(bench, tmp_path)
     first, second = results.records[1:]
@@ -235,7 +257,7 @@ def test_the_suite_is_read_by_its_last_lines(modules, tmp_path):
         {"case": "b", "impl": "triton", "errors": {"loss": 1.5, "dhidden": 0.2}, "passed": False},
     ]
     session.cases_of(part).write_text("\n".join(map(json.dumps, lines)) + '\n{"case": "cut of')
-    session.collect_cases(part)
+    runner.read_cases(session.bench(), part.name, session.cases_of(part))
     (row,) = [row for row in load(session.path).records if row["name"] == "cases"]
     assert (row["passed"], row["failed"], row["worst"], row["share_of_bound"]) == (1, 1, "b", 1.5)
     assert row["status"] == "failed" and row["failures"] == {"b": {"loss": 1.5, "dhidden": 0.2}}

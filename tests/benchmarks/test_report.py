@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from popsd_benchmarks.plan import SHAPES
+from popsd_benchmarks.problems import SHAPES
 from popsd_benchmarks.providers import FLOOR, PROVIDERS
 from popsd_benchmarks.report import goals, page, plots, tables
-from popsd_benchmarks.results import Case, Cell, Results
+from popsd_benchmarks.results import Case, Cell, Results, Rounds
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "benchmarks" / "RESULTS.md"
@@ -33,8 +33,8 @@ def timed(provider, seconds, case=CPU, part="table", **fields):
         part=part,
         provider=provider,
         case=case,
-        seconds=rounds,
-        ratios=[seconds] * 3,
+        seconds=Rounds.of(rounds),
+        ratios=Rounds.of([seconds] * 3),
         floor_share=0.8 / seconds,
         **fields,
     )
@@ -137,7 +137,7 @@ def test_csv_has_a_row_per_cell(results, tmp_path):
     tables.write_csv(results.cells, tmp_path / "results.csv")
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == len(results.cells)
-    assert (rows[2]["provider"], rows[2]["seconds_median"], rows[2]["ratio_median"]) == ("eager", "4.0", "4.0")
+    assert (rows[2]["provider"], rows[2]["seconds_median"], rows[2]["ratios_median"]) == ("eager", "4.0", "4.0")
     assert (rows[4]["status"], rows[4]["seconds_median"]) == ("unsupported", "")
     tables.write_csv([replace(results.cells[4], note="=1+1"), results.cells[4]], tmp_path / "results.csv")
     with (tmp_path / "results.csv").open(encoding="utf-8") as file:
@@ -145,7 +145,7 @@ def test_csv_has_a_row_per_cell(results, tmp_path):
 
 
 def verdicts(device, cells, records=()):
-    return {verdict.goal.claim: verdict for verdict in goals.judge(device, Results(META, list(cells), list(records)))}
+    return {verdict.claim: verdict for verdict in goals.judge(device, Results(META, list(cells), list(records)))}
 
 
 def test_goals_are_judged_by_the_round_by_round_ratio(results):
@@ -196,7 +196,7 @@ def test_gpu_goals_compare_four_distributions_with_two():
 
 def test_every_provider_has_a_look_of_its_own():
     looks = {name: plots.look(name) for name in PROVIDERS}
-    assert PROVIDERS.keys() == plots.LOOKS.keys()
+    assert PROVIDERS.keys() <= plots.LOOKS.keys()  # a results file may hold one that is gone
     ours = {"popsd-torch", "popsd-triton"}  # never in one plot: a device each
     others = [(look.colour, str(look.line)) for name, look in looks.items() if name not in ours]
     assert len(set(others)) == len(others) and plots.look("popsd-torch") == plots.look("popsd-triton")

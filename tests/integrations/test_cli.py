@@ -128,13 +128,13 @@ def test_no_or_an_unknown_command_shows_the_usage(arguments, capsys):
 def suite(monkeypatch):
     """The measurement, replaced by one finished cell; returns what it was called with, and may be told to fail."""
     from popsd_benchmarks import command
-    from popsd_benchmarks.plan import SHAPES
-    from popsd_benchmarks.results import Case, Cell, Results
+    from popsd_benchmarks.problems import SHAPES
+    from popsd_benchmarks.results import Case, Cell, Results, Rounds
 
     calls = []
     meta = {"versions": {"popsd": "0.1.0"}, "device": "Some CPU", "commit": "abc", "command": "", "date": "2026-11-24"}
     case = Case(loss="two", shape=SHAPES["tiny"])
-    cell = Cell(part="table", provider="popsd-torch", case=case, seconds=[0.5])
+    cell = Cell(part="table", provider="popsd-torch", case=case, seconds=Rounds.of([0.5]))
     absent = Cell(
         part="table", provider="orda", case=case, status="not installed", note="No module named 'orda_kernel'"
     )

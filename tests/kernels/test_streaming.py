@@ -315,7 +315,7 @@ from popsd_kernels.rows import Heads, RowLoss, RowOptions, Rows, RowStatistics
 from popsd_kernels.streaming import plan, sums, tiles
 
 kernels = (
-    tiles.stream_statistics_kernel, tiles.stream_merge_kernel, sums.stream_fold_kernel, sums.stream_finish_kernel,
+    tiles.stream_statistics_kernel, tiles.stream_merge_kernel, sums.stream_accumulate_kernel, sums.stream_finish_kernel,
 )
 for kernel in kernels:
     select_target("sm_90", kernel)
@@ -335,7 +335,7 @@ for rows, first, last, span, number in ((64, 0, 16, 4, 0.5), (63, 1, 7, 3, 0.3),
     for planned in (
         call.statistics(config, extent, partial),
         call.merge(partial, result_rows(4, rows, meta)),
-        call.fold(config, extent, statistics, scaling, plan.parts(partial[first:]), strip),
+        call.accumulate(config, extent, statistics, scaling, plan.parts(partial[first:]), strip),
         call.finish(statistics, partial, scaling, result_rows(len(RowLoss._fields), rows, meta)),
     ):
         planned.compile()

@@ -1,46 +1,44 @@
-"""Everything that is measured, by name. A new provider: one class with the interface of `base.Provider`, one line here."""
+"""Everything that is measured, by name. A new provider: a function from a problem to its loss, and a line here."""
 
-from __future__ import annotations
+from functools import partial
+from typing import Any
 
-from collections.abc import Sequence
-
+from popsd_benchmarks.providers import peers
 from popsd_benchmarks.providers.base import Provider, Step
-from popsd_benchmarks.providers.eager import Eager
-from popsd_benchmarks.providers.matmuls import Matmuls, RecomputingPort
+from popsd_benchmarks.providers.baselines import Matmuls, eager
 from popsd_benchmarks.providers.ours import Popsd
-from popsd_benchmarks.providers.peers import LigerChunked, LigerTriton, Orda, TrlChunked
 
 FLOOR = "matmuls"
 OURS = {"cpu": "popsd-torch", "cuda": "popsd-triton"}
 """Whose time every other is divided by."""
 
+_LIGER: dict[str, Any] = {"four": False, "softcap": False, "mean": True}
+_CHUNKED = _LIGER | {
+    "module": "liger_kernel.chunked_loss.jsd_loss",
+    "frozen_note": "forms dW whether the head is trained or not",
+}
+_FULL: dict[str, Any] = {"buffers": (15.0, 10.0)}
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
-        Popsd("popsd-torch", "torch"),
-        Popsd("popsd-triton", "triton"),
-        Popsd("popsd-graph", "triton", graph=True),
-        Popsd("popsd-single-read", "triton", "single_read"),
-        Popsd("popsd-streaming", "triton", "streaming"),
-        Matmuls(),
-        Eager("eager"),
-        Eager("eager-16bit-logits", logits_in_float32=False),
-        Eager("eager-compiled", compiles=True),
-        TrlChunked(),
-        RecomputingPort(),
-        LigerTriton(),
-        LigerChunked("liger-chunked", compiles=False),
-        LigerChunked("liger-compiled", compiles=True),
-        Orda(),
+        Popsd("popsd-torch", impl="torch"),
+        Popsd("popsd-triton", impl="triton"),
+        Popsd("popsd-graph", impl="triton", graph=True),
+        Popsd("popsd-single-read", impl="triton", strategy="single_read"),
+        Popsd("popsd-streaming", impl="triton", strategy="streaming"),
+        Matmuls("matmuls"),
+        Provider("eager", eager, **_FULL),
+        Provider("eager-16bit-logits", partial(eager, logits_in_float32=False), only_16_bit=True, **_FULL),
+        Provider("eager-compiled", partial(eager, compiled=True), compiles=True, **_FULL),
+        Provider("trl", peers.trl, "trl.kernels.chunked_divergence", four=False, cpu_note="torch fallback"),
+        Provider("liger-triton", peers.liger_triton, "liger_kernel.transformers.fused_linear_jsd", on_cpu=False, **_LIGER),
+        Provider("liger-chunked", peers.liger_chunked, **_CHUNKED),
+        Provider("liger-compiled", partial(peers.liger_chunked, compiled=True), compiles=True, **_CHUNKED),
+        Provider(
+            "orda", peers.orda, "orda_kernel", four=False, softcap=False, buffers=(0.0, 15.0),
+            cpu_note="forms all logits on a CPU",
+        ),
     )
-}
+}  # fmt: skip
 
-__all__ = ["FLOOR", "OURS", "PROVIDERS", "Provider", "Step", "find"]
-
-
-def find(names: Sequence[str] | None) -> list[Provider]:
-    """The providers of these names, all if None. Raises ValueError for an unknown one, naming those that exist."""
-    unknown = [name for name in names or () if name not in PROVIDERS]
-    if unknown:
-        raise ValueError(f"providers: expected some of {', '.join(PROVIDERS)}; got {', '.join(unknown)}.")
-    return [provider for name, provider in PROVIDERS.items() if names is None or name in names]
+__all__ = ["FLOOR", "OURS", "PROVIDERS", "Provider", "Step"]

@@ -1,31 +1,37 @@
 """The interface of everything that is measured."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from popsd_benchmarks.problems import Problem
 from popsd_benchmarks.results import Case
 
+Compute = Callable[[], torch.Tensor]
 Step = Callable[[], torch.Tensor | None]
 """Forward and backward once. Gradients end up in the problem's leaves; returns the loss, [N] or a scalar, detached."""
 
 
+@dataclass(frozen=True)
 class Provider:
-    """Something that is measured. A subclass writes `loss`, or `prepare` where its step is another one.
+    """Something that is measured: a name and what prepares its loss. A subclass has a `prepare` of its own instead.
 
-    module: what has to be imported for it. four, softcap: whether it has a loss over four distributions, and a soft cap.
+    loss: from a problem to what computes the loss, [N] or a scalar, anew at every call. module: imported for it.
+    four, softcap, on_cpu: whether it has a loss over four distributions, a soft cap, a CPU backend.
     mean: its scalar, and so its gradients, are those of the mean over tokens and not of the sum. It is judged after
         multiplication by N, but timed as its users run it: an upstream gradient of 1 is its fast path.
-    computes_loss: False for the bare matmuls, which have nothing to be judged by.
+    computes_loss: False for what has nothing to be judged by. compiles: its first call takes time and memory of its own.
     drops_padding: rows of the head beyond ``Shape.used`` stay out of its softmax. It is judged by the loss it claims.
-    compiles: its first call takes time and memory that later calls do not need.
+    only_16_bit: with float32 inputs it would be another provider.
+    buffers: float32 [N, V] tensors that it holds at once with (four, two) distributions on a CPU, where too many of them
+        end the process, not the cell.
+    cpu_note, frozen_note: what a reader of its figures on a CPU, or with a frozen head, must know.
     """
 
     name: str
+    loss: Callable[[Problem], Compute] | None = None
     module: str = ""
     four: bool = True
     softcap: bool = True
@@ -34,10 +40,10 @@ class Provider:
     computes_loss: bool = True
     drops_padding: bool = False
     compiles: bool = False
-
-    def full_buffers(self, case: Case) -> float:
-        """Float32 [N, V] tensors that it holds at once. On a CPU too many of them end the process, not the cell."""
-        return 0.0
+    only_16_bit: bool = False
+    buffers: tuple[float, float] = (0.0, 0.0)
+    cpu_note: str = ""
+    frozen_note: str = ""
 
     def available(self) -> str | None:
         """None, or why it cannot run on this installation."""
@@ -49,17 +55,17 @@ class Provider:
             return "Triton kernels need a GPU"
         if case.loss == "purified" and not self.four:
             return "has no loss over four distributions"
+        if self.only_16_bit and case.dtype == "float32":
+            return "the inputs are float32: see eager"
         return "has no soft cap" if case.shape.softcap is not None and not self.softcap else None
 
     def remark(self, case: Case) -> str:
         """What a reader of its figures on this case must know, or nothing."""
-        return ""
-
-    def loss(self, problem: Problem) -> Callable[[], torch.Tensor]:
-        """What computes the loss, [N] or a scalar, anew at every call."""
-        raise NotImplementedError
+        notes = (self.cpu_note, case.device == "cpu"), (self.frozen_note, not case.trainable_head)
+        return "; ".join(note for note, wanted in notes if wanted and note)
 
     def prepare(self, problem: Problem) -> Step:
+        assert self.loss is not None
         compute = self.loss(problem)
 
         def step() -> torch.Tensor:
@@ -75,5 +81,5 @@ def missing(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except Exception as error:  # a peer's import may fail in any way
-        return f"{module}: {type(error).__name__}: {error}".splitlines()[0][:200]
+        return f"{module}: {type(error).__name__}: {error}".splitlines()[0]
     return None

@@ -1,7 +1,5 @@
 """popsd, by implementation and strategy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,20 +12,19 @@ from popsd_benchmarks.providers.base import Provider, Step, missing
 from popsd_benchmarks.results import Case
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Popsd(Provider):
     """workspace_mib: as in popsd's functions; None is their default. graph: replays the step from a CUDA graph.
 
     options: further arguments of the functions.
     """
 
-    name: str
     impl: str
     strategy: str = "chunked"
     workspace_mib: float | None = None
     graph: bool = False
     options: dict[str, Any] = field(default_factory=dict, hash=False)
-    drops_padding = True
+    drops_padding: bool = True
 
     def available(self) -> str | None:
         return missing("triton") if self.impl == "triton" else None
@@ -45,11 +42,9 @@ class Popsd(Provider):
         hidden, head = problem.hidden, problem.head
         options: dict[str, Any] = {"impl": self.impl, "strategy": self.strategy, "workspace_mib": self.workspace_mib}
         options |= {"config": problem.config, "reduction": "sum"} | self.options
-
         if options.get("decompose") == "gram":
-            options["gram"] = popsd.gram_matrix(
-                head, problem.config.vocab_size
-            )  # once, as whoever keeps a frozen head does
+            # once, as whoever keeps a frozen head does
+            options["gram"] = popsd.gram_matrix(head, problem.config.vocab_size)
 
         def step() -> torch.Tensor:
             if problem.case.loss == "purified":

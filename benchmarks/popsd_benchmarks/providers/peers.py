@@ -1,113 +1,66 @@
 """TRL, Liger and orda-kernel, all with two distributions only."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from popsd_benchmarks.problems import Problem
-from popsd_benchmarks.providers.base import Provider
-from popsd_benchmarks.results import Case
-
-Compute = Callable[[], torch.Tensor]
+from popsd_benchmarks.providers.base import Compute
 
 
-class TrlChunked(Provider):
+def trl(problem: Problem) -> Compute:
     """`ChunkedDivergenceFunction`, which recomputes the logits in backward: Triton on a GPU, its torch fallback elsewhere.
 
     Per-token output, same ``beta``.
     """
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    name = "trl"
-    module = "trl.kernels.chunked_divergence"
-    four = False
+    hidden, weight, cap = problem.hidden, problem.head.weight, problem.head.softcap
 
-    def remark(self, case: Case) -> str:
-        return "torch fallback" if case.device == "cpu" else ""
+    def compute() -> torch.Tensor:
+        student, teacher = (hidden.student, weight, None), (hidden.teacher, weight.detach(), None)
+        return ChunkedDivergenceFunction.apply(*student, *teacher, problem.config.beta, 1.0, 1.0, cap, 1.0, cap)[0]
 
-    def loss(self, problem: Problem) -> Compute:
-        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
-        hidden, weight, cap = problem.hidden, problem.head.weight, problem.head.softcap
-
-        def compute() -> torch.Tensor:
-            student, teacher = (hidden.student, weight, None), (hidden.teacher, weight.detach(), None)
-            return ChunkedDivergenceFunction.apply(*student, *teacher, problem.config.beta, 1.0, 1.0, cap, 1.0, cap)[0]
-
-        return compute
+    return compute
 
 
-class LigerTriton(Provider):
+def liger_triton(problem: Problem) -> Compute:
     """`LigerFusedLinearJSD`: chunks of tokens, float32 logits, the gradient in forward. The mean over tokens, same ``beta``."""
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
-    name = "liger-triton"
-    module = "liger_kernel.transformers.fused_linear_jsd"
-    four = softcap = on_cpu = False
-    mean = True
-
-    def loss(self, problem: Problem) -> Compute:
-        from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
-
-        hidden, weight = problem.hidden, problem.head.weight
-        function = LigerFusedLinearJSD(jsd_beta=problem.config.beta)
-        return lambda: function(hidden.student, weight, hidden.teacher, weight.detach(), None)
+    hidden, weight = problem.hidden, problem.head.weight
+    function = LigerFusedLinearJSD(jsd_beta=problem.config.beta)
+    return lambda: function(hidden.student, weight, hidden.teacher, weight.detach(), None)
 
 
-@dataclass(frozen=True)
-class LigerChunked(Provider):
-    """`LigerFusedLinearJSDLoss` without its cross-entropy: chunks of 1024 tokens, by torch.func, compiled or not."""
-
-    name: str
-    compiles: bool
-    module = "liger_kernel.chunked_loss.jsd_loss"
-    four = softcap = False
-    mean = True
-
-    def remark(self, case: Case) -> str:
-        return "" if case.trainable_head else "forms dW whether the head is trained or not"
-
-    def loss(self, problem: Problem) -> Compute:
-        from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
-
-        hidden, weight = problem.hidden, problem.head.weight
-        function = LigerFusedLinearJSDLoss(
-            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=problem.config.beta, compiled=self.compiles
-        )
-        labels = torch.zeros(hidden.student.shape[0], dtype=torch.long, device=weight.device)
-        return lambda: function(hidden.student, weight, hidden.teacher, weight.detach(), labels)
-
-
-class Orda(Provider):
+def orda(problem: Problem) -> Compute:
     """`distillation_loss` with its divergence alone, summed over tokens, of a tied teacher.
 
     Its ``kl_beta`` is the student's share of the mixture: 1 − beta. On a CPU it forms all logits.
     """
+    from orda_kernel import KernelConfig, TiedTeacher, distillation_loss
 
-    name = "orda"
-    module = "orda_kernel"
-    four = softcap = False
+    hidden, weight, beta = problem.hidden, problem.head.weight, problem.config.beta
+    ends: dict[float, dict[str, Any]] = {0.0: {"kl_divergence": "forward"}, 1.0: {"kl_divergence": "reverse"}}
+    options = ends.get(beta, {"kl_divergence": "skew_js", "kl_beta": 1.0 - beta})
+    options |= {"student_ce_weight": 0.0, "teacher_ce_weight": 0.0, "kl_weight": 1.0, "reduction": "sum"}
+    options |= {"backend": "triton" if weight.is_cuda else "torch"}
+    options |= {"config": KernelConfig(assume_valid_labels=True)}
+    labels = torch.zeros(hidden.student.shape[0], dtype=torch.long, device=weight.device)
 
-    def full_buffers(self, case: Case) -> float:
-        return 15.0 if case.device == "cpu" else 0.0
+    def compute() -> torch.Tensor:
+        return distillation_loss(hidden.student, weight, labels, TiedTeacher(hidden=hidden.teacher), **options).loss
 
-    def remark(self, case: Case) -> str:
-        return "forms all logits on a CPU" if case.device == "cpu" else ""
+    return compute
 
-    def loss(self, problem: Problem) -> Compute:
-        from orda_kernel import KernelConfig, TiedTeacher, distillation_loss
 
-        hidden, weight, beta = problem.hidden, problem.head.weight, problem.config.beta
-        ends: dict[float, dict[str, Any]] = {0.0: {"kl_divergence": "forward"}, 1.0: {"kl_divergence": "reverse"}}
-        options = ends.get(beta, {"kl_divergence": "skew_js", "kl_beta": 1.0 - beta})
-        options |= {"student_ce_weight": 0.0, "teacher_ce_weight": 0.0, "kl_weight": 1.0, "reduction": "sum"}
-        options |= {"backend": "triton" if weight.is_cuda else "torch"}
-        options |= {"config": KernelConfig(assume_valid_labels=True)}
-        labels = torch.zeros(hidden.student.shape[0], dtype=torch.long, device=weight.device)
+def liger_chunked(problem: Problem, compiled: bool = False) -> Compute:
+    """`LigerFusedLinearJSDLoss` without its cross-entropy: chunks of 1024 tokens, by torch.func, compiled or not."""
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
-        def compute() -> torch.Tensor:
-            return distillation_loss(hidden.student, weight, labels, TiedTeacher(hidden=hidden.teacher), **options).loss
-
-        return compute
+    hidden, weight = problem.hidden, problem.head.weight
+    function = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=problem.config.beta, compiled=compiled
+    )
+    labels = torch.zeros(hidden.student.shape[0], dtype=torch.long, device=weight.device)
+    return lambda: function(hidden.student, weight, hidden.teacher, weight.detach(), labels)

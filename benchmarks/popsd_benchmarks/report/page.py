@@ -5,8 +5,6 @@ What a person has to say about one, say why a target was missed, stands beside i
 python -m popsd_benchmarks.report benchmarks/results/*.json --output benchmarks/RESULTS.md
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from typing import Any
 from popsd_benchmarks.report import goals, plots, tables
 from popsd_benchmarks.results import Results, load
 
+Files = Sequence[tuple[Path, Results]]
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 PLOTS = "plots"
 """Folder beside the results files."""
@@ -24,6 +23,12 @@ PLOT_TITLES = {
     "scaling": "Time and memory as one size grows, the others fixed",
     "table": "Time and memory by shape",
 }
+UNMEASURED = {
+    "cuda": "**Nothing on this page was measured on a GPU**: the Triton kernels of popsd, Liger and TRL have no speed, memory "
+    "or accuracy figure here. `benchmarks/gpu/README.md` has the two commands that make them in ten minutes on one GPU.",
+    "cpu": "**Nothing on this page was measured on a CPU.** `popsd bench --full` makes the figures.",
+}
+"""What a reader might take for granted."""
 READING = """\
 How to read the tables: times are medians of forward and backward together, of rounds in which every provider has its turn;
 a ratio is the median over rounds of a provider's time over popsd's in the same round, with quartiles. The floor is the
@@ -46,54 +51,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read(paths: Sequence[Path]) -> list[tuple[Path, Results]]:
+def read(paths: Sequence[Path]) -> Files:
     """In the order of their names. Raises ValueError for one that is not a results file."""
     return [(path, load(path)) for path in sorted(paths)]
 
 
-def page(files: Sequence[tuple[Path, Results]], output: Path) -> str:
+def page(files: Files, output: Path) -> str:
     """The Markdown, with links as seen from ``output``."""
-    links = [os.path.relpath(path, output.parent) for path, _ in files]
-    sources = " ".join(os.path.join(output.parent.name, link) for link in links)
+    linked = {os.path.relpath(path, output.parent): results for path, results in files}
+    sources = " ".join(os.path.join(output.parent.name, link) for link in linked)
     command = f"python -m popsd_benchmarks.report {sources} --output {os.path.join(output.parent.name, output.name)}"
+    measured = {cell.case.device for _, file in files for cell in file.cells if cell.seconds or cell.errors}
+    unmeasured = [text for device, text in UNMEASURED.items() if device not in measured]
     blocks = [
         "# Measured",
         f"Generated from the files below; do not edit. `make report`, that is `{command}`.",
-        "\n".join(unmeasured([results for _, results in files])),
-        tables.as_markdown(_machines(files, links), left=6),
+        "\n".join(unmeasured or ["Measured on CPU and GPU; each section says on which."]),
+        tables.as_markdown(_machines(linked), left=6),
         READING,
         "## Goals",
         "Largest values that count as met. One row per file that has the figure; ratios come from one run each.",
-        tables.as_markdown(_goals(files, links), left=2),
+        tables.as_markdown(_goals(linked), left=2),
     ]
-    for (path, results), link in zip(files, links, strict=True):
-        blocks += _section(results, path, link, output)
+    for path, results in files:
+        blocks += _section(results, path, output)
     return "\n\n".join(blocks) + "\n"
 
 
-def unmeasured(results: Sequence[Results]) -> list[str]:
-    """What a reader might take for granted and nobody has measured."""
-    measured = {cell.case.device for file in results for cell in file.cells if cell.seconds or cell.errors}
-    lines = []
-    if "cuda" not in measured:
-        lines.append(
-            "**Nothing on this page was measured on a GPU**: the Triton kernels of popsd, Liger and TRL have no speed, memory "
-            "or accuracy figure here. `benchmarks/gpu/README.md` has the two commands that make them in ten minutes on one GPU."
-        )
-    if "cpu" not in measured:
-        lines.append("**Nothing on this page was measured on a CPU.** `popsd bench --full` makes the figures.")
-    return lines or ["Measured on CPU and GPU; each section says on which."]
-
-
-def _machines(files: Sequence[tuple[Path, Results]], links: Sequence[str]) -> tables.Rows:
+def _machines(linked: dict[str, Results]) -> tables.Rows:
     rows = [["file", "date", "device", "commit", "command", "versions"]]
-    for (_, results), link in zip(files, links, strict=True):
-        meta = results.meta
-        versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+    for link, meta in ((link, results.meta) for link, results in linked.items()):
         sessions = [meta, *meta.get("continued", [])]
         commits = ", ".join(dict.fromkeys(str(session["commit"]) for session in sessions))
         commands = ", ".join(dict.fromkeys(f"`{session['command']}`" for session in sessions))
-        rows.append([f"[{link}]({link})", meta["date"][:10], _device(meta), commits, commands, versions])
+        rows.append([f"[{link}]({link})", meta["date"][:10], _device(meta), commits, commands, tables.versions(meta)])
     return rows
 
 
@@ -101,28 +92,26 @@ def _device(meta: dict[str, Any]) -> str:
     return f"{meta['device']}, {meta['threads']} thread{'s' if meta['threads'] > 1 else ''}"
 
 
-def _goals(files: Sequence[tuple[Path, Results]], links: Sequence[str]) -> tables.Rows:
+def _goals(linked: dict[str, Results]) -> tables.Rows:
     rows = [["on", "goal", "at most", "measured", "verdict", "file"]]
     for device, name in DEVICES.items():
-        judged = zip(*(goals.judge(device, results) for _, results in files), strict=True)
-        for verdicts in judged:
-            goal = [name, verdicts[0].goal.claim, f"{verdicts[0].goal.most:.3g}"]
-            measured = [(v, link) for v, link in zip(verdicts, links, strict=True) if v.value is not None]
+        for verdicts in zip(*(goals.judge(device, results) for results in linked.values()), strict=True):
+            goal = [name, verdicts[0].claim, f"{verdicts[0].most:.3g}"]
+            measured = [(v, link) for v, link in zip(verdicts, linked, strict=True) if v.value is not None]
             rows += [[*goal, f"{v.value:.3g}", "met" if v.word == "met" else f"**{v.word}**", x] for v, x in measured]
             rows += [] if measured else [[*goal, "–", "not measured", ""]]
     return rows
 
 
-def _section(results: Results, path: Path, link: str, output: Path) -> list[str]:
+def _section(results: Results, path: Path, output: Path) -> list[str]:
+    link, folder = (os.path.relpath(x, output.parent) for x in (path, path.parent / PLOTS))
     blocks = [f"## {_device(results.meta)}: {path.stem}", f"From `{link}`."]
     if (remarks := path.with_suffix(".md")).exists():
         blocks.append(remarks.read_text(encoding="utf-8").strip())
     drawn = list(plots.figures(results))
     for kind, title in PLOT_TITLES.items():
-        images = [name for name in drawn if name.split("-")[0] == kind]
-        if images:
-            folder = os.path.relpath(path.parent / PLOTS, output.parent)
-            blocks += [f"### {title}", *(f"![{name}]({folder}/{path.stem}-{name}.png)" for name in images)]
+        if images := [f"![{name}]({folder}/{path.stem}-{name}.png)" for name in drawn if name.split("-")[0] == kind]:
+            blocks += [f"### {title}", *images]
     blocks.append("### Tables")
     for table in tables.all_tables(results.cells):
         blocks += [f"**{table.title}**", tables.as_markdown(table.rows)]

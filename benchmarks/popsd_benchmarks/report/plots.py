@@ -1,19 +1,26 @@
 """Results as figures: a provider has one look throughout, and popsd is the thick blue line."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from popsd_benchmarks.providers import FLOOR, OURS
-from popsd_benchmarks.report.tables import LOSS_NAMES, cases_of, fixed_sizes, milliseconds, setting, significant
+from popsd_benchmarks.report.tables import LOSS_NAMES, Of, cases_of, fixed_sizes, milliseconds, setting, significant
 from popsd_benchmarks.results import Case, Cell, Results, select
 
+_PEAK = attrgetter("peak_mib")
 INK, FAINT = "#333333", "#999999"
 LETTERS = {"tokens": "N, tokens", "vocab": "V, vocabulary", "width": "D, hidden width"}
+
+
+STYLE = {
+    "axes.labelsize": 9, "axes.spines.right": False, "axes.spines.top": False, "axes.titlecolor": INK,
+    "axes.titlelocation": "left", "axes.titlesize": 10, "legend.fontsize": 8, "legend.frameon": False,
+    "legend.handlelength": 3, "savefig.dpi": 110, "xtick.color": INK, "xtick.labelsize": 8, "ytick.color": INK,
+    "ytick.labelsize": 8,
+}  # fmt: skip
 
 
 class Look(NamedTuple):
@@ -57,7 +64,7 @@ def figures(results: Results) -> dict[str, Callable[[Path], None]]:
         curves = {part: select(timed, part=part, loss=loss) for part in LETTERS}
         curves = {part: cells for part, cells in curves.items() if len({cell.case.shape for cell in cells}) > 1}
         if curves:
-            found[f"scaling-{loss}"] = partial(_scaling, curves, results.cells, loss)
+            found[f"scaling-{loss}"] = partial(_scaling, curves, loss)
         groups: dict[str, list[tuple[Case, list[Cell]]]] = {}
         for case, cells in cases_of(select(timed, part="table", loss=loss)):
             slug = f"{'trainable' if case.trainable_head else 'frozen'}-{case.dtype}"
@@ -73,54 +80,51 @@ def draw(results: Results, folder: Path, prefix: str = "") -> list[Path]:
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     paths = {folder / f"{prefix}{name}.png": drawing for name, drawing in figures(results).items()}
-    for path, drawing in paths.items():
-        drawing(path)
+    with matplotlib.rc_context(STYLE):
+        for path, drawing in paths.items():
+            drawing(path)
     return list(paths)
 
 
 def _accuracy(cells: Sequence[Cell], path: Path) -> None:
     """A panel per loss and dtype: relative error of dH against the true divergence."""
-    panels = [(loss, dtype) for dtype in ("bfloat16", "float32") for loss in LOSS_NAMES]
-    panels = [(loss, dtype) for loss, dtype in panels if select(cells, loss=loss, dtype=dtype)]
-    figure, axes = _panels(-(-len(panels) // 2), min(len(panels), 2), (5.2, 3.9))
+    drawn = {(cell.case.dtype, cell.case.loss) for cell in cells}
+    panels = [(loss, dtype) for dtype, loss in sorted(drawn)]  # which is also the order of the names
+    figure, axes = _panels(rows := -(-len(panels) // 2), min(len(panels), 2), 5.2, [3.9] * rows)
     for axis, (loss, dtype) in zip(axes, panels, strict=False):
         found = [c for c in select(cells, loss=loss, dtype=dtype) if c.kl and c.errors["dhidden"]]
         _curves(axis, found, lambda cell: cell.kl, lambda cell: 100 * cell.errors["dhidden"])
         _plain_ticks(axis.xaxis)
         _plain_ticks(axis.yaxis, " %")
-        _label(axis, f"{LOSS_NAMES[loss]}; {dtype}", "true KL(target ‖ student), nats per token", "error of dH (L2)")
+        axis.set(title=f"{LOSS_NAMES[loss]}; {dtype}", ylabel="error of dH (L2)")
+        axis.set_xlabel("true KL(target ‖ student), nats per token")
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     _finish(figure, axes, "How wrong is the gradient? Against float64, lower is better", path)
 
 
-def _scaling(curves: dict[str, list[Cell]], cells: Sequence[Cell], loss: str, path: Path) -> None:
+def _scaling(curves: dict[str, list[Cell]], loss: str, path: Path) -> None:
     """Columns: what is swept. Rows: time, memory."""
-    figure, axes = _panels(2, len(curves), (3.9, 3.4))
-    rows: tuple[tuple[str, Callable[[Cell], float | None]], ...] = (
-        ("time, ms", milliseconds),
-        ("peak memory above inputs, MiB", lambda cell: cell.peak_mib),
-    )
-    failed = select(cells, loss=loss, status="out of memory")
+    figure, axes = _panels(2, len(curves), 3.9, [3.4] * 2)
+    rows: dict[str, Of[float | None]] = {"time, ms": milliseconds, "peak memory above inputs, MiB": _PEAK}
     for column, (part, measured) in enumerate(curves.items()):
         points = sorted({getattr(cell.case.shape, part) for cell in measured})
-        ended = {cell.provider for cell in failed if cell.part == part}
-        for row, (label, figure_of) in enumerate(rows):
+        for row, (label, figure_of) in enumerate(rows.items()):
             axis = axes[row * len(curves) + column]
             shown = [cell for cell in measured if figure_of(cell)]
-            _curves(axis, shown, attrgetter(f"case.shape.{part}"), figure_of, ended)
-            _label(axis, "" if row else fixed_sizes(measured[0].case, part), LETTERS[part], label)
+            _curves(axis, shown, attrgetter(f"case.shape.{part}"), figure_of)
+            title = "" if row else fixed_sizes(measured[0].case, part)
+            axis.set(title=title, xlabel=LETTERS[part], ylabel=label)
             axis.set_xticks(points, [f"{point // 1024}k" if point % 1024 == 0 else str(point) for point in points])
             axis.minorticks_off()
             _plain_ticks(axis.yaxis)
-    crosses = "; ✕: out of memory beyond" if any(cell.part in curves for cell in failed) else ""
     case = next(iter(curves.values()))[0].case
-    _finish(figure, axes, f"{LOSS_NAMES[loss]}, {setting(case)}: forward and backward{crosses}", path)
+    _finish(figure, axes, f"{LOSS_NAMES[loss]}, {setting(case)}: forward and backward", path)
 
 
 def _bars(cases: Sequence[tuple[Case, list[Cell]]], path: Path) -> None:
     """Rows: shapes. Columns: time and memory, the fastest on top; hatched: what computes a wrong answer."""
-    figure, axes = _panels(len(cases), 2, (5.6, 0.0), [0.25 * len(cells) + 0.95 for _, cells in cases])
+    figure, axes = _panels(len(cases), 2, 5.6, [0.25 * len(cells) + 0.95 for _, cells in cases])
     for row, (case, cells) in enumerate(cases):
         ranked, shape = sorted(cells, key=milliseconds, reverse=True), case.shape
         size = f"{shape.name}: N = {shape.tokens:,}, V = {shape.vocab:,}, D = {shape.width:,}"
@@ -132,9 +136,8 @@ def _bars(cases: Sequence[tuple[Case, list[Cell]]], path: Path) -> None:
         _bar_panel(axes[2 * row + 1], ranked, [cell.peak_mib or 0.0 for cell in ranked], peaks)
         for cell in select(ranked, provider=FLOOR):
             axes[2 * row].axvline(milliseconds(cell), color=INK, linestyle=":", linewidth=1.2)
-        _label(axes[2 * row], size, "median time, ms")
-        _label(axes[2 * row + 1], "", "peak memory above inputs, MiB")
-        axes[2 * row + 1].set_yticklabels([])
+        axes[2 * row].set(title=size, xlabel="median time, ms")
+        axes[2 * row + 1].set(xlabel="peak memory above inputs, MiB", yticklabels=[])
     case = cases[0][0]
     _finish(figure, [], f"{LOSS_NAMES[case.loss]}, {setting(case)}: forward and backward", path)
 
@@ -154,16 +157,9 @@ def _bar_panel(axis: Any, cells: Sequence[Cell], values: Sequence[float], texts:
     axis.xaxis.set_major_formatter("{x:,.10g}")
 
 
-def _curves(
-    axis: Any,
-    cells: Sequence[Cell],
-    x: Callable[[Cell], Any],
-    y: Callable[[Cell], Any],
-    failed: Collection[str] = (),
-) -> None:
-    """A log-log line per provider, ours last and so on top; a cross where one failed beyond its last point."""
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+def _curves(axis: Any, cells: Sequence[Cell], x: Of[Any], y: Of[float | None]) -> None:
+    """A log-log line per provider, ours last and so on top."""
+    axis.set(xscale="log", yscale="log")
     names = dict.fromkeys(cell.provider for cell in cells)
     for name in sorted(names, key=lambda name: name in OURS.values()):
         points = sorted((x(cell), y(cell)) for cell in select(cells, provider=name))
@@ -171,8 +167,6 @@ def _curves(
         width, size = (3.0, 5.0) if ours else (1.6, 3.5)
         style = {"color": colour, "linestyle": line, "linewidth": width, "marker": "o", "markersize": size}
         axis.plot(*zip(*points, strict=True), label=label, **style)
-        if name in failed:
-            axis.plot(*points[-1], color=colour, marker="X", markersize=9)
 
 
 def _plain_ticks(axis: Any, unit: str = "") -> None:
@@ -185,26 +179,15 @@ def _plain_ticks(axis: Any, unit: str = "") -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.8f}".rstrip("0").rstrip(".") + unit))
 
 
-def _panels(
-    rows: int, columns: int, size: tuple[float, float], heights: Sequence[float] | None = None
-) -> tuple[Any, list[Any]]:
-    """size: of a panel, in inches; heights: of each row instead."""
+def _panels(rows: int, columns: int, width: float, heights: Sequence[float]) -> tuple[Any, list[Any]]:
+    """width: of a panel, heights: of each row of them, in inches."""
     import matplotlib.pyplot as plt
 
-    heights = heights or [size[1]] * rows
     figure, grid = plt.subplots(
-        rows, columns, figsize=(size[0] * columns, sum(heights) + 0.4), squeeze=False, layout="constrained",
+        rows, columns, figsize=(width * columns, sum(heights) + 0.4), squeeze=False, layout="constrained",
         gridspec_kw={"height_ratios": heights},
     )  # fmt: skip
     return figure, list(grid.flat)
-
-
-def _label(axis: Any, title: str, x: str, y: str = "") -> None:
-    axis.set_title(title, fontsize=10, loc="left", color=INK)
-    axis.set_xlabel(x, fontsize=9)
-    axis.set_ylabel(y, fontsize=9)
-    axis.tick_params(labelsize=8, colors=INK)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _finish(figure: Any, axes: Sequence[Any], title: str, path: Path) -> None:
@@ -214,14 +197,7 @@ def _finish(figure: Any, axes: Sequence[Any], title: str, path: Path) -> None:
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if handles:
         names = sorted(handles, key=lambda name: name != "popsd")
-        figure.legend(
-            [handles[name] for name in names],
-            names,
-            loc="outside right upper",
-            fontsize=8,
-            frameon=False,
-            handlelength=3,
-        )
+        figure.legend([handles[name] for name in names], names, loc="outside right upper")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK, fontweight="bold")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
     plt.close(figure)

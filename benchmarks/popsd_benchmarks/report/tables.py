@@ -1,16 +1,19 @@
 """Cells as tables: a table per case for the terminal and for Markdown, and one row per cell as CSV."""
 
-from __future__ import annotations
-
 import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from popsd_benchmarks.providers import FLOOR, OURS
 from popsd_benchmarks.results import Case, Cell, select
 
+T = TypeVar("T")
+Of = Callable[[Cell], T]
 Rows = list[list[str]]
 LOSS_NAMES = {"purified": "purified loss, four distributions", "two": "generalised JSD, two distributions"}
 SWEPT = {"tokens": "N", "vocab": "V", "width": "D"}
@@ -38,22 +41,16 @@ def case_table(case: Case, cells: Sequence[Cell]) -> Table:
     """The floor first, then by time. The ratio is to popsd's time, round by round: its median and quartiles."""
     ours = OURS.get(case.device, "popsd-torch")
     measured = sorted((c for c in cells if c.seconds), key=lambda c: (c.provider != FLOOR, milliseconds(c)))
-    weight_error = any("dweight" in cell.errors for cell in measured)
+    errors = {"loss": "loss", "dhidden": "dH", "dweight": "dW"}
+    if not any("dweight" in cell.errors for cell in measured):
+        del errors["dweight"]
     header = ["provider", "ms", f"time / {ours} (quartiles)", "share of floor", "TFLOP/s", "peak MiB"]
-    rows = [[*header, "loss error", "dH error", *["dW error"] * weight_error]]
+    rows = [[*header, *(f"{letters} error" for letters in errors.values())]]
     for cell in measured:
-        errors = ["loss", "dhidden", *["dweight"] * weight_error]
-        rows.append(
-            [
-                f"{cell.provider} (floor)" if cell.provider == FLOOR else cell.provider,
-                _time(cell),
-                _ratio(cell),
-                _optional(cell.floor_share, "{:.0%}"),
-                _optional(cell.tflops, "{:.3g}"),
-                _optional(cell.peak_mib, "{:,.0f}"),
-                *(_optional(cell.errors.get(name), "{:.1e}") for name in errors),
-            ]
-        )
+        name = f"{cell.provider} (floor)" if cell.provider == FLOOR else cell.provider
+        shares = [_optional(cell.floor_share, "{:.0%}"), _optional(cell.tflops, "{:.3g}"), _peak(cell)]
+        wrong = [_optional(cell.errors.get(name), "{:.1e}") for name in errors]
+        rows.append([name, _time(cell), _ratio(cell), *shares, *wrong])
     return Table(case_title(case), rows, _notes(measured), _absent(cells))
 
 
@@ -72,25 +69,12 @@ def setting(case: Case) -> str:
     return f"{head} head, {case.dtype}" + ("" if case.beta == 0.5 else f", beta {case.beta:g}") + deviation
 
 
-def curve_table(cells: Sequence[Cell], part: str, value: str) -> Rows:
-    """Providers against the swept dimension. value: "ms" or "MiB"."""
-    points = sorted({getattr(cell.case.shape, part) for cell in cells})
-    rows = [[f"{value} at {SWEPT[part]} =", *(f"{point:,}" for point in points)]]
-    for provider in dict.fromkeys(cell.provider for cell in cells):
-        found = {getattr(c.case.shape, part): c for c in cells if c.provider == provider}
-        if any(cell.seconds for cell in found.values()):
-            rows.append([provider, *(_curve_entry(found.get(point), value) for point in points)])
-    return rows
-
-
-def accuracy_table(cells: Sequence[Cell]) -> Rows:
-    """Relative L2 error of dH: providers against the true divergence."""
-    spreads = sorted({cell.case.spread for cell in cells})
-    divergences = [next((c.kl for c in cells if c.case.spread == s and c.kl is not None), None) for s in spreads]
-    rows = [["dH error at KL =", *(_optional(kl, "{:.1e}") for kl in divergences)]]
-    for provider in dict.fromkeys(cell.provider for cell in cells if cell.errors):
-        found = {c.case.spread: c.errors.get("dhidden") for c in cells if c.provider == provider}
-        rows.append([provider, *(_optional(found.get(spread), "{:.1e}") for spread in spreads)])
+def curve_table(corner: str, points: dict[Any, str], cells: Sequence[Cell], x: Of[Any], entry: Of[str]) -> Rows:
+    """A row per provider that was measured, a column per value of ``x`` and its text; a dash where it has no cell."""
+    rows = [[corner, *(points[point] for point in sorted(points))]]
+    for provider in dict.fromkeys(cell.provider for cell in cells if cell.seconds or cell.errors):
+        found = {x(cell): entry(cell) for cell in cells if cell.provider == provider}
+        rows.append([provider, *(found.get(point, "–") for point in sorted(points))])
     return rows
 
 
@@ -106,15 +90,20 @@ def kernel_table(cell: Cell) -> Rows:
 def all_tables(cells: Sequence[Cell]) -> list[Table]:
     """Every part that was measured: cases, accuracy curves, scaling curves, profiles."""
     found = [case_table(case, group) for case, group in cases_of(select(cells, part="table"))]
-    for (case, _), group in _grouped(select(cells, part="accuracy")):
+    for case, _, group in _curves(select(cells, part="accuracy"), lambda case: case.shape.name):
         what = "error of dH against float64 by true KL(target ‖ student) in nats"
-        title = f"{LOSS_NAMES[case.loss]}, {case.dtype}: {what}"
-        found.append(Table(title, accuracy_table(group), [], _absent(group)))
-    for part in SWEPT:
-        for (case, fixed), group in _grouped(select(cells, part=part), part):
-            title = f"{LOSS_NAMES[case.loss]}, {setting(case)}, against {SWEPT[part]} ({fixed})"
-            found.append(Table(f"{title}: time", curve_table(group, part, "ms"), [], _absent(group)))
-            found.append(Table(f"{title}: peak memory above inputs", curve_table(group, part, "MiB"), [], []))
+        kls = {cell.case.spread: f"{cell.kl:.1e}" for cell in reversed(group) if cell.kl is not None}
+        rows = curve_table("dH error at KL =", kls, group, attrgetter("case.spread"), _error)
+        found.append(Table(f"{LOSS_NAMES[case.loss]}, {case.dtype}: {what}", rows, [], _absent(group)))
+    for part, letter in SWEPT.items():
+        size: Of[int] = attrgetter(f"case.shape.{part}")
+        for case, fixed, group in _curves(select(cells, part=part), partial(fixed_sizes, part=part)):
+            title = f"{LOSS_NAMES[case.loss]}, {setting(case)}, against {letter} ({fixed})"
+            sizes = {size(cell): f"{size(cell):,}" for cell in group}
+            times = curve_table(f"ms at {letter} =", sizes, group, size, _time)
+            peaks = curve_table(f"MiB at {letter} =", sizes, group, size, _peak)
+            found.append(Table(f"{title}: time", times, [], _absent(group)))
+            found.append(Table(f"{title}: peak memory above inputs", peaks, [], []))
     for cell in select(cells, part="profile"):
         if cell.kernels:
             found.append(Table(f"Profile of {cell.provider}, {case_title(cell.case)}", kernel_table(cell), [], []))
@@ -126,13 +115,12 @@ def fixed_sizes(case: Case, part: str) -> str:
     return ", ".join(f"{letter} = {getattr(case.shape, name):,}" for name, letter in SWEPT.items() if name != part)
 
 
-def _grouped(cells: Sequence[Cell], part: str | None = None) -> list[tuple[tuple[Case, str], list[Cell]]]:
+def _curves(cells: Sequence[Cell], fixed: Callable[[Case], str]) -> list[tuple[Case, str, list[Cell]]]:
     """By loss, setting and what is fixed, with one case for all of them."""
     groups: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
-        fixed = cell.case.shape.name if part is None else fixed_sizes(cell.case, part)
-        groups.setdefault((cell.case.loss, setting(cell.case), fixed), []).append(cell)
-    return [((group[0].case, key[-1]), group) for key, group in groups.items()]
+        groups.setdefault((cell.case.loss, setting(cell.case), fixed(cell.case)), []).append(cell)
+    return [(group[0].case, key[-1], group) for key, group in groups.items()]
 
 
 def _notes(cells: Sequence[Cell]) -> list[str]:
@@ -171,15 +159,20 @@ def as_markdown(rows: Rows, left: int = 1) -> str:
 
 def write_csv(cells: Iterable[Cell], path: Path) -> None:
     """One row per cell; times in seconds, memory in MiB. Text that a spreadsheet would run as a formula begins with '."""
-    rows = [{name: _no_formula(value) for name, value in _flat(cell).items()} for cell in cells]
+    rows = [dict(_flat(asdict(cell) | {"kernels": len(cell.kernels)})) for cell in cells]
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["part"])
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _no_formula(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+def _flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}_")
+        elif value is not None:
+            formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@"))
+            yield f"{prefix}{name}", f"'{value}" if formula else value
 
 
 def milliseconds(cell: Cell) -> float:
@@ -193,8 +186,22 @@ def significant(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def versions(meta: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+
+
 def _time(cell: Cell) -> str:
+    if cell.seconds is None:
+        return cell.status
     return significant(milliseconds(cell)) + ("" if cell.status == "ok" else f" ({cell.status})")
+
+
+def _peak(cell: Cell) -> str:
+    return _optional(cell.peak_mib, "{:,.0f}") if cell.seconds else cell.status
+
+
+def _error(cell: Cell) -> str:
+    return _optional(cell.errors.get("dhidden"), "{:.1e}")
 
 
 def _ratio(cell: Cell) -> str:
@@ -206,24 +213,3 @@ def _ratio(cell: Cell) -> str:
 
 def _optional(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
-
-
-def _curve_entry(cell: Cell | None, value: str) -> str:
-    if cell is None:
-        return "–"
-    if not cell.seconds:
-        return cell.status
-    if value == "MiB":
-        return _optional(cell.peak_mib, "{:,.0f}")
-    return _time(cell)
-
-
-def _flat(cell: Cell) -> dict[str, Any]:
-    case, shape = vars(cell.case).copy(), vars(cell.case.shape).copy()
-    row = {"part": cell.part, "provider": cell.provider} | case | {"shape": shape.pop("name")} | shape
-    row |= {"status": cell.status, "note": cell.note, "rounds": cell.seconds.count if cell.seconds else 0}
-    for name, rounds in (("seconds", cell.seconds), ("ratio", cell.ratios)):
-        for figure, attribute in (("median", "median"), ("quartile_1", "low"), ("quartile_3", "high")):
-            row[f"{name}_{figure}"] = getattr(rounds, attribute, None)
-    row |= {name: getattr(cell, name) for name in ("floor_share", "tflops", "peak_mib")}
-    return row | {f"error_{name}": cell.errors.get(name) for name in ("loss", "dhidden", "dweight")} | {"kl": cell.kl}

@@ -62,7 +62,7 @@ class StreamCase:
         if sums is not None and not self.with_strip:
             strip = scaling = None
         statistics = RowStatistics(*[vector] * len(RowStatistics._fields))
-        return call.fold(config, extent, statistics, scaling, sums, strip)
+        return call.accumulate(config, extent, statistics, scaling, sums, strip)
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device="meta")

@@ -24,7 +24,7 @@ def target_operand(rows: Rows, options: RowOptions) -> Stream:
 
 def frozen_operand(tensor: torch.Tensor, rows: Rows, options: RowOptions) -> Stream:
     """Raw projections [C, V] of another stream than the student. A bias cancels in its difference to the student."""
-    bias = None if options.relative else rows.frozen_bias
+    bias = None if options.minus_student else rows.frozen_bias
     return projection_stream(tensor, bias, options.target, options.inv_temperature)
 
 

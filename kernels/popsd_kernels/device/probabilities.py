@@ -97,9 +97,9 @@ def row_entries(
     MASKED: tl.constexpr,
     FAST: tl.constexpr,
     EXACT: tl.constexpr = True,
-    RELATIVE: tl.constexpr = False,
+    MINUS_STUDENT: tl.constexpr = False,
 ):
-    """A block of both distributions, loaded. RELATIVE: ``target`` holds u - s."""
+    """A block of both distributions, loaded. MINUS_STUDENT: ``target`` holds u - s."""
     if target.gain is None:  # finished logits, floored already
         s, gain = load_scaled(student, row, columns, V, MASKED, FAST), stream_gain(student)
         u = load_logit(target, row, columns, V, MASKED, FAST)
@@ -107,7 +107,7 @@ def row_entries(
         s, gain = load_logit(student, row, columns, V, MASKED, FAST), 1.0
         u = floor_logit(load_logit(target, row, columns, V, MASKED, FAST), columns, V, MASKED)
     s, difference = floor_logit(s, columns, V, MASKED), None
-    if RELATIVE:
+    if MINUS_STUDENT:
         u, difference = fma(s, gain, u), u
     return entries_from(s, u, scalars, columns, V, MASKED, gain, EXACT, difference)
 

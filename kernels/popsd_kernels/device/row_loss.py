@@ -62,11 +62,11 @@ def accumulate(
     VEC: tl.constexpr,
     MODE: tl.constexpr,
     FAST: tl.constexpr,
-    RELATIVE: tl.constexpr = False,
+    MINUS_STUDENT: tl.constexpr = False,
 ):
-    """Adds a block to the sums. RELATIVE: t knows the difference of p and q better than they do, by 1e-7 of it."""
+    """Adds a block to the sums. MINUS_STUDENT: t knows the difference of p and q better than they do, by 1e-7 of it."""
     p, q, difference = entries.p, entries.q, None
-    if RELATIVE and not is_mixture(MODE) and entry_clip is None:
+    if MINUS_STUDENT and not is_mixture(MODE) and entry_clip is None:
         difference = probability_difference(p, q, entries.t)
         q = p - difference
     student_kl, target_kl = divergence_terms(p, q, entries.t, beta, MODE, FAST)
@@ -108,7 +108,7 @@ def finish_row(
     V: tl.constexpr,
     MODE: tl.constexpr,
     FAST: tl.constexpr,
-    RELATIVE: tl.constexpr = False,
+    MINUS_STUDENT: tl.constexpr = False,
     token_logit=None,
 ):
     """Stores the row's nine results; returns (sum of slopes, row_scale or 0 where token_clip capped).
@@ -126,7 +126,9 @@ def finish_row(
         student_entropy = tl.exp2(p_rounding) * student_entropy - p_rounding
         target_entropy = tl.exp2(q_rounding) * target_entropy - q_rounding
     slope_sum = unclipped_slope_sum(student_kl, beta, MODE)
-    if RELATIVE and not is_mixture(MODE) and entry_clip is None:  # Σ(p − q) is 0, but for rounding that shows in a KL
+    if (
+        MINUS_STUDENT and not is_mixture(MODE) and entry_clip is None
+    ):  # Σ(p − q) is 0, but for rounding that shows in a KL
         excess = tl.sum(sums.slope, axis=0)
         if MODE == FORWARD:
             target_kl, slope_sum = target_kl + excess, excess

@@ -35,7 +35,7 @@ from popsd_kernels.checks import (
     MAX_VOCABULARY,
     check_device,
     check_matrix,
-    check_not_relative,
+    check_not_minus_student,
     check_target,
     check_vector,
     check_vectors,
@@ -125,7 +125,7 @@ def _statistics(call: Call, device: torch.device) -> RowStatistics:
 def _sums(call: Call, statistics: RowStatistics, device: torch.device) -> torch.Tensor:
     config, extent = _whole_vocabulary(call, "sums", device)
     partial = _partial_results(triton.cdiv(extent.last, extent.span), SUMS, extent.tokens, device)
-    call.fold(config, extent, statistics, None, parts(partial), None).run(device)
+    call.accumulate(config, extent, statistics, None, parts(partial), None).run(device)
     return partial
 
 
@@ -200,7 +200,7 @@ class _Backward:
         for index, first in enumerate(range(0, strips.tiles, strips.step)):
             extent = Extent(self.call.tokens, first, min(first + strips.step, strips.tiles), strips.span)
             sums = None if partial is None else parts(partial[index * triton.cdiv(strips.step, strips.span) :])
-            self.call.fold(config, extent, statistics, scaling, sums, Strip(gradient, shape[1])).run(device)
+            self.call.accumulate(config, extent, statistics, scaling, sums, Strip(gradient, shape[1])).run(device)
             self._consume(config, extent, gradient, dhidden, hidden)
         if out is not None and dhidden is not None and dhidden is not out:
             out.copy_(dhidden)
@@ -232,7 +232,7 @@ class _Backward:
 
 
 def _check_inputs(rows: Rows, heads: Heads, options: RowOptions) -> None:
-    check_not_relative(_NAME, options)
+    check_not_minus_student(_NAME, options)
     check_target(_NAME, rows)
     if rows.composed is not None:
         raise ValueError(

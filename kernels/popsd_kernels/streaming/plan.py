@@ -15,7 +15,7 @@ from popsd_kernels.device.divergence import divergence_mode, kernel_beta
 from popsd_kernels.device.operands import composition, difference_operand, optional, student_operand, target_operand
 from popsd_kernels.launch import Launch, LaunchConfig
 from popsd_kernels.rows import Heads, RowOptions, Rows, RowStatistics
-from popsd_kernels.streaming.sums import Scaling, Strip, stream_finish_kernel, stream_fold_kernel
+from popsd_kernels.streaming.sums import Scaling, Strip, stream_accumulate_kernel, stream_finish_kernel
 from popsd_kernels.streaming.tiles import LANES, Extent, Parts, Streams, stream_merge_kernel, stream_statistics_kernel
 
 
@@ -72,7 +72,7 @@ TABLES: Mapping[str, Mapping[tuple[str, int], TileConfig]] = {
     "sm_120": _BLACKWELL_CONSUMER,
     "gfx942": _CDNA,
 }
-"""Architecture -> (kernel, bytes per operand entry) -> sizes; "sums" is any fold that makes pass 2."""
+"""Architecture -> (kernel, bytes per operand entry) -> sizes; "sums" is any that accumulates pass 2."""
 
 _ROW = LaunchConfig(LANES, 1, 4)
 
@@ -130,7 +130,7 @@ class Call:
         }
         return Launch(stream_merge_kernel, self.tokens, arguments, _ROW)
 
-    def fold(
+    def accumulate(
         self,
         config: TileConfig,
         extent: Extent,
@@ -151,7 +151,7 @@ class Call:
             "entry_clip": optional(self.options.entry_clip),
             "MODE": divergence_mode(self.options.beta),
         }
-        return self._tiles(stream_fold_kernel, config, extent, arguments)
+        return self._tiles(stream_accumulate_kernel, config, extent, arguments)
 
     def finish(self, statistics: RowStatistics, partial: torch.Tensor, scaling: Scaling, out: torch.Tensor) -> Launch:
         """partial: pass 2's [parts, SUMS, N], out: [9, N] float32 from `result_rows`; writes ``scaling`` too."""

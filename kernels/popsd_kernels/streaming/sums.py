@@ -74,7 +74,7 @@ def _gradient(streams, entries, slope_sum, scale, beta, entry_clip, MODE: tl.con
 
 
 @triton.jit(do_not_specialize=["tokens", "first", "last", "span"], do_not_specialize_on_alignment=["token_ids_ptr"])
-def stream_fold_kernel(
+def stream_accumulate_kernel(
     streams,
     statistics,
     token_ids_ptr,

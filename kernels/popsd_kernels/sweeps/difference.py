@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from popsd_kernels import launch
-from popsd_kernels.checks import FLOAT32, check_not_relative, check_output, check_rows
+from popsd_kernels.checks import FLOAT32, check_not_minus_student, check_output, check_rows
 from popsd_kernels.device.logits import load_logit
 from popsd_kernels.device.operands import frozen_operand
 from popsd_kernels.device.primitives import LOGIT_FLOOR, NOTHING, lane_sum, lse_finish, lse_fold
@@ -35,7 +35,7 @@ def logit_difference(rows: Rows, options: RowOptions, *, center: bool, out: torc
     Raises ValueError, TypeError or RuntimeError before any launch.
     """
     check_rows(_NAME, rows, needed=("teacher", "reference"))
-    check_not_relative(_NAME, options)
+    check_not_minus_student(_NAME, options)
     check_output(_NAME, "out", out, rows, dtypes=FLOAT32, replaceable=("teacher", "reference"))
     tokens, device = rows.student.shape[0], rows.student.device
     offset = result_rows(1, tokens, device)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from popsd_kernels import launch
-from popsd_kernels.checks import FLOAT32, check_not_relative, check_output, check_rows, check_vector
+from popsd_kernels.checks import FLOAT32, check_not_minus_student, check_output, check_rows, check_vector
 from popsd_kernels.device.logits import Stream, floor_logit, load_logit
 from popsd_kernels.device.operands import frozen_operand
 from popsd_kernels.device.primitives import LOGIT_FLOOR, NOTHING, lane_max, lse_finish, lse_fold
@@ -88,7 +88,7 @@ def _check(function: str, rows: Rows, masks: EntryMasks, options: RowOptions, ne
             f"{function}: masks.tail_floor and masks.tail_reach must be given together, got tail_floor={masks.tail_floor} and "
             f"tail_reach={masks.tail_reach}; leave both out for no mask on the tail"
         )
-    check_not_relative(function, options)
+    check_not_minus_student(function, options)
     check_rows(function, rows, needed=(*needed, *(("base",) if masks.plausibility is not None else ())))
 
 

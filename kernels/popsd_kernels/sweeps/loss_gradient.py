@@ -101,7 +101,7 @@ def plan(
             "BLOCK": config.block,
             "VEC": config.vec,
             "MODE": divergence_mode(options.beta),
-            "RELATIVE": options.relative,
+            "MINUS_STUDENT": options.minus_student,
             "FAST": fast,
         },
         config,
@@ -128,7 +128,7 @@ def row_loss_gradient_kernel(
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
     MODE: tl.constexpr,
-    RELATIVE: tl.constexpr,
+    MINUS_STUDENT: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """One program per token: once over the row for the sums, then once more for the gradient unless ``one_read``."""
@@ -139,7 +139,7 @@ def row_loss_gradient_kernel(
     if row_scale_ptr is not None:
         row_scale = tl.load(row_scale_ptr + row)
     unclipped: tl.constexpr = entry_clip is None and token_clip is None
-    one_read: tl.constexpr = MODE == FORWARD and not RELATIVE and unclipped and gradient is not None
+    one_read: tl.constexpr = MODE == FORWARD and not MINUS_STUDENT and unclipped and gradient is not None
     width: tl.constexpr = None if one_read else VEC  # one_read: 21.9 instructions per entry would become 22.9
     light: tl.constexpr = (MODE == REVERSE) | (MODE == JENSEN_SHANNON)
     unroll: tl.constexpr = 2 if light and entry_clip is None else 1  # the others would spill
@@ -152,23 +152,23 @@ def row_loss_gradient_kernel(
     full: tl.constexpr = V // BLOCK * BLOCK
     for start in tl.range(0, full, BLOCK, loop_unroll_factor=unroll):
         columns = start + tl.arange(0, BLOCK)
-        entries = row_entries(student, target, scalars, row, columns, V, False, FAST, exact, RELATIVE)
-        sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST, RELATIVE)
+        entries = row_entries(student, target, scalars, row, columns, V, False, FAST, exact, MINUS_STUDENT)
+        sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST, MINUS_STUDENT)
         if one_read:
             store_gradient(
                 gradient, student, entries, None, row_scale, beta, None, row, columns, V, MODE, False, FAST
             )  # fmt: skip
     if full < V:
         columns = full + tl.arange(0, BLOCK)
-        entries = row_entries(student, target, scalars, row, columns, V, True, FAST, exact, RELATIVE)
-        sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST, RELATIVE)
+        entries = row_entries(student, target, scalars, row, columns, V, True, FAST, exact, MINUS_STUDENT)
+        sums = accumulate(sums, entries, beta, entry_clip, VEC, MODE, FAST, MINUS_STUDENT)
         if one_read:
             store_gradient(
                 gradient, student, entries, None, row_scale, beta, None, row, columns, V, MODE, True, FAST
             )  # fmt: skip
     slope_sum, row_scale = finish_row(
         sums, student, scalars, token_ids_ptr, out_ptr, out_row_stride, row, row_scale, beta, entry_clip, token_clip,
-        V, MODE, FAST, RELATIVE, token_logit,
+        V, MODE, FAST, MINUS_STUDENT, token_logit,
     )  # fmt: skip
     if gradient is not None:
         tl.debug_barrier()  # other threads may still store this row's own gradient, or read the token's logit from under it
@@ -178,14 +178,14 @@ def row_loss_gradient_kernel(
         elif not one_read:
             for start in tl.range(0, full, BLOCK, loop_unroll_factor=2):
                 columns = start + tl.arange(0, BLOCK)
-                entries = row_entries(student, target, scalars, row, columns, V, False, FAST, exact, RELATIVE)
+                entries = row_entries(student, target, scalars, row, columns, V, False, FAST, exact, MINUS_STUDENT)
                 store_gradient(
                     gradient, student, entries, slope_sum, row_scale, beta, entry_clip, row, columns,
                     V, MODE, False, FAST, width,
                 )  # fmt: skip
             if full < V:
                 columns = full + tl.arange(0, BLOCK)
-                entries = row_entries(student, target, scalars, row, columns, V, True, FAST, exact, RELATIVE)
+                entries = row_entries(student, target, scalars, row, columns, V, True, FAST, exact, MINUS_STUDENT)
                 store_gradient(
                     gradient, student, entries, slope_sum, row_scale, beta, entry_clip, row, columns,
                     V, MODE, True, FAST, width,

@@ -36,6 +36,8 @@ from popsd_kernels.launch import Launch, LaunchConfig, Outputs, fast_instruction
 from popsd_kernels.rows import MOMENTS, RowOptions, Rows
 
 _NAME = "row_moments"
+WEIGHTED, MEAN_TOTAL, MEAN_REFERENCE, ENTRIES = (tl.constexpr(row) for row in (5, 10, 11, 12))
+"""Rows of the result where the weighted products begin, after the five plain ones, and what stands behind them."""
 
 
 def row_moments(rows: Rows, options: RowOptions, *, masked: bool = True) -> torch.Tensor:
@@ -43,8 +45,8 @@ def row_moments(rows: Rows, options: RowOptions, *, masked: bool = True) -> torc
 
     rows: student, reference, and either teacher or difference (teacher − reference), with which the teacher's logits are the
         reference's plus inv_temperature · delta_scale · difference. Read only; no other stream is used.
-    options: logit transforms, temperature and ``relative``, with which ``rows.reference`` holds its difference to the student
-        (and ``rows.difference`` is needed); nothing else of it is used.
+    options: logit transforms, temperature and ``minus_student``, with which ``rows.reference`` holds its difference to the
+        student (and ``rows.difference`` is needed); nothing else of it is used.
     masked: whether a logit may be −inf (or LOGIT_FLOOR). Such entries leave every sum; False saves looking for them.
     Returns [13, C] float32: ‖Δ_total‖², ‖Δ_ref‖², ‖Δ_it‖², Δ_total·Δ_ref, Δ_total·Δ_it of the log-ratios less their means
     over the vocabulary; the same five of the log-ratios themselves, each entry weighted by π_θ; mean Δ_total, mean Δ_ref;
@@ -56,9 +58,10 @@ def row_moments(rows: Rows, options: RowOptions, *, masked: bool = True) -> torc
         raise ValueError(
             f"{_NAME}: one of rows.teacher and rows.difference must be given, got {given}; leave the other out"
         )
-    if options.relative and rows.difference is None:
+    if options.minus_student and rows.difference is None:
         raise ValueError(
-            f"{_NAME}: rows.difference must be given where options.relative is True, got rows.teacher; pass their difference"
+            f"{_NAME}: rows.difference must be given where options.minus_student is True, got rows.teacher; "
+            "pass their difference"
         )
     tokens, device = rows.student.shape[0], rows.student.device
     out = result_rows(MOMENTS, tokens, device)
@@ -85,7 +88,7 @@ def plan(rows: Rows, options: RowOptions, masked: bool, outputs: Outputs, config
             "BLOCK": config.block,
             "VEC": config.vec,
             "MASKED": masked,
-            "RELATIVE": options.relative,
+            "MINUS_STUDENT": options.minus_student,
             "FAST": fast,
         },
         config,
@@ -138,7 +141,7 @@ def row_moments_kernel(
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
     MASKED: tl.constexpr,
-    RELATIVE: tl.constexpr,
+    MINUS_STUDENT: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """One program per token. Full blocks run unmasked; a vocabulary that BLOCK does not divide has one masked tail."""
@@ -148,14 +151,14 @@ def row_moments_kernel(
     state = State(low, zero, low, zero, low, zero, Pivot(low, zero, zero), none, none)
     for start in range(0, full, BLOCK):
         s, r, t, inside = _streams(
-            student, reference, teacher, difference, row, start + tl.arange(0, BLOCK), V, False, MASKED, RELATIVE, FAST
-        )
-        state = _fold(state, s, r, t, inside, VEC, MASKED, RELATIVE)
+            student, reference, teacher, difference, row, start + tl.arange(0, BLOCK), V, False, MASKED, MINUS_STUDENT, FAST
+        )  # fmt: skip
+        state = _accumulate(state, s, r, t, inside, VEC, MASKED, MINUS_STUDENT)
     if full < V:
         s, r, t, inside = _streams(
-            student, reference, teacher, difference, row, full + tl.arange(0, BLOCK), V, True, MASKED, RELATIVE, FAST
-        )
-        state = _fold(state, s, r, t, inside, VEC, True, RELATIVE)
+            student, reference, teacher, difference, row, full + tl.arange(0, BLOCK), V, True, MASKED, MINUS_STUDENT, FAST
+        )  # fmt: skip
+        state = _accumulate(state, s, r, t, inside, VEC, True, MINUS_STUDENT)
     s_max, s_logsum = lse_finish(state.s_top, state.s_total, V)
     r_max, r_logsum = lse_finish(state.r_top, state.r_total, V)
     t_max, t_logsum = lse_finish(state.t_top, state.t_total, V)
@@ -168,10 +171,10 @@ def row_moments_kernel(
     _store(out_ptr, _moved(state.plain, pivot.x - x_mean, pivot.y - y_mean, 1.0), out_row_stride)
     share = tl.exp2((state.s_top - s_max) * LOG2E - s_logsum * LOG2E)
     weighted = _moved(state.weighted, pivot.x - x_shift, pivot.y - y_shift, share)
-    _store(out_ptr + 5 * out_row_stride, weighted, out_row_stride)
-    tl.store(out_ptr + 10 * out_row_stride, x_mean - x_shift)
-    tl.store(out_ptr + 11 * out_row_stride, y_mean - y_shift)
-    tl.store(out_ptr + 12 * out_row_stride, count)
+    _store(out_ptr + WEIGHTED * out_row_stride, weighted, out_row_stride)
+    tl.store(out_ptr + MEAN_TOTAL * out_row_stride, x_mean - x_shift)
+    tl.store(out_ptr + MEAN_REFERENCE * out_row_stride, y_mean - y_shift)
+    tl.store(out_ptr + ENTRIES * out_row_stride, count)
 
 
 @triton.jit
@@ -185,14 +188,14 @@ def _streams(
     V: tl.constexpr,
     TAIL: tl.constexpr,
     MASKED: tl.constexpr,
-    RELATIVE: tl.constexpr,
+    MINUS_STUDENT: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """A block's floored logits, reference and teacher less the student where RELATIVE, and which entries are possible in all
-    three. TAIL: some are beyond the vocabulary."""
+    """A block's floored logits, reference and teacher less the student where MINUS_STUDENT, and which entries are possible in
+    all three. TAIL: some are beyond the vocabulary."""
     s = floor_logit(load_logit(student, row, columns, V, TAIL, FAST), columns, V, TAIL)
     r, lowest = load_logit(reference, row, columns, V, TAIL, FAST), s
-    if not RELATIVE:
+    if not MINUS_STUDENT:
         r = floor_logit(r, columns, V, TAIL)
         lowest = tl.minimum(s, r, propagate_nan=tl.PropagateNan.ALL)
     if difference is None:  # not `teacher`: Triton 3.6 cannot compare with None a tuple that holds one
@@ -208,10 +211,10 @@ def _streams(
 
 
 @triton.jit
-def _fold(state, s, r, t, inside, VEC: tl.constexpr, PARTIAL: tl.constexpr, RELATIVE: tl.constexpr):
+def _accumulate(state, s, r, t, inside, VEC: tl.constexpr, PARTIAL: tl.constexpr, MINUS_STUDENT: tl.constexpr):
     """The state with a block more. PARTIAL: whether an entry may not be ``inside``."""
     s_top, s_total = lse_fold(s, state.s_top, state.s_total, VEC)
-    if RELATIVE:
+    if MINUS_STUDENT:
         x, y = t, r
         r_top, r_total = lse_fold_sum(s, r, state.r_top, state.r_total, VEC, 1.0, 1.0)
         t_top, t_total = lse_fold_sum(s, t, state.t_top, state.t_total, VEC, 1.0, 1.0)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from popsd_kernels.checks import check_not_relative, check_output, check_rows, check_target, composing
+from popsd_kernels.checks import check_not_minus_student, check_output, check_rows, check_target, composing
 from popsd_kernels.device.divergence import divergence_mode, kernel_beta
 from popsd_kernels.device.logits import floor_logit, load_logit
 from popsd_kernels.device.operands import (
@@ -103,7 +103,7 @@ def check_slices(function: str, rows: Rows, options: RowOptions, gradient: torch
     """What both launchers ask of their arguments. Programs of one row may read the student's slices of their siblings."""
     check_rows(function, rows)
     check_target(function, rows, finished=True)
-    check_not_relative(function, options)
+    check_not_minus_student(function, options)
     check_output(
         function, "gradient", gradient, rows, replaceable=("target", *composing(rows)), untouchable=("student",)
     )  # fmt: skip

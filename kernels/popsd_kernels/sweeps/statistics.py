@@ -35,8 +35,8 @@ def row_statistics(rows: Rows, options: RowOptions, *, target_out: torch.Tensor 
 
     rows: raw projections; read only, but for the aliasing below. token_ids and row_scale are not used.
     target_out: [C, V] float32, needed exactly where the target is composed: base + clip(difference) / pmi_beta, tempered,
-        floored at LOGIT_FLOOR; less the student where ``options.relative``. Or what ``rows.composed.function`` makes. It may
-        be ``rows.base``, ``rows.difference`` or, with ``rows.composed``, ``rows.teacher`` or ``rows.reference`` itself.
+        floored at LOGIT_FLOOR; less the student where ``options.minus_student``. Or what ``rows.composed.function`` makes. It
+        may be ``rows.base``, ``rows.difference`` or, with ``rows.composed``, ``rows.teacher`` or ``rows.reference`` itself.
     Returns four [C] float32 tensors in nats. A NaN anywhere in a row makes that row's normalisers NaN.
     Raises ValueError, TypeError or RuntimeError before any launch. Rows that start at multiples of 16 bytes load as 128-bit
     vectors.
@@ -53,7 +53,7 @@ def row_statistics(rows: Rows, options: RowOptions, *, target_out: torch.Tensor 
     >>> loss = row_loss_gradient(rows.with_target(difference), statistics, RowOptions())
     """
     check_rows(_NAME, rows)
-    check_target(_NAME, rows, finished=not options.relative)
+    check_target(_NAME, rows, finished=not options.minus_student)
     check_output(
         _NAME, "target_out", target_out, rows, dtypes=FLOAT32, replaceable=composing(rows), untouchable=("student",)
     )  # fmt: skip
@@ -91,7 +91,7 @@ def plan(rows: Rows, options: RowOptions, outputs: Outputs, config: LaunchConfig
             "V": rows.student.shape[1],
             "BLOCK": config.block,
             "VEC": config.vec,
-            "RELATIVE": options.relative,
+            "MINUS_STUDENT": options.minus_student,
             "FAST": fast,
         },
         config,
@@ -112,7 +112,7 @@ def row_statistics_kernel(
     V: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
-    RELATIVE: tl.constexpr,
+    MINUS_STUDENT: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """One program per token. Full blocks run unmasked; a vocabulary that BLOCK does not divide has one masked tail."""
@@ -134,7 +134,7 @@ def row_statistics_kernel(
             row, start + tl.arange(0, BLOCK), V, False, FAST,
         )  # fmt: skip
         student_top, student_total = lse_fold(s, student_top, student_total, VEC, s_gain)
-        if RELATIVE:
+        if MINUS_STUDENT:
             target_top, target_total = lse_fold_sum(s, u, target_top, target_total, VEC, s_gain, u_gain)
         else:
             target_top, target_total = lse_fold(u, target_top, target_total, VEC, u_gain)
@@ -144,12 +144,12 @@ def row_statistics_kernel(
             row, full + tl.arange(0, BLOCK), V, True, FAST,
         )  # fmt: skip
         student_top, student_total = lse_fold(s, student_top, student_total, VEC, s_gain)
-        if RELATIVE:
+        if MINUS_STUDENT:
             target_top, target_total = lse_fold_sum(s, u, target_top, target_total, VEC, s_gain, u_gain)
         else:
             target_top, target_total = lse_fold(u, target_top, target_total, VEC, u_gain)
     student_max, student_logsum = lse_finish(student_top, student_total, V, s_gain)
-    target_max, target_logsum = lse_finish(target_top, target_total, V, 1.0 if RELATIVE else u_gain)
+    target_max, target_logsum = lse_finish(target_top, target_total, V, 1.0 if MINUS_STUDENT else u_gain)
     tl.store(out_ptr + row, student_max)
     tl.store(out_ptr + out_row_stride + row, student_logsum)
     tl.store(out_ptr + 2 * out_row_stride + row, target_max)

@@ -24,8 +24,8 @@ def row_moments(
     assert rows.reference is not None
     student = student or student_rows(rows, options)
     total, induced, free = scratch(rows.student, 3)
-    bias = None if options.relative else rows.frozen_bias
-    finite = options.relative or not masked
+    bias = None if options.minus_student else rows.frozen_bias
+    finite = options.minus_student or not masked
     other = tempered_logits(rows.reference, bias, options.target, options, out=induced, finite=finite)
     if rows.teacher is None:
         assert rows.difference is not None
@@ -35,14 +35,15 @@ def row_moments(
     outside, count = None, torch.full_like(student.maximum[:, 0], rows.student.shape[1])
     if masked:
         least = student.logits
-        if not options.relative:
+        if not options.minus_student:
             least = torch.minimum(least, torch.minimum(own, other, out=free), out=free)
         outside = least < 1e-6 * LOGIT_FLOOR  # whatever scale or temperature the floor went through
         count -= outside.sum(dim=1)
     shifts = [
-        _log_normaliser_ratio(_bits(z, student, relative=options.relative, out=free), student) for z in (own, other)
+        _log_normaliser_ratio(_bits(z, student, minus_student=options.minus_student, out=free), student)
+        for z in (own, other)
     ]
-    if not options.relative:
+    if not options.minus_student:
         own, other = torch.sub(own, student.logits, out=total), torch.sub(other, student.logits, out=induced)
     means = [_centre(x, outside, count, out) for x, out in ((own, total), (other, induced))]
     a, b = (mean - shift for mean, shift in zip(means, shifts, strict=True))
@@ -56,9 +57,9 @@ def row_moments(
     return torch.stack([*centred, *weighted, a, b, count])
 
 
-def _bits(z: torch.Tensor, student: StudentRows, *, relative: bool, out: torch.Tensor) -> torch.Tensor:
-    """Logits less the student's maximum, in bits; ``relative``: z is what they are more than the student's."""
-    if relative:
+def _bits(z: torch.Tensor, student: StudentRows, *, minus_student: bool, out: torch.Tensor) -> torch.Tensor:
+    """Logits less the student's maximum, in bits; ``minus_student``: z is what they are more than the student's."""
+    if minus_student:
         return torch.add(student.bits, z, alpha=LOG2E, out=out)
     return torch.sub(z, student.maximum, out=out).mul_(LOG2E)
 

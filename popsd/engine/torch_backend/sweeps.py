@@ -37,7 +37,7 @@ class StudentRows(NamedTuple):
 def student_rows(rows: Rows, options: RowOptions) -> StudentRows:
     own, bits, p = scratch(rows.student, HELD, held=0)
     logits = tempered_logits(
-        rows.student, rows.student_bias, options.student, options, out=own, finite=options.relative
+        rows.student, rows.student_bias, options.student, options, out=own, finite=options.minus_student
     )
     maximum = logits.amax(dim=1, keepdim=True)
     torch.sub(logits, maximum, out=bits).mul_(LOG2E)
@@ -51,11 +51,13 @@ def row_statistics(rows: Rows, options: RowOptions, *, target_out: torch.Tensor 
     ``target_out`` may be ``rows.base`` or ``rows.difference`` itself, and may be left out.
     """
     s, u, free = scratch(rows.student, 3)
-    own = tempered_logits(rows.student, rows.student_bias, options.student, options, out=s, finite=options.relative)
+    own = tempered_logits(
+        rows.student, rows.student_bias, options.student, options, out=s, finite=options.minus_student
+    )
     target = target_logits(rows, options, u, free)
     if target_out is not None:
         target_out.copy_(target)
-    if options.relative:
+    if options.minus_student:
         target = torch.add(target, own, out=u)
     return RowStatistics(*normaliser(own, free), *normaliser(target, free))
 
@@ -76,11 +78,11 @@ def row_sweeps(
     token_ids, row_scale = rows.token_ids, rows.row_scale
     own, student_max, s, p, student_logsum = student or student_rows(rows, options)
     u, t, q, free, more = scratch(rows.student, 5)
-    target = target_logits(rows, options, t if options.relative else u, free)
+    target = target_logits(rows, options, t if options.minus_student else u, free)
     # through the logits: log_q - log_p would round at |log p| where the two nearly agree
-    ratio = target if options.relative else torch.sub(target, own, out=t)
+    ratio = target if options.minus_student else torch.sub(target, own, out=t)
     # u: the target's logits less their maximum, in bits
-    if options.relative:  # with the maximum gone nothing that matters is large, and the normaliser rounds at |t|
+    if options.minus_student:  # with the maximum gone nothing that matters is large, and the normaliser rounds at |t|
         shift = torch.add(s, ratio, alpha=LOG2E, out=u).amax(dim=1, keepdim=True)
         u.sub_(shift)
         shift.mul_(LN2)

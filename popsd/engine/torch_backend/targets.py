@@ -63,12 +63,12 @@ def tempered_logits(
 
 
 def target_logits(rows: Rows, options: RowOptions, out: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
-    """The target's tempered logits [C, V]: its own or, with a difference, composed on the base's. Where ``options.relative``,
-    less the student's. In ``out``, or ``rows.target`` itself; ``free`` is overwritten."""
+    """The target's tempered logits [C, V]: its own or, with a difference, composed on the base's. Where
+    ``options.minus_student``, less the student's. In ``out``, or ``rows.target`` itself; ``free`` is overwritten."""
     if rows.target_is_finished:
         return torch.clamp_min(rows.frozen, LOGIT_FLOOR, out=out)
-    bias = None if options.relative else rows.frozen_bias
-    own = tempered_logits(rows.frozen, bias, options.target, options, out=out, finite=options.relative)
+    bias = None if options.minus_student else rows.frozen_bias
+    own = tempered_logits(rows.frozen, bias, options.target, options, out=out, finite=options.minus_student)
     if rows.difference is None:
         return own
     assert rows.offset is not None

@@ -143,6 +143,6 @@ def test_the_tile_loop_uses_it(two, monkeypatch):
 @pytest.mark.parametrize("launcher", [row_split_sweeps, row_single_read])
 def test_a_target_relative_to_the_student_is_refused(launcher):
     student, base, delta = _streams(97)
-    options = replace(PLAIN, relative=True)
-    with pytest.raises(ValueError, match="relative must be False, got True"):
+    options = replace(PLAIN, minus_student=True)
+    with pytest.raises(ValueError, match="minus_student must be False, got True"):
         launcher(rows_of(student, base, delta, delta.mean(1)), options, gradient=torch.empty(3, 97))

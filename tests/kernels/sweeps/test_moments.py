@@ -114,7 +114,7 @@ def test_a_reference_given_as_its_difference_to_the_student(apart):
     ones, which need the log-normalisers' difference, 6e-5 instead of 2e-4. Impossible tokens stay out."""
     student, induced, delta = streams(300)[0], apart * torch.randn(3, 300), apart * torch.randn(3, 300)
     bias = torch.randn(300).index_fill(0, torch.tensor([5, 40]), -torch.inf)
-    options = RowOptions(relative=True, inv_temperature=0.8)
+    options = RowOptions(minus_student=True, inv_temperature=0.8)
     rows = Rows(student, reference=induced, difference=delta, student_bias=bias)
     truths = [student.double() + bias, student.double() + bias + induced, student.double() + bias + induced + delta]
     expected = oracle.decompose(*(0.8 * truths[k] for k in (0, 2, 1)), PurifiedConfig())
@@ -126,7 +126,7 @@ def test_a_reference_given_as_its_difference_to_the_student(apart):
             assert relative_l2(getattr(found, name), getattr(expected, name)) < 2e-6, name
         assert moments[12].tolist() == [298.0] * 3
     with pytest.raises(
-        ValueError, match=r"rows\.difference must be given where options\.relative is True, got rows\.teacher"
+        ValueError, match=r"rows\.difference must be given where options\.minus_student is True, got rows\.teacher"
     ):
         row_moments(given([student, induced, student]), options)
 

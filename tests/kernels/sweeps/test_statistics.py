@@ -208,7 +208,7 @@ def test_target_out_goes_with_a_composed_target():
     with pytest.raises(TypeError, match=r"target_out must be torch\.float32, got torch\.bfloat16"):
         row_statistics(rows, PLAIN, target_out=out.bfloat16())
     with pytest.raises(ValueError, match="must be raw projections, got finished logits"):
-        row_statistics(rows.with_target(out), replace(PLAIN, relative=True))
+        row_statistics(rows.with_target(out), replace(PLAIN, minus_student=True))
 
 
 def test_finished_logits_are_neither_tempered_nor_biased():
