@@ -56,7 +56,8 @@ def linear_purified_jsd(
         frozen_head: head of base, teacher and reference; None: the student's, without gradient through those streams.
         config: see `PurifiedConfig`; None is the paper's setting with beta = 0.5. Or a `TargetConfig`: a registered target.
         weights: [N] or [B, T] per-token weights; 0 masks the token out, whatever its hidden states hold.
-        token_ids: [N] or [B, T] int64 sampled tokens, for ``token_logprob``; -1 where there is none.
+        token_ids: [N] or [B, T] int64 sampled tokens, for ``token_logprob`` and ``target_logprob``; -1 where
+            there is none.
         masks: which tokens the loss keeps, see `MaskConfig`; batch-level rules see the tokens of this call. The weights act
             after the operator, so with a trainable head the gradient is recomputed in backward, as for "none".
         positions: [N] or [B, T] int64 place of each token in its completion, for ``skip_first``; columns of [B, T] if None.

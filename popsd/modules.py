@@ -85,8 +85,8 @@ class PurifiedOPSDLoss(torch.nn.Module):
         Returns: the scalar loss, and a dict of detached 0-dim tensors. Means over the counted tokens of this call:
         divergence, student_kl, target_kl, student_entropy, target_entropy, clip_fraction, token_clipped,
         argmax_agreement, and with ``decompose`` decomposition/<field> (a reference_fraction counts as at most 10),
-        with ``telemetry`` purification/<field>; ``tokens`` is their number. With ``token_ids`` also token_logprob, with
-        masks kept_share: the share of weight they keep.
+        with ``telemetry`` purification/<field>; ``tokens`` is their number. With ``token_ids`` also token_logprob and
+        target_logprob, with masks kept_share: the share of weight they keep.
 
         Raises: ValueError, TypeError as `popsd.linear_purified_jsd`; ValueError for "sequence_mean" without [B, T].
         """
@@ -176,7 +176,8 @@ def _metrics(output: LossOutput, weights: torch.Tensor) -> dict[str, torch.Tenso
     """Means over the tokens of positive weight [N], masked ones included, without a host synchronisation."""
     counted = weights != 0
     tokens = counted.sum().float()
-    fields = {name: getattr(output, name) for name in RowLoss._fields if getattr(output, name) is not None}
+    results = (*RowLoss._fields, "target_logprob")
+    fields = {name: getattr(output, name) for name in results if getattr(output, name) is not None}
     for group, parts in (("decomposition", output.decomposition), ("purification", output.purification)):
         if parts is not None:
             fields |= {f"{group}/{name}": x for name, x in parts._asdict().items() if x is not None}

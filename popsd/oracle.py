@@ -121,6 +121,17 @@ def purified_jsd(
     return divergence(log_probs(student, config), target, config)
 
 
+def sampled(log_p: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """log p of the sampled tokens: [..., V] log-probabilities and [...] ids → [...]; NaN of an id of -1."""
+    chosen = log_p.gather(-1, token_ids.clamp_min(0)[..., None])[..., 0]
+    return chosen.where(token_ids >= 0, math.nan)
+
+
+def return_to_go(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Σ_{s ≥ t} (log π_θ(y_s) − log target(y_s)) from the sampled tokens' log-probabilities [..., T]."""
+    return torch.stack([(log_p - log_q)[..., t:].sum(-1) for t in range(log_p.shape[-1])], dim=-1)
+
+
 def entropy(log_p: torch.Tensor) -> torch.Tensor:
     """Shannon entropy in nats of [..., V] log-probabilities."""
     return -_times(log_p.exp(), log_p).sum(-1)

@@ -15,9 +15,8 @@ import torch
 
 from popsd.engine.loop import compute
 from popsd.engine.problem import Options, Problem, Tensors
-from popsd.engine.results import result_names
+from popsd.engine.results import OF_SAMPLED, result_names
 from popsd.engine.sources import source_of
-from popsd_kernels.rows import RowLoss
 
 TRAINED = ("student", "student_weight", "student_bias")
 """What may receive a gradient."""
@@ -34,7 +33,8 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     source, weights = source_of(problem), problem.tensors.weights
     rows = compute(problem, source)
     if problem.tensors.token_ids is None:  # nobody reads it, and NaN would make two equal results unequal
-        rows[RowLoss._fields.index("token_logprob")] = 0.0
+        for name in OF_SAMPLED:
+            rows[result_names(problem.options).index(name)] = 0.0
     if weights is not None:
         rows.masked_fill_(weights == 0, 0.0)
     loss = rows[0].clone() if weights is None else rows[0] * weights
