@@ -7,6 +7,7 @@ the other way round. It materialises every vocabulary-wide tensor: use it to che
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -111,6 +112,14 @@ def divergence(log_p: torch.Tensor, log_q: torch.Tensor, config: DivergenceConfi
 def jsd(student: torch.Tensor, target: torch.Tensor, config: DivergenceConfig) -> torch.Tensor:
     """Divergence of two sets of raw logits [..., V], per token."""
     return divergence(log_probs(student, config), log_probs(target, config), config)
+
+
+def jsd_of_rows(
+    student: torch.Tensor, target: torch.Tensor, beta: torch.Tensor, config: DivergenceConfig
+) -> torch.Tensor:
+    """`jsd` of [B, T, V] logits with a coefficient per completion, ``beta`` [B]."""
+    rows = zip(student, target, beta.tolist(), strict=True)
+    return torch.stack([jsd(own, other, replace(config, beta=value)) for own, other, value in rows])
 
 
 def purified_jsd(

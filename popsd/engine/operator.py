@@ -9,6 +9,7 @@ gradient in backward, where it is written once, scaled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, get_type_hints
 
 import torch
@@ -17,7 +18,10 @@ from popsd.engine.loop import compute
 from popsd.engine.problem import Options, Problem, Tensors
 from popsd.engine.results import OF_SAMPLED, result_names
 from popsd.engine.sources import source_of
+from popsd.outputs import HiddenStates
 
+OF_TOKENS = (*HiddenStates._fields, "weights", "token_ids")
+"""Of `Tensors`, those with a row per token."""
 TRAINED = ("student", "student_weight", "student_bias")
 """What may receive a gradient."""
 
@@ -26,6 +30,25 @@ def divergence(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss [N] or scalar, differentiable in student and its head; and results [R, N] float32, a row for each `result_names`."""
     loss, rows, *_ = torch.ops.popsd.divergence(*problem.tensors, *problem.options)
     return loss, rows
+
+
+def divergence_by_beta(
+    problem: Problem, betas: Sequence[float], which: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`divergence` of tokens with a coefficient each, ``betas[which]``, which is [N] int64: a call for each of them."""
+    losses, rows, places = [], [], []
+    for number, beta in enumerate(betas):
+        places.append((which == number).nonzero()[:, 0])
+        own = {
+            name: x[places[-1]] for name, x in problem.tensors._asdict().items() if x is not None and name in OF_TOKENS
+        }
+        part = Problem(problem.tensors._replace(**own), problem.options._replace(beta=beta))
+        loss, results = divergence(part)
+        losses.append(loss)
+        rows.append(results)
+    order = torch.cat(places).argsort()
+    loss = torch.stack(losses).sum() if problem.options.total else torch.cat(losses)[order]
+    return loss, torch.cat(rows, dim=1)[:, order]
 
 
 def _forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
