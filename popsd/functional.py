@@ -11,7 +11,7 @@ from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedCon
 from popsd.engine import validation
 from popsd.engine.backends import resolve_impl
 from popsd.engine.chunks.registry import structured
-from popsd.engine.operator import divergence
+from popsd.engine.operator import divergence, divergence_by_beta
 from popsd.engine.problem import problem_of
 from popsd.engine.results import columns_of, decomposition_of, loss_output
 from popsd.engine.tokens import checks
@@ -29,6 +29,7 @@ def linear_purified_jsd(
     *,
     config: PurifiedConfig | TargetConfig | None = None,
     weights: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     masks: MaskConfig | None = None,
     positions: torch.Tensor | None = None,
@@ -56,7 +57,11 @@ def linear_purified_jsd(
         frozen_head: head of base, teacher and reference; None: the student's, without gradient through those streams.
         config: see `PurifiedConfig`; None is the paper's setting with beta = 0.5. Or a `TargetConfig`: a registered target.
         weights: [N] or [B, T] per-token weights; 0 masks the token out, whatever its hidden states hold.
-        token_ids: [N] or [B, T] int64 sampled tokens, for ``token_logprob``; -1 where there is none.
+        beta: for each completion [B], or each token [N] or [B, T], what counts as ``config.beta``; at most 8 different
+            numbers. Forward KL on right and reverse KL on wrong completions is OG-OPSD's (arXiv 2610.05070). Each number is
+            a pass over its tokens, on a copy of their hidden states. Reading them waits for the GPU; torch.compile cannot.
+        token_ids: [N] or [B, T] int64 sampled tokens, for ``token_logprob`` and ``target_logprob``; -1 where
+            there is none.
         masks: which tokens the loss keeps, see `MaskConfig`; batch-level rules see the tokens of this call. The weights act
             after the operator, so with a trainable head the gradient is recomputed in backward, as for "none".
         positions: [N] or [B, T] int64 place of each token in its completion, for ``skip_first``; columns of [B, T] if None.
@@ -86,6 +91,7 @@ def linear_purified_jsd(
         (student_head, student_head if frozen_head is None else frozen_head),
         validation.target_config(config),
         weights=weights,
+        beta=beta,
         token_ids=token_ids,
         masks=masks,
         positions=positions,
@@ -107,6 +113,7 @@ def linear_jsd(
     *,
     config: DivergenceConfig | None = None,
     weights: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     masks: MaskConfig | None = None,
     positions: torch.Tensor | None = None,
@@ -127,6 +134,7 @@ def linear_jsd(
         (student_head, student_head if target_head is None else target_head),
         validation.two_distributions_config(config),
         weights=weights,
+        beta=beta,
         token_ids=token_ids,
         masks=masks,
         positions=positions,
@@ -145,6 +153,7 @@ def purified_jsd(
     *,
     config: PurifiedConfig | TargetConfig | None = None,
     weights: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     masks: MaskConfig | None = None,
     positions: torch.Tensor | None = None,
@@ -164,6 +173,7 @@ def purified_jsd(
         None,
         validation.target_config(config),
         weights=weights,
+        beta=beta,
         token_ids=token_ids,
         masks=masks,
         positions=positions,
@@ -181,6 +191,7 @@ def jsd(
     *,
     config: DivergenceConfig | None = None,
     weights: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     masks: MaskConfig | None = None,
     positions: torch.Tensor | None = None,
@@ -195,6 +206,7 @@ def jsd(
         None,
         validation.two_distributions_config(config),
         weights=weights,
+        beta=beta,
         token_ids=token_ids,
         masks=masks,
         positions=positions,
@@ -211,6 +223,7 @@ def _divergence(
     config: DivergenceConfig,
     *,
     weights: torch.Tensor | None,
+    beta: torch.Tensor | None,
     token_ids: torch.Tensor | None,
     masks: MaskConfig | None,
     positions: torch.Tensor | None,
@@ -257,7 +270,8 @@ def _divergence(
         workspace_mib=workspace_mib,
     )
     validation.check_strategy(problem, resolve_impl(impl, device))
-    loss, rows = divergence(problem)
+    betas = checks.checked_betas(beta, shape, device, config)
+    loss, rows = divergence(problem) if betas is None else divergence_by_beta(problem, *betas)
     used = torch.ones_like(rows[0]) if weights is None else weights
     if masks is not None:
         columns = columns_of(rows, problem)

@@ -66,6 +66,7 @@ class PurifiedOPSDLoss(torch.nn.Module):
         mask: torch.Tensor | None = None,
         num_items: int | float | torch.Tensor | None = None,
         token_ids: torch.Tensor | None = None,
+        beta: torch.Tensor | None = None,
         decompose: bool | Method | str = False,
         gram: torch.Tensor | None = None,
         telemetry: bool = False,
@@ -74,7 +75,7 @@ class PurifiedOPSDLoss(torch.nn.Module):
 
         Args:
             hidden: streams [B, T, D] or [N, D], at the positions that predict each completion token.
-            student_head, frozen_head, token_ids, decompose, gram, telemetry: see `popsd.linear_purified_jsd`.
+            student_head, frozen_head, token_ids, beta, decompose, gram, telemetry: see `popsd.linear_purified_jsd`.
             mask: [B, T] or [N], where a token counts: bool, 0 and 1, or weights of at least 0; None: everywhere. Masked tokens
                 are dropped before any projection, at the price of a host synchronisation, and one more where the mask is not
                 bool. Under torch.compile they are projected too and get weight 0, since a graph has one shape.
@@ -85,8 +86,8 @@ class PurifiedOPSDLoss(torch.nn.Module):
         Returns: the scalar loss, and a dict of detached 0-dim tensors. Means over the counted tokens of this call:
         divergence, student_kl, target_kl, student_entropy, target_entropy, clip_fraction, token_clipped,
         argmax_agreement, and with ``decompose`` decomposition/<field> (a reference_fraction counts as at most 10),
-        with ``telemetry`` purification/<field>; ``tokens`` is their number. With ``token_ids`` also token_logprob, with
-        masks kept_share: the share of weight they keep.
+        with ``telemetry`` purification/<field>; ``tokens`` is their number. With ``token_ids`` also token_logprob and
+        target_logprob, with masks kept_share: the share of weight they keep.
 
         Raises: ValueError, TypeError as `popsd.linear_purified_jsd`; ValueError for "sequence_mean" without [B, T].
         """
@@ -108,6 +109,7 @@ class PurifiedOPSDLoss(torch.nn.Module):
             items = (lengths > 0).sum()
         else:
             items = weights.sum()
+        beta = None if beta is None else checks.spread_betas(beta, shape, device)
         positions = None if self.masks is None or weights.ndim != 2 else (weights != 0).long().cumsum(dim=1) - 1
         if mask is not None and not torch.compiler.is_compiling():
             index = weights.flatten().nonzero()[:, 0]
@@ -115,7 +117,8 @@ class PurifiedOPSDLoss(torch.nn.Module):
             weights = weights.flatten()[index]
             token_ids = None if token_ids is None else token_ids.flatten()[index]
             positions = None if positions is None else positions.flatten()[index]
-        common: dict[str, Any] = {"weights": weights, "token_ids": token_ids, "positions": positions}
+            beta = None if beta is None else beta.flatten()[index]
+        common: dict[str, Any] = {"weights": weights, "token_ids": token_ids, "positions": positions, "beta": beta}
         output = self._divergence(hidden, student_head, frozen_head, common, decompose, gram, telemetry)
         divisor = items if num_items is None else num_items
         if isinstance(divisor, torch.Tensor):
@@ -176,7 +179,8 @@ def _metrics(output: LossOutput, weights: torch.Tensor) -> dict[str, torch.Tenso
     """Means over the tokens of positive weight [N], masked ones included, without a host synchronisation."""
     counted = weights != 0
     tokens = counted.sum().float()
-    fields = {name: getattr(output, name) for name in RowLoss._fields if getattr(output, name) is not None}
+    results = (*RowLoss._fields, "target_logprob")
+    fields = {name: getattr(output, name) for name in results if getattr(output, name) is not None}
     for group, parts in (("decomposition", output.decomposition), ("purification", output.purification)):
         if parts is not None:
             fields |= {f"{group}/{name}": x for name, x in parts._asdict().items() if x is not None}

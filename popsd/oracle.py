@@ -7,6 +7,7 @@ the other way round. It materialises every vocabulary-wide tensor: use it to che
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -113,12 +114,31 @@ def jsd(student: torch.Tensor, target: torch.Tensor, config: DivergenceConfig) -
     return divergence(log_probs(student, config), log_probs(target, config), config)
 
 
+def jsd_of_rows(
+    student: torch.Tensor, target: torch.Tensor, beta: torch.Tensor, config: DivergenceConfig
+) -> torch.Tensor:
+    """`jsd` of [B, T, V] logits with a coefficient per completion, ``beta`` [B]."""
+    rows = zip(student, target, beta.tolist(), strict=True)
+    return torch.stack([jsd(own, other, replace(config, beta=value)) for own, other, value in rows])
+
+
 def purified_jsd(
     student: torch.Tensor, base: torch.Tensor, teacher: torch.Tensor, reference: torch.Tensor, config: PurifiedConfig
 ) -> torch.Tensor:
     """The purified loss per token from four sets of raw logits [..., V], Eq. 12-18."""
     target = torch.log_softmax(purified_target_logits(base, teacher, reference, config), dim=-1)
     return divergence(log_probs(student, config), target, config)
+
+
+def sampled(log_p: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """log p of the sampled tokens: [..., V] log-probabilities and [...] ids → [...]; NaN of an id of -1."""
+    chosen = log_p.gather(-1, token_ids.clamp_min(0)[..., None])[..., 0]
+    return chosen.where(token_ids >= 0, math.nan)
+
+
+def return_to_go(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Σ_{s ≥ t} (log π_θ(y_s) − log target(y_s)) from the sampled tokens' log-probabilities [..., T]."""
+    return torch.stack([(log_p - log_q)[..., t:].sum(-1) for t in range(log_p.shape[-1])], dim=-1)
 
 
 def entropy(log_p: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,8 @@ divergence: the same before weights. student_kl, target_kl: KL of student and of
 (with beta 0 or 1 the mixture is one of the two and its own KL is 0). student_entropy, target_entropy: nats.
 clip_fraction: share of vocabulary entries capped by ``entry_clip``. token_clipped: 1 where ``token_clip`` capped.
 argmax_agreement: 1 where student and target agree on the likeliest entry.
-token_logprob: log π_θ of ``token_ids``, None without them. decomposition, purification: None unless asked for.
+token_logprob, target_logprob: log π_θ and log target of ``token_ids``, None without them, NaN of an id of -1, and -1e30 or so
+of a token that is impossible. decomposition, purification: None unless asked for.
 weights: the weights actually used, masks included.
 """
 
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
         decomposition: Decomposition | None
         weights: torch.Tensor
         purification: Purification | None
+        target_logprob: torch.Tensor | None
 
         def __new__(cls, **fields: Any) -> LossOutput: ...
         def _replace(self, **fields: Any) -> LossOutput: ...
@@ -113,8 +115,8 @@ else:
     # a named tuple like the others; fields between ``loss`` and ``decomposition`` are written once, where they are computed
     LossOutput = namedtuple(
         "LossOutput",
-        ("loss", *RowLoss._fields, "decomposition", "weights", "purification"),
-        defaults=(None,),
+        ("loss", *RowLoss._fields, "decomposition", "weights", "purification", "target_logprob"),
+        defaults=(None, None),
         module=__name__,
     )
     LossOutput.__doc__ = _LOSS_OUTPUT

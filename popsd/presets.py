@@ -6,13 +6,17 @@
 | OPSD, arXiv 2601.18734 | `opsd` with ``popsd.linear_jsd`` on the teacher |
 | β-OPSD, arXiv 2607.28582 | `beta_opsd` with ``reference=hidden.base`` |
 | contrastive hints (RLCSD, arXiv 2606.11709) | `contrastive_hints`, the right hint as teacher, the wrong one as reference |
+| its return-to-go along each completion | `return_to_go` of the sampled tokens' log-probabilities in `LossOutput` |
 | any geometric mix, DemoPSD (arXiv 2607.02502) among them | `geometric_mix` with ``popsd.linear_jsd`` |
+| forward KL on right, reverse on wrong completions (OG-OPSD, arXiv 2610.05070) | ``beta=`` of a loss, 0 or 1 for each |
+| controls: another problem's solution (OP²SD, arXiv 2608.09228), no reference (arXiv 2609.20612) | contexts: any target |
 | position weights (PW-OPSD, arXiv 2605.21606) | `position_weights` as ``weights=`` |
 | arithmetic mix of base and teacher (AD-OPSD, arXiv 2607.10805; RP-OPSD, arXiv 2608.06347) | `arithmetic_mix` |
 | geometric mix of base and teacher with the teacher's share α (β-OPSD at β = 1/α) | `alpha_mix` |
 
 Each of these targets is registered here by name, see `popsd.register_target`: ``purified``, ``opsd``, ``beta_opsd``,
 ``contrastive_hints``, ``arithmetic_mix`` and ``alpha_mix`` are what a trainer's ``loss_target`` takes.
+The controls are ``teacher_reference`` of `popsd_integrations.huggingface.ContextConfig`.
 Not here: top-k targets (SDPO, arXiv 2601.20802) need no full vocabulary.
 """
 
@@ -26,8 +30,10 @@ import torch
 
 from popsd.config import DivergenceConfig, PurifiedConfig, TargetConfig
 from popsd.engine.chunks.registry import register_target
+from popsd.engine.tokens.checks import may_look
 from popsd.engine.torch_backend.targets import logit_difference, purified_shift
 from popsd.head import Head
+from popsd.outputs import LossOutput
 from popsd_kernels.rows import RowOptions, Rows
 
 
@@ -196,6 +202,35 @@ def position_weights(mask: torch.Tensor, *, first: float = 0.0, power: float = 1
     last = counted.sum(dim=1, keepdim=True) - 1
     share = torch.where(last > 0, (counted.cumsum(dim=1) - 1).clamp_min(0) / last.clamp_min(1), 1.0)
     return (first + (1.0 - first) * share**power) * counted
+
+
+def return_to_go(output: LossOutput, mask: torch.Tensor) -> torch.Tensor:
+    """R_t = Σ_{s ≥ t} (log π_θ(y_s) − log target(y_s)) over each completion's own tokens y, detached float32 [B, T].
+
+    The sum that β-OPSD (arXiv 2607.28582) takes with `beta_opsd`'s target; any other target will do. KL(π_θ‖target) of whole
+    completions has the gradient E[Σ_t R_t·∇log π_θ(y_t)]: minimise (R·log π_θ).sum() with R as a constant, log π_θ
+    differentiable and y sampled from π_θ. A negative number asks for more of its token. As ``weights=`` of a loss it would
+    weigh divergences instead, where a negative number drives student and target apart. Not known of the paper, and not done
+    here: a baseline, a discount, a scale or clip, and how R is joined to the per-token loss.
+
+    Args:
+        output: of a loss with ``token_ids`` over tokens [B, T].
+        mask: [B, T], true where there is a completion token; R is 0 elsewhere.
+
+    Raises: ValueError for a loss without ``token_ids``, other shapes, and a counted token whose id is -1.
+    """
+    student, target = output.token_logprob, output.target_logprob
+    if student is None or target is None:
+        raise ValueError("output: expected a loss with token_ids; got one without. Pass the sampled tokens to it.")
+    if student.ndim != 2 or mask.shape != student.shape:
+        raise ValueError(
+            f"mask: expected shape [B, T], a row per completion, as the loss has; got {list(mask.shape)} for a loss of "
+            f"{list(student.shape)}."
+        )
+    ratio = torch.where(mask != 0, student - target, 0.0)
+    if may_look(ratio) and ratio.isnan().any():
+        raise ValueError("mask: expected tokens with ids alone; got one whose log-probability is NaN (id -1). Mask it.")
+    return ratio.flip(1).cumsum(dim=1).flip(1) * (mask != 0)
 
 
 def _sum_to_one(powers: Sequence[float | torch.Tensor]) -> bool:

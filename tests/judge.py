@@ -197,6 +197,7 @@ class Truth(NamedTuple):
 
     loss: torch.Tensor
     token_logprob: torch.Tensor
+    target_logprob: torch.Tensor
     student_entropy: torch.Tensor
     rounding: torch.Tensor
     gradients: dict[str, torch.Tensor | None]
@@ -251,6 +252,8 @@ def _compare(case: Case, problem: Problem, exact: Truth, found: Found) -> dict[s
     sampled = kept & (problem.token_ids >= 0)
     assert output.token_logprob is not None
     errors["token_logprob"] = relative_l2(output.token_logprob[sampled], exact.token_logprob[sampled]) / EXACT
+    assert output.target_logprob is not None
+    errors["target_logprob"] = relative_l2(output.target_logprob[sampled], exact.target_logprob[sampled]) / EXACT
     errors["student_entropy"] = relative_l2(output.student_entropy[kept], exact.student_entropy[kept]) / EXACT
     for name, value in found.gradients.items():
         expected = exact.gradients[name]
@@ -303,13 +306,17 @@ def _truth(case: Case, problem: Problem, config: PurifiedConfig) -> Truth:
         assert leaf.grad is not None and teacher.grad is not None
         sensitivity = (teacher.grad * (teacher - streams[-1])).norm(dim=-1) / rows.weights.clamp_min(0.5)
         log_p = oracle.log_probs(logits[0].detach(), config)
-        chosen = log_p.gather(1, rows.token_ids.clamp_min(0)[:, None])[:, 0]
-        parts.append((loss.detach(), chosen, oracle.entropy(log_p), sensitivity.detach(), leaf.grad))
+        with torch.no_grad():
+            log_q = oracle.log_probs(logits[1], config)
+            if len(logits) == 4:
+                log_q = torch.log_softmax(oracle.purified_target_logits(*logits[1:], config), -1)
+        chosen, likely = (oracle.sampled(x, rows.token_ids) for x in (log_p, log_q))
+        parts.append((loss.detach(), chosen, likely, oracle.entropy(log_p), sensitivity.detach(), leaf.grad))
     results = [torch.cat(some) for some in zip(*parts, strict=True)]
-    gradients: dict[str, torch.Tensor | None] = {"dhidden": results[4]}
+    gradients: dict[str, torch.Tensor | None] = {"dhidden": results[5]}
     if own is not None:
         gradients |= {"dweight": own.weight.grad, "dbias": None if own.bias is None else own.bias.grad}
-    return Truth(*results[:4], gradients)
+    return Truth(*results[:5], gradients)
 
 
 def _double(head: Head) -> Head:
@@ -335,6 +342,7 @@ def _found_rows(found: Found, rows: slice) -> Found:
         divergence=found.output.divergence[rows],
         student_entropy=found.output.student_entropy[rows],
         token_logprob=None if found.output.token_logprob is None else found.output.token_logprob[rows],
+        target_logprob=None if found.output.target_logprob is None else found.output.target_logprob[rows],
     )
     return Found(output, {name: None if x is None else x[rows] for name, x in found.gradients.items()})
 

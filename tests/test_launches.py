@@ -67,8 +67,14 @@ def pretend(patch):
 
 
 def record(case, patch, size):
+    """Names of what it launches, but for sweep 1 of the sampled tokens' columns, which are rows of one entry."""
     names = set()
-    patch.setattr(launch.Launch, "run", lambda self, device: names.add(self.kernel.fn.__name__))
+
+    def run(self, device):
+        if self.arguments.get("V") != 1:
+            names.add(self.kernel.fn.__name__)
+
+    patch.setattr(launch.Launch, "run", run)
     with AsIfOnGpu():
         judge.execute(case, judge.make(case, size, "cuda"), "triton")
     return names

@@ -54,6 +54,8 @@ class RowOptions:
 
 
 _NOT_OF_TOKENS = ("student_bias", "frozen_bias", "target_is_finished", "composed")
+_FROZEN = ("base", "target", "teacher", "reference")
+"""Matrices of the frozen head."""
 
 
 class Composed(NamedTuple):
@@ -122,6 +124,27 @@ class Rows(NamedTuple):
             name: x[tokens] for name, x in self._asdict().items() if x is not None and name not in _NOT_OF_TOKENS
         }
         return self._replace(**of_token)
+
+    def sampled(self, ids: torch.Tensor, *, relative: bool = False) -> Rows:
+        """The column [C, 1] of each row that belongs to its token of ``ids`` [C] int64, with the biases added in float32.
+
+        It is a vocabulary of one entry, of which sweep 1 returns the logits themselves as maxima. relative: see `RowOptions`.
+        """
+        picked = ids.clamp(0, self.student.shape[1] - 1)
+        matrices = {name: getattr(self, name) for name in ("student", "difference", *_FROZEN)}
+        columns: dict[str, Any] = {
+            name: None if x is None else x.gather(1, picked[:, None]) for name, x in matrices.items()
+        }
+        biases = dict.fromkeys(_FROZEN, None if relative or self.target_is_finished else self.frozen_bias)
+        for name, bias in (biases | {"student": self.student_bias}).items():
+            column = columns[name]
+            if bias is not None and column is not None:
+                columns[name] = column.float() + bias[picked].float()[:, None]
+        place = self.student.new_empty(len(ids), 1, dtype=torch.float32)
+        composed = self.composed and self.composed._replace(place=place)
+        return self._replace(
+            **columns, composed=composed, student_bias=None, frozen_bias=None, token_ids=None, row_scale=None
+        )
 
     def with_target(self, logits: torch.Tensor) -> Rows:
         """The same tokens with the finished ``logits`` [C, V] of the composed target in place of what they came from."""

@@ -28,8 +28,11 @@ class Backend(Protocol):
     def statistics(self, rows: Rows, options: RowOptions, *, target_out: torch.Tensor | None = None) -> RowStatistics:
         """Normalisers, four [C], and a composed target's logits into ``target_out`` [C, V] float32."""
 
-    def sweeps(self, rows: Rows, options: RowOptions, *, gradient: torch.Tensor | None = None) -> RowLoss:
-        """Nine results [C] and, into ``gradient`` [C, V], the student's. A composed target may take its difference's place."""
+    def sweeps(
+        self, rows: Rows, options: RowOptions, *, gradient: torch.Tensor | None = None
+    ) -> tuple[RowLoss, torch.Tensor]:
+        """Nine results [C], the target's log-probability of the sampled tokens [C], NaN where there is none, and, into
+        ``gradient`` [C, V], the student's. A composed target may take its difference's place."""
 
     def logit_difference(self, rows: Rows, options: RowOptions, *, center: bool, out: torch.Tensor) -> torch.Tensor:
         """Teacher's logits less the reference's into ``out`` [C, V] float32; returns their offset [C]."""
@@ -56,7 +59,9 @@ class TorchBackend:
     def statistics(self, rows: Rows, options: RowOptions, *, target_out: torch.Tensor | None = None) -> RowStatistics:
         return sweeps.row_statistics(rows, options, target_out=target_out)
 
-    def sweeps(self, rows: Rows, options: RowOptions, *, gradient: torch.Tensor | None = None) -> RowLoss:
+    def sweeps(
+        self, rows: Rows, options: RowOptions, *, gradient: torch.Tensor | None = None
+    ) -> tuple[RowLoss, torch.Tensor]:
         left, self._left = self._left, None
         student = left[1] if left is not None and left[0] is rows.student else None
         return sweeps.row_sweeps(rows, options, gradient=gradient, student=student)
@@ -91,13 +96,26 @@ class TritonBackend:
 
         return row_statistics(rows, options, target_out=target_out)
 
-    def sweeps(self, rows: Rows, options: RowOptions, *, gradient: torch.Tensor | None = None) -> RowLoss:
+    def sweeps(
+        self, rows: Rows, options: RowOptions, *, gradient: torch.Tensor | None = None
+    ) -> tuple[RowLoss, torch.Tensor]:
+        """The target's log-probability comes from the sampled tokens' columns, which costs the sweeps nothing."""
+        ids = rows.token_ids
+        columns = (
+            None if ids is None else rows.sampled(ids, relative=options.relative)
+        )  # the gradient may take their place
+        statistics, losses = self._sweeps(rows, options, gradient)
+        if ids is None or columns is None:
+            return losses, torch.full_like(losses.divergence, float("nan"))
+        return losses, sampled_logprob(columns, ids, rows.student.shape[1], statistics, options)
+
+    def _sweeps(self, rows: Rows, options: RowOptions, gradient: torch.Tensor | None) -> tuple[RowStatistics, RowLoss]:
         """Few rows take several programs each, in launches that compose the target anew."""
         import popsd_kernels
         from popsd_kernels import launch
 
         if self.single_read and gradient is not None:
-            return popsd_kernels.row_single_read(rows, options, gradient=gradient)[1]
+            return popsd_kernels.row_single_read(rows, options, gradient=gradient)
         place = rows.target_place
         moved = launch.sweep_bytes(options, place is not None, gradient is not None)
         tokens, device = rows.student.shape[0], rows.student.device
@@ -106,7 +124,7 @@ class TritonBackend:
         statistics = popsd_kernels.row_statistics(rows, options, target_out=place)
         if place is not None:
             rows = rows.with_target(place)
-        return popsd_kernels.row_loss_gradient(rows, statistics, options, gradient=gradient)
+        return statistics, popsd_kernels.row_loss_gradient(rows, statistics, options, gradient=gradient)
 
     def logit_difference(self, rows: Rows, options: RowOptions, *, center: bool, out: torch.Tensor) -> torch.Tensor:
         from popsd_kernels import logit_difference
@@ -127,6 +145,22 @@ class TritonBackend:
         from popsd_kernels import mask_entries
 
         mask_entries(rows, thresholds, masks, options)
+
+
+def sampled_logprob(
+    columns: Rows, ids: torch.Tensor, vocabulary: int, statistics: RowStatistics, options: RowOptions
+) -> torch.Tensor:
+    """The target's log-probability [C] of the tokens ``ids``, NaN of one outside the vocabulary. By the kernels' own formula:
+    of a row of one entry the target's maximum is its logit.
+
+    columns: `Rows.sampled` of the rows. statistics: of the whole rows.
+    """
+    from popsd_kernels import row_statistics
+
+    place = None if columns.target_place is None else torch.empty_like(columns.target_place, dtype=torch.float32)
+    logit = row_statistics(columns, options, target_out=place).target_max
+    chosen = (logit - statistics.target_max) - statistics.target_logsum
+    return chosen.where((ids >= 0) & (ids < vocabulary), float("nan"))
 
 
 def resolve_impl(impl: Impl, device: torch.device) -> Impl:

@@ -25,7 +25,8 @@ def compute(problem: Problem, source: Source) -> torch.Tensor:
     with exact_matmuls(problem.tensors.student.device), own_buffers():
         if problem.options.strategy == Strategy.STREAMING:
             assert isinstance(source, ProjectedStreams)
-            results.losses[:] = torch.stack(stream(problem, source))
+            losses, results.target_logprob[:] = stream(problem, source)
+            results.losses[:] = torch.stack(losses)
         else:
             _run(problem, source, results)
         source.finish()
@@ -61,7 +62,8 @@ def _run(problem: Problem, source: Source, results: Results) -> None:
                 wanted = None if gradient is None else gradient[block]
                 # before a gradient takes the place of a stream
                 disjoint = disjoint_rows(rows, problem.row_options) if problem.is_disjoint_by_rows else None
-                results.losses[:, place] = torch.stack(backend.sweeps(rows, problem.row_options, gradient=wanted))
+                losses, results.target_logprob[place] = backend.sweeps(rows, problem.row_options, gradient=wanted)
+                results.losses[:, place] = torch.stack(losses)
                 if disjoint is not None:
                     if rows.row_scale is not None:  # whatever a masked row holds
                         disjoint &= rows.row_scale != 0

@@ -9,16 +9,19 @@ gradient in backward, where it is written once, scaled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, get_type_hints
 
 import torch
 
 from popsd.engine.loop import compute
 from popsd.engine.problem import Options, Problem, Tensors
-from popsd.engine.results import result_names
+from popsd.engine.results import OF_SAMPLED, result_names
 from popsd.engine.sources import source_of
-from popsd_kernels.rows import RowLoss
+from popsd.outputs import HiddenStates
 
+OF_TOKENS = (*HiddenStates._fields, "weights", "token_ids")
+"""Of `Tensors`, those with a row per token."""
 TRAINED = ("student", "student_weight", "student_bias")
 """What may receive a gradient."""
 
@@ -29,12 +32,32 @@ def divergence(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     return loss, rows
 
 
+def divergence_by_beta(
+    problem: Problem, betas: Sequence[float], which: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`divergence` of tokens with a coefficient each, ``betas[which]``, which is [N] int64: a call for each of them."""
+    losses, rows, places = [], [], []
+    for number, beta in enumerate(betas):
+        places.append((which == number).nonzero()[:, 0])
+        own = {
+            name: x[places[-1]] for name, x in problem.tensors._asdict().items() if x is not None and name in OF_TOKENS
+        }
+        part = Problem(problem.tensors._replace(**own), problem.options._replace(beta=beta))
+        loss, results = divergence(part)
+        losses.append(loss)
+        rows.append(results)
+    order = torch.cat(places).argsort()
+    loss = torch.stack(losses).sum() if problem.options.total else torch.cat(losses)[order]
+    return loss, torch.cat(rows, dim=1)[:, order]
+
+
 def _forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     problem = _problem(arguments)
     source, weights = source_of(problem), problem.tensors.weights
     rows = compute(problem, source)
     if problem.tensors.token_ids is None:  # nobody reads it, and NaN would make two equal results unequal
-        rows[RowLoss._fields.index("token_logprob")] = 0.0
+        for name in OF_SAMPLED:
+            rows[result_names(problem.options).index(name)] = 0.0
     if weights is not None:
         rows.masked_fill_(weights == 0, 0.0)
     loss = rows[0].clone() if weights is None else rows[0] * weights

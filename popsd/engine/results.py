@@ -14,12 +14,15 @@ from popsd_kernels.rows import RowLoss
 
 MOMENTS = 13
 """Rows of `row_moments`."""
+OF_SAMPLED = ("token_logprob", "target_logprob")
+"""Results that need the sampled tokens."""
 
 
 def result_names(options: Options) -> list[str]:
-    """Of the rows: the fields of `RowLoss`, then the known ones of `Decomposition` and those of `Purification`, if wanted."""
+    """Of the rows: the fields of `RowLoss` and the target's log-probability, then the known fields of `Decomposition` and those
+    of `Purification`, if wanted."""
     decomposition = {None: (), Method.LOGITS.value: Decomposition._fields, Method.GRAM.value: GRAM_FIELDS}
-    names = [*RowLoss._fields, *decomposition[options.decompose]]
+    names = [*RowLoss._fields, "target_logprob", *decomposition[options.decompose]]
     return names + list(Purification._fields if options.purification else ())
 
 
@@ -31,7 +34,8 @@ class Results:
         names = result_names(problem.options)
         self.rows = student.new_empty((len(names), tokens), dtype=torch.float32)
         first, last = len(RowLoss._fields), len(names) - len(Purification._fields) * problem.options.purification
-        self.losses, self.decomposition, self.purification = self.rows.tensor_split((first, last))
+        self.losses, sampled, self.decomposition, self.purification = self.rows.tensor_split((first, first + 1, last))
+        self.target_logprob = sampled[0]
         wanted = problem.options.decompose == Method.LOGITS.value
         self.moments = student.new_empty((MOMENTS, tokens), dtype=torch.float32) if wanted else None
 
@@ -43,7 +47,8 @@ def columns_of(rows: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
     """Rows [R, ...] by the names of their fields, those that hold something."""
     columns = dict(zip(result_names(problem.options), rows.unbind(0), strict=True))
     if problem.tensors.token_ids is None:
-        del columns["token_logprob"]
+        for name in OF_SAMPLED:
+            del columns[name]
     return columns
 
 
@@ -65,5 +70,6 @@ def loss_output(
         loss=loss if loss.ndim == 0 else loss.unflatten(0, shape),
         decomposition=decomposition_of(columns, problem),
         weights=weights.unflatten(0, shape),
+        target_logprob=columns.get("target_logprob"),
         **fields,
     )

@@ -46,6 +46,26 @@ def test_contrastive_hints(strength):
     assert relative_l2(loss, expected_loss(target, config)) < 1e-5
 
 
+def test_return_to_go_sums_what_is_left_of_each_completion():
+    hidden = HiddenStates(*(x.view(4, 10, D) for x in HIDDEN._replace(reference=HIDDEN.base)))
+    config, ids = presets.beta_opsd(2.0), torch.arange(40).view(4, 10)
+    mask = torch.arange(10) < torch.tensor([10, 7, 1, 0])[:, None]
+    output = popsd.linear_purified_jsd(hidden, HEAD, config=config, token_ids=ids.masked_fill(~mask, -1))
+    found = presets.return_to_go(output, mask)
+    log_q = torch.log_softmax(0.5 * log_probs("base") + 0.5 * log_probs("teacher"), -1)
+    student, target = (oracle.sampled(x.view(4, 10, V), ids) for x in (log_probs("student"), log_q))
+    for row, length in enumerate(mask.sum(1)):
+        expected = oracle.return_to_go(student[row, :length], target[row, :length]) if length else torch.zeros(0)
+        assert torch.allclose(found[row, :length].double(), expected.double(), atol=1e-5)
+        assert not found[row, length:].any()
+    with pytest.raises(ValueError, match="token_ids"):
+        presets.return_to_go(output._replace(token_logprob=None), mask)
+    with pytest.raises(ValueError, match=r"shape \[B, T\]"):
+        presets.return_to_go(output, mask[:2])
+    with pytest.raises(ValueError, match="id -1"):
+        presets.return_to_go(output, torch.ones_like(mask))
+
+
 def test_a_mix_with_a_power_per_token():
     alpha = torch.rand(N)
     mix = presets.geometric_mix((HIDDEN.teacher, HIDDEN.student), (1 - alpha, alpha), HEAD)

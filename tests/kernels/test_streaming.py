@@ -119,7 +119,7 @@ def _check(
     dhidden, dweight = poisoned(rows, WIDTH), Guarded(torch.full((vocabulary, WIDTH), 0.25))
     dbias = torch.full((vocabulary + 2,), float("nan"))
     dbias[1:-1] = 0.5
-    found = stream_divergence(operands, heads, options, Gradients(dhidden.view, dweight.view, dbias[1:-1]))
+    _, found = stream_divergence(operands, heads, options, Gradients(dhidden.view, dweight.view, dbias[1:-1]))
     for x in guarded:
         x.assert_unchanged()
     dhidden.assert_intact()
@@ -198,7 +198,7 @@ def test_row_scale_zero_contributes_nothing_even_for_nan(options):
     problem.student[1], problem.target[2] = float("nan"), float("inf")
     dhidden, dweight, dbias = poisoned(4, WIDTH), torch.zeros(100, WIDTH), torch.zeros(100)
     rows = problem.rows(options, row_scale=problem.row_scale)
-    found = stream_divergence(rows, problem.heads, options, Gradients(dhidden.view, dweight, dbias))
+    _, found = stream_divergence(rows, problem.heads, options, Gradients(dhidden.view, dweight, dbias))
     assert (dhidden.view[~keep] == 0).all() and found.divergence[1:3].isnan().all()
     assert relative_error(dhidden.view, gradient @ problem.student_weight.double()) < 2e-5
     assert relative_error(dweight, gradient.T @ clean.double()) < 2e-5
@@ -218,11 +218,11 @@ def test_a_nan_stays_in_its_row(stream, clips, beta):
     problem = Problem(4)
     options = replace(PLAIN, beta=beta, entry_clip=clips[0], token_clip=clips[1])
     rows, heads, clean = problem.rows(options), problem.heads, torch.empty(4, WIDTH)
-    expected = stream_divergence(rows, heads, options, Gradients(clean))
+    _, expected = stream_divergence(rows, heads, options, Gradients(clean))
     dirty = getattr(rows, stream).clone()
     dirty[1, 0] = float("nan")
     dhidden = poisoned(4, WIDTH).view
-    found = stream_divergence(rows._replace(**{stream: dirty}), heads, options, Gradients(dhidden))
+    _, found = stream_divergence(rows._replace(**{stream: dirty}), heads, options, Gradients(dhidden))
     assert found.divergence[1].isnan() and dhidden[1].isnan().all()
     for x, y in ((found.divergence, expected.divergence), (dhidden, clean)):
         torch.testing.assert_close(x[[0, 2, 3]], y[[0, 2, 3]], rtol=1e-4, atol=1e-5)
@@ -234,11 +234,11 @@ def test_minus_infinity_in_a_bias_removes_the_entry():
         bias[~keep] = float("-inf")
     dweight = torch.zeros(100, WIDTH)
     rows = problem.rows(PLAIN)  # the offset is the mean over the whole head, also where entries are removed
-    found = stream_divergence(rows, problem.heads, PLAIN, Gradients(dweight=dweight))
+    _, found = stream_divergence(rows, problem.heads, PLAIN, Gradients(dweight=dweight))
     rows = rows._replace(student_bias=rows.student_bias[keep], frozen_bias=rows.frozen_bias[keep])
     dense = torch.zeros(int(keep.sum()), WIDTH)
     fewer = Heads(problem.student_weight[keep].contiguous())
-    expected = stream_divergence(rows, fewer, PLAIN, Gradients(dweight=dense))
+    _, expected = stream_divergence(rows, fewer, PLAIN, Gradients(dweight=dense))
     assert (dweight[~keep] == 0).all()
     assert relative_error(dweight[keep], dense) < 1e-5
     for x, y in zip(found[:5], expected[:5], strict=True):
@@ -249,8 +249,8 @@ def test_minus_infinity_in_a_bias_removes_the_entry():
 def test_the_loss_alone(beta):
     """To rounding: forward KL sums over other tiles on the way to its gradient."""
     problem, options = Problem(), replace(PLAIN, beta=beta)
-    found = stream_divergence(problem.rows(options), problem.heads, options, Gradients(torch.empty(3, WIDTH)))
-    bare = stream_divergence(problem.rows(options), problem.heads, options)
+    _, found = stream_divergence(problem.rows(options), problem.heads, options, Gradients(torch.empty(3, WIDTH)))
+    _, bare = stream_divergence(problem.rows(options), problem.heads, options)
     for a, b in zip(bare[:-1], found[:-1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert bare.token_logprob.isnan().all()
@@ -279,7 +279,7 @@ def test_results_do_not_depend_on_how_the_work_is_cut(beta, monkeypatch):
     def run() -> tuple[RowLoss, torch.Tensor, torch.Tensor]:
         dhidden, dweight = torch.empty(5, WIDTH), torch.zeros(200, WIDTH)
         rows = problem.rows(options, token_ids=problem.token_ids)
-        found = stream_divergence(rows, problem.heads, options, Gradients(dhidden, dweight))
+        _, found = stream_divergence(rows, problem.heads, options, Gradients(dhidden, dweight))
         return found, dhidden, dweight
 
     first, again = run(), run()
@@ -296,14 +296,14 @@ def test_three_token_tiles():
 
 
 def test_no_tokens():
-    found = stream_divergence(rows_of(torch.empty(0, 8), torch.empty(0, 8)), Heads(torch.ones(5, 8)), PLAIN)
+    _, found = stream_divergence(rows_of(torch.empty(0, 8), torch.empty(0, 8)), Heads(torch.ones(5, 8)), PLAIN)
     assert [x.shape for x in found] == [(0,)] * len(RowLoss._fields)
 
 
 def test_token_ids_outside_the_vocabulary_are_nan():
     problem = Problem(4)
     ids = torch.tensor([-1, 99, 100, 2**40])
-    found = stream_divergence(problem.rows(PLAIN, token_ids=ids), problem.heads, PLAIN)
+    _, found = stream_divergence(problem.rows(PLAIN, token_ids=ids), problem.heads, PLAIN)
     assert found.token_logprob.isnan().tolist() == [True, False, True, True]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -15,17 +17,40 @@ class Problem(NamedTuple):
     question: text, or a conversation: messages with "role" and "content", the last one the user's. Templates are filled
         with that message. The messages before it stay in student and teacher. The reference keeps only the system's.
     wrong_solution: the wrong hint. Only ``ContextConfig.reference = "wrong_hint"`` uses it.
+    other_solution: the solution of another problem, see `other_solutions`. Only "other_problem" in `ContextConfig` uses it.
     """
 
     question: str | Sequence[Mapping[str, Any]]
     solution: str
     wrong_solution: str | None = None
+    other_solution: str | None = None
+
+
+def other_solutions(solutions: Sequence[str], seed: int) -> list[str]:
+    """For each problem the solution of another one, drawn by ``seed``. Each problem lends its solution once, but for those
+    that would lend a text to its own equal: the next one lends in their place.
+
+    Raises ValueError where there is no other text.
+    """
+    order = list(range(len(solutions)))
+    random.Random(f"other problem:{seed}").shuffle(order)
+    if len(set(solutions)) < 2:
+        raise ValueError(
+            f"other_problem: expected problems of at least two different solutions; got {len(solutions)} problems and "
+            f"{len(set(solutions))} different solutions. Add data, or choose another reference."
+        )
+    others = [""] * len(order)
+    for place, index in enumerate(order):
+        following = itertools.chain(order[place + 1 :], order)
+        others[index] = next(text for text in map(solutions.__getitem__, following) if text != solutions[index])
+    return others
 
 
 class Prompts(NamedTuple):
     """Token ids of one problem's prompts.
 
-    question: what student and base read. teacher: with the solution. reference: the solution alone, or a wrong hint.
+    question: what student and base read. teacher: with the solution. reference: the solution alone, or what
+    `ContextConfig` puts in their places.
     """
 
     question: list[int]
@@ -38,7 +63,12 @@ class ContextConfig:
     """How prompts are written. Templates hold ``{question}`` and ``{solution}``; everything else in them is literal.
 
     reference: "solution_only" writes the solution without the question, by ``reference_template``. "wrong_hint" writes the
-        problem's ``wrong_solution`` by ``teacher_template``, for the contrast of hints.
+        problem's ``wrong_solution`` by ``teacher_template``, for the contrast of hints; "other_problem" another problem's
+        solution in its place. "none" writes the question alone, by ``question_template``.
+    teacher_reference: which solution the teacher is given. "solution": the problem's own. Two controls ask what of a gain
+        needs it: "other_problem" takes another problem's (OP²SD, arXiv 2608.09228), in "solution_only" too; "none" none
+        (arXiv 2609.20612), and the teacher reads the question alone, by ``question_template``.
+    other_seed: by which `ContextBuilder.build_all` draws the other problems.
     system_prompt: a first message of every chat, or None. It needs a tokenizer with a chat template.
     student_kwargs, teacher_kwargs, reference_kwargs: ``chat_template_kwargs`` of each context, such as
         ``enable_thinking``.
@@ -58,6 +88,8 @@ class ContextConfig:
         "With the reference in mind, solve the problem again in your own words, step by step."
     )
     reference: str = "solution_only"
+    teacher_reference: str = "solution"
+    other_seed: int = 0
     system_prompt: str | None = None
     student_kwargs: Mapping[str, Any] = field(default_factory=dict)
     teacher_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -78,12 +110,26 @@ class ContextConfig:
                     f"{name}: expected the fields {sorted(fields)} and no other; got {sorted(found)} in "
                     f"{getattr(self, name)!r}. The student never sees the solution, the reference never the question."
                 )
-        if self.reference not in ("solution_only", "wrong_hint"):
-            raise ValueError(f"reference: expected 'solution_only' or 'wrong_hint'; got {self.reference!r}.")
+        for name, known in (
+            ("reference", ("solution_only", "wrong_hint", "other_problem", "none")),
+            ("teacher_reference", ("solution", "other_problem", "none")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {known}; got {getattr(self, name)!r}.")
+        if self.reference == self.teacher_reference:
+            raise ValueError(
+                f"reference: expected another than teacher_reference={self.reference!r}; got the same, and nothing would be "
+                "left of the signal. Leave one of the two at its default."
+            )
         if self.on_overflow not in ("error", "truncate", "drop"):
             raise ValueError(f"on_overflow: expected 'error', 'truncate' or 'drop'; got {self.on_overflow!r}.")
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ValueError(f"max_prompt_length: expected at least 1, or None; got {self.max_prompt_length}.")
+
+    @property
+    def needs_other(self) -> bool:
+        """Whether some context is given another problem's solution."""
+        return "other_problem" in (self.reference, self.teacher_reference)
 
 
 _FIELD = re.compile(r"\{question\}|\{solution\}")
@@ -131,6 +177,7 @@ class ContextBuilder:
         max_prompt_length.
         """
         self.check(problem)
+        problem = self._hinted(problem)
         prompts = self._prompts(problem)
         limit = self.config.max_prompt_length
         if limit is None or max(map(len, prompts)) <= limit:
@@ -150,10 +197,14 @@ class ContextBuilder:
         )
 
     def build_all(self, problems: Sequence[Problem]) -> list[Prompts]:
-        """The prompts of all problems but the dropped ones. Raises ValueError where none is left, or as `build` does for
-        one, with its number.
+        """The prompts of all problems but the dropped ones, each with another one's solution where the contexts need that.
+
+        Raises ValueError where none is left, as `other_solutions` does, or as `build` does for one, with its number.
         """
         built = []
+        if self.config.needs_other:
+            others = other_solutions([problem.solution for problem in problems], self.config.other_seed)
+            problems = [p._replace(other_solution=text) for p, text in zip(problems, others, strict=True)]
         for row, problem in enumerate(problems):
             try:
                 prompts = self.build(problem)
@@ -172,13 +223,17 @@ class ContextBuilder:
         """Raise ValueError where a text is empty, cannot be encoded or holds control tokens, and for a conversation that
         does not end with the user's message or whose messages lack role or content.
         """
-        question, solution, wrong = problem
+        question, solution, wrong, other = problem
         spoken = {} if isinstance(question, str) else self._messages(question)
         texts = {"question": question if isinstance(question, str) else question[-1]["content"], "solution": solution}
         if self.config.reference == "wrong_hint":
             texts["wrong_solution"] = wrong
             if wrong == solution:
                 raise ValueError(f"wrong_solution: expected another text than the solution; got {wrong!r} in both.")
+        if self.config.needs_other:
+            texts["other_solution"] = other
+            if other == solution:
+                raise ValueError(f"other_solution: expected another text than the solution; got {other!r} in both.")
         for name, text in texts.items():
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(
@@ -232,16 +287,28 @@ class ContextBuilder:
                 "'content', which the chat template renders. Take such tokens out of other texts."
             )
 
+    def _hinted(self, problem: Problem) -> Problem:
+        """The problem as the contexts use it: the teacher's solution, and the reference's contrast as the wrong one."""
+        question, solution, wrong, other = problem
+        contrasts = {"wrong_hint": wrong, "other_problem": other}
+        given = other if self.config.teacher_reference == "other_problem" else solution
+        assert given is not None  # checked
+        return Problem(question, given, contrasts.get(self.config.reference))
+
     def _prompts(self, problem: Problem) -> Prompts:
+        """Of a problem from `_hinted`."""
         config = self.config
-        reference, hinted = config.reference_template, problem
-        if config.reference == "wrong_hint":
-            assert problem.wrong_solution is not None
-            reference, hinted = config.teacher_template, problem._replace(solution=problem.wrong_solution)
+        teacher, reference, contrasted = config.teacher_template, config.reference_template, problem
+        if problem.wrong_solution is not None:
+            reference, contrasted = config.teacher_template, problem._replace(solution=problem.wrong_solution)
+        if config.teacher_reference == "none":
+            teacher = config.question_template
+        if config.reference == "none":
+            reference = config.question_template
         return Prompts(
             self._encode(config.question_template, problem, config.student_kwargs),
-            self._encode(config.teacher_template, problem, config.teacher_kwargs),
-            self._encode(reference, hinted, config.reference_kwargs),
+            self._encode(teacher, problem, config.teacher_kwargs),
+            self._encode(reference, contrasted, config.reference_kwargs),
         )
 
     def _write(self, template: str, problem: Problem) -> str | list[dict[str, Any]]:
@@ -284,7 +351,7 @@ class ContextBuilder:
 
     def _truncate(self, problem: Problem, prompts: Prompts, limit: int) -> Prompts | None:
         """The prompts with the longest beginning of the solution that fits both. Δ_it needs the same solution in both."""
-        hints = problem[1:] if self.config.reference == "wrong_hint" else problem[1:2]
+        hints = [text for text in (problem.solution, problem.wrong_solution) if text is not None]
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in hints]
         keep = max(map(len, ids))
         while max(map(len, prompts)) > limit:

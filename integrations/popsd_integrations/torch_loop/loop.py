@@ -67,7 +67,8 @@ class TrainConfig:
     steps, batch_size: optimiser steps, and questions per step. micro_batch_size: rows per forward, None for all; the
         result does not depend on it. lora_rank: None is full fine-tuning, which keeps a frozen copy of the weights.
     temperature: of sampling; 0 is greedy. loss_target: see ``huggingface.objective``, one's own among them; "contrastive_hints"
-        wants prompts built with ``ContextConfig(reference="wrong_hint")``. target_parameters: the target's numbers by name.
+        wants prompts built with ``ContextConfig(reference="wrong_hint")``, and controls are contexts too, see
+        ``ContextConfig``. target_parameters: the target's numbers by name.
         loss: its whole configuration instead; None is its own defaults.
     masks: which completion tokens the loss keeps; logged as kept_share. Under micro-batches a top share is of each.
     decompose_every: log Eq. 4 every so many steps, 0 never; β-OPSD has none. evaluate_every, checkpoint_every: steps, 0

@@ -30,7 +30,13 @@ from trl import (
 from popsd.engine.workspace import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB
 from popsd_integrations.huggingface.objective import needed_contexts
 from popsd_integrations.huggingface.prompts import ContextBuilder, thinking_states
-from popsd_integrations.trl_trainer.dataset import SOLUTION_COLUMNS, WRONG_COLUMN, RowCheck, problem_of
+from popsd_integrations.trl_trainer.dataset import (
+    SOLUTION_COLUMNS,
+    WRONG_COLUMN,
+    RowCheck,
+    problem_of,
+    with_other_solutions,
+)
 from popsd_integrations.trl_trainer.guards import newest_whole_checkpoint
 from popsd_integrations.trl_trainer.trainer import PurifiedOPSDConfig, PurifiedOPSDTrainer
 
@@ -69,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     eval_dataset = split_of(dataset, script.dataset_test_split, "dataset_test_split") if evaluated else None
     peft_config = get_peft_config(model_args)
     if script.dry_run:
-        first = next(iter(train_dataset), None)
+        first = next(iter(with_other_solutions(train_dataset, script.dataset_train_split, args)), None)
         if first is None:
             raise ValueError(f"dataset_name: expected at least one row; got none in {script.dataset_train_split!r}.")
         tokenizer = AutoTokenizer.from_pretrained(
@@ -220,9 +226,16 @@ def describe_prompts(row: dict[str, Any], tokenizer: Any, args: PurifiedOPSDConf
     if prompts is None:
         return f"The first example is dropped: a prompt of it has more than {args.max_prompt_length} tokens."
     states = thinking_states(tokenizer, prompts)
-    wrong = args.loss_target == "contrastive_hints"
-    whose = {"question": "student and base", "teacher": "teacher"}
-    whose["reference"] = "teacher with the wrong hint" if wrong else "reference-only teacher"
+    contexts = args.context_config()
+    given = {
+        "solution": "teacher",
+        "solution_only": "reference-only teacher",
+        "wrong_hint": "teacher with the wrong hint",
+        "other_problem": "teacher with another problem's solution",
+        "none": "teacher without a reference",
+    }
+    readers = ("student and base", given[contexts.teacher_reference], given[contexts.reference])
+    whose = dict(zip(prompts._fields, readers, strict=True))
     parts = []
     for name, ids in prompts._asdict().items():
         shown = " ".join(map(str, ids if len(ids) <= 24 else [*ids[:12], "…", *ids[-12:]]))

@@ -11,7 +11,12 @@ import torch
 
 from popsd import Impl, MaskConfig, PurifiedConfig, PurifiedOPSDLoss, Strategy, presets
 from popsd.markers import DEFAULT_MARKERS, EpistemicMarkers
-from popsd_integrations.huggingface.objective import loss_function, takes_purified_options, target_config
+from popsd_integrations.huggingface.objective import (
+    loss_function,
+    needed_contexts,
+    takes_purified_options,
+    target_config,
+)
 from popsd_integrations.huggingface.prompts import ContextConfig
 from popsd_integrations.trl_trainer.compat import DistillationConfig
 
@@ -152,6 +157,15 @@ class PurifiedOPSDConfig(DistillationConfig):
     question_template: str = _option(ContextConfig.question_template, "The student's prompt; holds {question}.")
     teacher_template: str = _option(ContextConfig.teacher_template, "Holds {question} and {solution}.")
     reference_template: str = _option(ContextConfig.reference_template, "Holds {solution} and never the question.")
+    reference: str | None = _option(
+        None,
+        "What the reference-only teacher reads: 'solution_only'; 'other_problem', the question with another problem's "
+        "solution; 'none', the question alone. None: 'solution_only', and the wrong hint for contrastive_hints.",
+    )
+    teacher_reference: str = _option(
+        "solution",
+        "Which solution the teacher is given: 'solution'; as controls 'other_problem', another problem's, or 'none'.",
+    )
     teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "`chat_template_kwargs` of the teacher, such as enable_thinking. None: the student's."},
@@ -222,6 +236,16 @@ class PurifiedOPSDConfig(DistillationConfig):
             and not self.target_parameters
         ):
             self.pmi_beta, self.pmi_clip = config.pmi_beta, config.pmi_clip  # as they will be logged
+        if self.reference is not None and "reference" not in needed_contexts(self.loss_target, True):
+            raise ValueError(
+                f"reference: expected None with loss_target={self.loss_target!r}, which runs no reference-only teacher; got "
+                f"{self.reference!r}. teacher_reference says what the teacher is given."
+            )
+        if self.reference == "wrong_hint" or (self.reference and self.loss_target == "contrastive_hints"):
+            raise ValueError(
+                f"reference: expected None with loss_target='contrastive_hints', which is the wrong hint, and "
+                f"'wrong_hint' nowhere else; got {self.reference!r} with {self.loss_target!r}."
+            )
         self.token_weights(torch.ones(1, 1))
         self.context_config()
         self.epistemic_markers()
@@ -281,7 +305,9 @@ class PurifiedOPSDConfig(DistillationConfig):
             question_template=self.question_template,
             teacher_template=self.teacher_template,
             reference_template=self.reference_template,
-            reference="wrong_hint" if self.loss_target == "contrastive_hints" else "solution_only",
+            reference=self.reference or ("wrong_hint" if self.loss_target == "contrastive_hints" else "solution_only"),
+            teacher_reference=self.teacher_reference,
+            other_seed=self.seed,
             student_kwargs=kwargs[0],
             teacher_kwargs=kwargs[1],
             reference_kwargs=kwargs[2],

@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
 
-from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts, thinking_states
+from popsd_integrations.huggingface.prompts import (
+    ContextBuilder,
+    Problem,
+    Prompts,
+    other_solutions,
+    thinking_states,
+)
 from popsd_integrations.huggingface.sampling import check_fits, position_limit
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
 
@@ -18,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SOLUTION_COLUMNS = ("privileged_context", "solution")
 WRONG_COLUMN = "wrong_privileged_context"
+OTHER_COLUMN = "other_privileged_context"
 IMAGE_COLUMNS = ("image", "images", "pixel_values", "video", "videos", "audio", "audios")
 
 
@@ -26,7 +33,35 @@ def problem_of(row: Mapping[str, Any]) -> Problem:
     column = next((name for name in SOLUTION_COLUMNS if name in row), None)
     if column is None or "prompt" not in row:
         raise ValueError(f"expected the columns 'prompt' and one of {list(SOLUTION_COLUMNS)}; got {list(row)}.")
-    return Problem(row["prompt"], row[column], row.get(WRONG_COLUMN))
+    return Problem(row["prompt"], row[column], row.get(WRONG_COLUMN), row.get(OTHER_COLUMN))
+
+
+def with_other_solutions(dataset: Any, name: str, args: PurifiedOPSDConfig) -> Any:
+    """The dataset, where a context is given another problem's solution with that in `OTHER_COLUMN`, drawn by ``args.seed``.
+
+    Raises ValueError for a stream, whose other problems are not known, for rows without two different solutions, and for a
+    column of that name.
+    """
+    if not args.context_config().needs_other:
+        return dataset
+    if isinstance(dataset, dict):
+        return {key: with_other_solutions(part, f"{name}[{key!r}]", args) for key, part in dataset.items()}
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"{name}: expected a datasets.Dataset for 'other_problem', which draws from all rows; got a stream. Load it "
+            "whole, or choose another reference."
+        )
+    if OTHER_COLUMN in dataset.column_names:
+        raise ValueError(f"{name}: expected no column {OTHER_COLUMN!r}, which is drawn here; got one. Rename it.")
+    column = next(column for column in SOLUTION_COLUMNS if column in dataset.column_names)
+    texts = dataset[column][:]
+    unusable = next((row for row, text in enumerate(texts) if not isinstance(text, str) or not text.strip()), None)
+    if unusable is not None:
+        raise ValueError(f"{name}, row {unusable}: solution: expected non-empty text; got {texts[unusable]!r}.")
+    try:
+        return dataset.add_column(OTHER_COLUMN, other_solutions(texts, args.seed))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_columns(dataset: Any, name: str, args: PurifiedOPSDConfig) -> None:

@@ -37,7 +37,15 @@ from popsd_integrations.trl_trainer.compat import (
     take_eval_means,
 )
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
-from popsd_integrations.trl_trainer.dataset import SOLUTION_COLUMNS, WRONG_COLUMN, RowCheck, check_columns, problem_of
+from popsd_integrations.trl_trainer.dataset import (
+    OTHER_COLUMN,
+    SOLUTION_COLUMNS,
+    WRONG_COLUMN,
+    RowCheck,
+    check_columns,
+    problem_of,
+    with_other_solutions,
+)
 from popsd_integrations.trl_trainer.frozen import FrozenWeightsCallback, agreed, check_teacher, copy_of, exact_side
 from popsd_integrations.trl_trainer.guards import GuardedTrainer
 
@@ -105,6 +113,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         data = {name: dataset for name, dataset in data.items() if dataset is not None}
         for name, dataset in data.items():
             check_columns(dataset, name, args)
+        data = {name: with_other_solutions(dataset, name, args) for name, dataset in data.items()}
         args = copy.copy(args)  # TRL reads the teacher's options from it, and below they are set
         check_teacher(teacher_model, args)
         processing_class = _tokenizer(processing_class, model, args)
@@ -165,7 +174,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         return self._ema or AdapterOff(self.accelerator.unwrap_model(self.model))
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt", *SOLUTION_COLUMNS, WRONG_COLUMN]
+        self._signature_columns = ["prompt", *SOLUTION_COLUMNS, WRONG_COLUMN, OTHER_COLUMN]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(dataset)

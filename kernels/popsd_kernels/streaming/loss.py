@@ -59,7 +59,9 @@ MAX_STRIDE = 2**22
 _NO_GRADIENTS = Gradients()
 
 
-def stream_divergence(rows: Rows, heads: Heads, options: RowOptions, gradients: Gradients = _NO_GRADIENTS) -> RowLoss:
+def stream_divergence(
+    rows: Rows, heads: Heads, options: RowOptions, gradients: Gradients = _NO_GRADIENTS
+) -> tuple[RowStatistics, RowLoss]:
     """Per-token divergence (Eq. 12-18) from hidden states, and its gradients, without logits in memory.
 
     What `row_statistics` and `row_loss_gradient` compute from the projections, option by option.
@@ -72,16 +74,16 @@ def stream_divergence(rows: Rows, heads: Heads, options: RowOptions, gradients: 
         inner stride and any row stride. Rows that start at multiples of 16 bytes load as 128-bit vectors.
     gradients: dhidden [N, D] of any of the three dtypes; in another than float32 it costs a float32 buffer of its size, since
         the strips add up in float32. dweight [V, D], dbias [V]: float32. A token with row_scale 0 contributes exactly nothing.
-    Returns nine [N] float32 tensors in nats. The same inputs on the same device give the same bits. Gradients of 16-bit
-    operands are rounded to their dtype before the last matmul. Raises ValueError, TypeError or RuntimeError before any
-    launch. Not yet run on a GPU.
+    Returns the normalisers of `row_statistics` and nine [N] float32 tensors in nats. The same inputs on the same device give
+    the same bits. Gradients of 16-bit operands are rounded to their dtype before the last matmul. Raises ValueError,
+    TypeError or RuntimeError before any launch. Not yet run on a GPU.
     """
     _check_inputs(rows, heads, options)
     _check_gradients(gradients, rows, heads)
     tokens, device = rows.student.shape[0], rows.student.device
     results = result_rows(len(RowLoss._fields), tokens, device)
     if tokens == 0:
-        return RowLoss(*results)
+        return RowStatistics(*result_rows(len(RowStatistics._fields), 0, device)), RowLoss(*results)
     call = Call(rows, heads, options, launch.fast_instructions(device))
     # without clips the gradient of forward KL needs no sum over the vocabulary
     unclipped = options.entry_clip is None and options.token_clip is None
@@ -101,7 +103,7 @@ def stream_divergence(rows: Rows, heads: Heads, options: RowOptions, gradients: 
         call.finish(statistics, partial, scaling, results).run(device)
         if gradients.wanted and not one_pass:
             backward.run(backward.strips("strip"), statistics, scaling)
-    return RowLoss(*results)
+    return statistics, RowLoss(*results)
 
 
 def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

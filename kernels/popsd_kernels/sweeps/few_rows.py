@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from popsd_kernels.launch import Launch, Outputs, fast_instructions, result_rows, shipped_config
-from popsd_kernels.rows import RowLoss, RowOptions, Rows
+from popsd_kernels.rows import RowLoss, RowOptions, Rows, RowStatistics
 from popsd_kernels.sweeps.row_slices import (
     NORMALISERS,
     RESULTS,
@@ -28,7 +28,9 @@ from popsd_kernels.sweeps.row_slices import (
 _NAME = "row_split_sweeps"
 
 
-def row_split_sweeps(rows: Rows, options: RowOptions, *, gradient: torch.Tensor | None = None) -> RowLoss:
+def row_split_sweeps(
+    rows: Rows, options: RowOptions, *, gradient: torch.Tensor | None = None
+) -> tuple[RowStatistics, RowLoss]:
     """The results of `row_statistics` and `row_loss_gradient` for few tokens; a composed target's logits are not written.
 
     rows: as in `row_statistics`; read only, but for the aliasing below.
@@ -47,7 +49,7 @@ def row_split_sweeps(rows: Rows, options: RowOptions, *, gradient: torch.Tensor 
         call = SliceCall(rows, options, Outputs(results, gradient), partials_for(rows, config), config, fast)
         for phase in (1, 2, 3):
             plan(call, phase).run(device)
-    return RowLoss(*results[NORMALISERS.value :])
+    return RowStatistics(*results[: NORMALISERS.value]), RowLoss(*results[NORMALISERS.value :])
 
 
 def plan(call: SliceCall, phase: int) -> Launch:

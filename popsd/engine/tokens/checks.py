@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from popsd.config import MaskConfig
+from popsd.config import DivergenceConfig, MaskConfig
+
+MOST_BETAS = 8
+"""Different coefficients in one call: their passes share no matmul."""
 
 
 def checked_weights(weights: torch.Tensor | None, shape: Sequence[int], device: torch.device) -> torch.Tensor | None:
@@ -20,6 +24,36 @@ def checked_weights(weights: torch.Tensor | None, shape: Sequence[int], device: 
     if may_look(flat) and not torch.isfinite(flat).all():
         raise ValueError("weights: expected finite numbers; got NaN or inf. Mask tokens out with 0.")
     return flat
+
+
+def checked_betas(
+    beta: torch.Tensor | None, shape: Sequence[int], device: torch.device, config: DivergenceConfig
+) -> tuple[list[float], torch.Tensor] | None:
+    """The different coefficients, and which of them each token has, [N] int64. Waits for the device."""
+    if beta is None:
+        return None
+    flat = spread_betas(beta, shape, device).reshape(-1)
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "beta: expected None under torch.compile, whose graph cannot read it; got a tensor. Call uncompiled."
+        )
+    values, which = flat.double().unique(return_inverse=True)
+    if len(values) > MOST_BETAS:
+        raise ValueError(
+            f"beta: expected at most {MOST_BETAS} different numbers, each of which is a pass of its own; got {len(values)}. "
+            "Round them, or weigh the losses of two."
+        )
+    return [replace(config, beta=value).beta for value in values.tolist()], which
+
+
+def spread_betas(beta: torch.Tensor, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """A coefficient for each token, in the shape of the tokens, from one for each or for each completion."""
+    if isinstance(beta, torch.Tensor) and len(shape) == 2 and beta.shape == shape[:1]:
+        beta = beta[:, None].expand(*shape)
+    _check_token_tensor("beta", beta, shape, device)
+    if beta.requires_grad:
+        raise ValueError("beta: expected a tensor without gradient; got requires_grad=True. Detach it.")
+    return beta
 
 
 def checked_token_ids(

@@ -68,8 +68,9 @@ def row_sweeps(
     *,
     gradient: torch.Tensor | None = None,
     student: StudentRows | None = None,
-) -> RowLoss:
-    """Both sweeps: per-token results and, into ``gradient``, d divergence / d student raw projection times ``rows.row_scale``.
+) -> tuple[RowLoss, torch.Tensor]:
+    """Both sweeps: per-token results, the target's log-probability [C] of the sampled tokens (NaN: no token) and, into
+    ``gradient``, d divergence / d student raw projection times ``rows.row_scale``.
 
     Rows that fit a cache need no second read. One exponential per entry and stream serves normaliser and probability.
     gradient: [C, V] of any floating dtype, or None for no gradient work; it may share memory with the base or the target.
@@ -96,11 +97,9 @@ def row_sweeps(
     student_logsum, target_logsum = student_logsum[:, 0], target_logsum[:, 0]
     # the likeliest entry is a common one where s + u, both less their maxima, reach 0 up to rounding
     agreement = torch.add(s, u, out=free).amax(dim=1) >= -1e-5
-    if token_ids is None:
-        token_logprob = torch.full_like(student_logsum, float("nan"))
-    else:
-        token_logprob = LN2 * s.gather(1, token_ids.clamp_min(0)[:, None])[:, 0] - student_logsum
-        token_logprob = token_logprob.where(token_ids >= 0, float("nan"))
+    token_logprob, target_logprob = (
+        _sampled(bits, logsum, token_ids) for bits, logsum in ((s, student_logsum), (u, target_logsum))
+    )
     student_entropy = student_logsum - LN2 * torch.mul(p, s, out=free).sum(dim=1)
     target_entropy = target_logsum - LN2 * torch.mul(q, u, out=free).sum(dim=1)
     divergence, student_kl, target_kl, clip_fraction, form, factor = _divergence(p, q, t, options, free, more)
@@ -116,7 +115,7 @@ def row_sweeps(
         torch.mul(grad, chain[:, None], out=gradient)
         if row_scale is not None:  # 0 · NaN is NaN, and a masked row may hold anything
             gradient[row_scale == 0] = 0
-    return RowLoss(
+    losses = RowLoss(
         divergence,
         student_kl,
         target_kl,
@@ -127,6 +126,15 @@ def row_sweeps(
         agreement.float(),
         token_logprob,
     )
+    return losses, target_logprob
+
+
+def _sampled(bits: torch.Tensor, logsum: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
+    """Log-probability [C] of the sampled tokens, NaN where there is none. bits: [C, V], logits less their maximum."""
+    if token_ids is None:
+        return torch.full_like(logsum, float("nan"))
+    chosen = LN2 * bits.gather(1, token_ids.clamp_min(0)[:, None])[:, 0] - logsum
+    return chosen.where(token_ids >= 0, float("nan"))
 
 
 def normaliser(logits: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

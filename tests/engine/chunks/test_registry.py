@@ -144,19 +144,22 @@ def test_a_device_function_of_ones_own_equals_the_torch_function():
 
     popsd.register_target("mine", own, device_own)
     config, found = TargetConfig(target="mine", numbers=(0.7, 3.0), temperature=1.2), {}
-    hidden, head = make_hidden(5, D, 0.4), make_head(V, D)
+    hidden, head, ids = make_hidden(5, D, 0.4), make_head(V, D), torch.tensor([0, V - 1, 3, 5, -1])
     for impl in ("torch", "triton"):
         logits = [x @ head.weight.T for x in hidden]
         leaf = logits[0].requires_grad_()
-        loss = popsd.purified_jsd(*logits, config=config, impl=impl).loss
+        output = popsd.purified_jsd(*logits, config=config, impl=impl, token_ids=ids)
+        loss, likely = output.loss, output.target_logprob
         loss.sum().backward()
         dense = popsd.purified_target_logits(*logits[1:], config=config, impl=impl)
-        found[impl] = (loss, leaf.grad, dense.softmax(-1))
+        found[impl] = (loss, leaf.grad, dense.softmax(-1), likely[:4])
+        assert likely[4].isnan()
     for one, other in zip(*found.values(), strict=True):
         assert relative_l2(one, other) < 1e-5
     log_p, *frozen = (oracle.log_probs(x, config) for x in logits)
     log_q = own(*frozen, 0.7, 3.0).log_softmax(-1)
     assert relative_l2(loss, oracle.divergence(log_p, log_q, config)) < 1e-5
+    assert relative_l2(likely[:4], oracle.sampled(log_q, ids)[:4]) < 1e-5
 
 
 def test_a_device_function_that_is_not_decorated_as_the_kernels_are(monkeypatch):

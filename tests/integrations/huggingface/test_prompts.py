@@ -1,6 +1,12 @@
 import pytest
 
-from popsd_integrations.huggingface.prompts import ContextBuilder, ContextConfig, Problem, thinking_states
+from popsd_integrations.huggingface.prompts import (
+    ContextBuilder,
+    ContextConfig,
+    Problem,
+    other_solutions,
+    thinking_states,
+)
 
 pytest.importorskip("transformers")
 
@@ -62,6 +68,52 @@ def test_fields_inside_the_data_stay_literal():
     tokenizer = word_tokenizer()
     prompts = ContextBuilder(tokenizer, ContextConfig(**TEMPLATES)).build(Problem("What is {solution} ?", "It is four"))
     assert tokenizer.decode(prompts.question) == "Question: What is {solution} ?"
+
+
+OTHERS = [Problem("What is two ?", "It is four"), Problem("What is plus ?", "two and two")]
+
+
+def test_controls_give_another_problems_solution_or_none():
+    tokenizer = word_tokenizer()
+
+    def written(**options):
+        builder = ContextBuilder(tokenizer, ContextConfig(**TEMPLATES, **options))
+        return [tokenizer.decode(ids) for ids in builder.build_all(OTHERS)[0]]
+
+    asked, own, other = "Question: What is two ?", "It is four", "two and two"
+    hinted, alone = f"{asked} Solution: {{}} Again:".format, "Solution: {} Again:".format
+    assert written(reference="other_problem") == [asked, hinted(own), hinted(other)]
+    assert written(reference="none") == [asked, hinted(own), asked]
+    assert written(teacher_reference="other_problem") == [asked, hinted(other), alone(other)]
+    assert written(teacher_reference="other_problem", reference="none") == [asked, hinted(other), asked]
+    assert written(teacher_reference="none") == [asked, asked, alone(own)]
+    assert written(teacher_reference="none", reference="other_problem") == [asked, asked, hinted(other)]
+
+
+def test_other_problems_are_drawn_by_seed_and_never_the_same_text():
+    texts = [str(number // 2) for number in range(40)]
+    drawn = other_solutions(texts, 0)
+    assert drawn == other_solutions(texts, 0) != other_solutions(texts, 1)
+    assert all(own != other for own, other in zip(texts, drawn, strict=True)) and len(set(drawn)) > 15
+    distinct = [str(number) for number in range(40)]
+    assert sorted(other_solutions(distinct, 3)) == sorted(distinct)
+
+
+@pytest.mark.parametrize("texts", [["4"], ["4", "4"]])
+def test_no_other_problem_is_refused(texts):
+    builder = ContextBuilder(word_tokenizer(), ContextConfig(**TEMPLATES, teacher_reference="other_problem"))
+    with pytest.raises(ValueError, match=r"other_problem: expected problems of at least two different solutions"):
+        builder.build_all([Problem("What ?", text) for text in texts])
+    with pytest.raises(ValueError, match=r"other_solution: expected non-empty text; got None"):
+        builder.build(OTHERS[0])
+    with pytest.raises(ValueError, match=r"other_solution: expected another text than the solution"):
+        builder.build(OTHERS[0]._replace(other_solution=OTHERS[0].solution))
+
+
+@pytest.mark.parametrize("same", ["other_problem", "none"])
+def test_two_contexts_alike_are_refused(same):
+    with pytest.raises(ValueError, match="nothing would be left of the signal"):
+        ContextConfig(reference=same, teacher_reference=same)
 
 
 def test_too_long_is_an_error_by_default():

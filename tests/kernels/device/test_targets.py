@@ -101,7 +101,7 @@ def test_sweeps_with_a_device_function(sweeps, options, dtype):
         found = row_loss_gradient(rows.with_target(out.view), statistics, options, gradient=gradient.view)
         out.assert_intact()
     elif sweeps == "split":
-        found = row_split_sweeps(rows, options, gradient=gradient.view)
+        _, found = row_split_sweeps(rows, options, gradient=gradient.view)
     else:
         found = row_single_read(rows, options, gradient=gradient.view)[1]
     gradient.assert_intact()

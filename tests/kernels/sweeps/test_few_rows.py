@@ -66,7 +66,7 @@ def test_matches_the_oracle(options, purified, beta, vocabulary):
     rows = rows_of(
         inputs[0].view, inputs[1].view, delta, offset, student_bias=biases[0], frozen_bias=biases[1], token_ids=token_ids
     )  # fmt: skip
-    found = row_split_sweeps(rows._replace(row_scale=row_scale), options, gradient=gradient.view)
+    _, found = row_split_sweeps(rows._replace(row_scale=row_scale), options, gradient=gradient.view)
     for x in inputs:
         x.assert_unchanged()
     gradient.assert_intact()
@@ -80,7 +80,7 @@ def test_matches_the_oracle(options, purified, beta, vocabulary):
     assert found.token_logprob[1].isnan()
     assert relative_error(gradient.view, expected.gradient) < 2e-5
     assert (gradient.view[2] == 0).all()
-    bare = row_split_sweeps(rows, options)
+    _, bare = row_split_sweeps(rows, options)
     for a, b in zip(bare[:-1], found[:-1], strict=True):  # another kernel to the compiler: the same to rounding
         torch.testing.assert_close(a, b, **close, msg="the gradient changes no result")
 
@@ -91,7 +91,7 @@ def test_impossible_entries_and_a_masked_row_of_nan():
     student[1] = float("nan")
     gradient = poisoned(3, 300, torch.bfloat16)
     rows = rows_of(student, base, delta, delta.mean(1), row_scale=torch.tensor([1.0, 0.0, 1.0]))
-    found = row_split_sweeps(rows, PLAIN, gradient=gradient.view)
+    _, found = row_split_sweeps(rows, PLAIN, gradient=gradient.view)
     rest = torch.ones(300, dtype=torch.bool)
     rest[128:140] = False
     expected = oracle_rows(PLAIN, student[:1, rest], oracle_target(PLAIN, base[:1], delta[:1])[:, rest])
@@ -103,9 +103,9 @@ def test_impossible_entries_and_a_masked_row_of_nan():
 def test_the_gradient_may_take_the_place_of_target_or_difference(stream):
     streams, expected, ids = list(_streams(300)), torch.empty(3, 300), torch.tensor([3, -1, 7])
     vectors = {"offset": streams[2].mean(1), "token_ids": ids}
-    separate = row_split_sweeps(rows_of(*streams, **vectors), PLAIN, gradient=expected)
+    _, separate = row_split_sweeps(rows_of(*streams, **vectors), PLAIN, gradient=expected)
     place = streams[stream] = streams[stream].clone()
-    in_place = row_split_sweeps(rows_of(*streams, **vectors), PLAIN, gradient=place)
+    _, in_place = row_split_sweeps(rows_of(*streams, **vectors), PLAIN, gradient=place)
     assert relative_error(place, expected) < 1e-6
     torch.testing.assert_close(in_place.token_logprob, separate.token_logprob, rtol=1e-6, atol=1e-6, equal_nan=True)
 
