@@ -95,7 +95,7 @@ def _folder(path: str) -> Path:
 
 
 def _checkpoint(label: str, run: str, folder: Path) -> Checkpoint:
-    adapter = json.loads((folder / ADAPTER).read_text()) if (folder / ADAPTER).is_file() else None
+    adapter = json.loads((folder / ADAPTER).read_text(encoding="utf-8")) if (folder / ADAPTER).is_file() else None
     return Checkpoint(label, run, str(folder), weights_hash(folder), adapter)
 
 

@@ -164,7 +164,9 @@ def newest_whole_checkpoint(folder: str | Path) -> str | None:
 
 def _is_whole(path: Path) -> bool:
     try:
-        return path.name.split("-")[1].isdigit() and bool(json.loads((path / "trainer_state.json").read_text()))
+        return path.name.split("-")[1].isdigit() and bool(
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        )
     except (OSError, ValueError):
         return False
 
