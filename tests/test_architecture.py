@@ -223,41 +223,33 @@ def test_namespace_folders():
     assert not [folder for folder in folders if (ROOT / folder / "__init__.py").exists()]
 
 
+def of(package, names):
+    return {f"{package}.{name}" for name in names.split()}
+
+
+_LAUNCHERS = of("popsd_kernels", "rows device launch checks")
 ARROWS = {
     "popsd_kernels.rows": set(),
-    "popsd_kernels.device": {"popsd_kernels.rows", "popsd_kernels.device"},
-    "popsd_kernels.launch": {"popsd_kernels.rows", "popsd_kernels.device"},
-    "popsd_kernels.checks": {"popsd_kernels.rows", "popsd_kernels.device", "popsd_kernels.launch"},
+    "popsd_kernels.device": of("popsd_kernels", "rows device"),
+    "popsd_kernels.launch": of("popsd_kernels", "rows device"),
+    "popsd_kernels.checks": of("popsd_kernels", "rows device launch"),
+    **{f"popsd_kernels.{x}": _LAUNCHERS | {f"popsd_kernels.{x}"} for x in ("sweeps", "streaming")},
+    "popsd.engine.torch_backend": of("popsd", "config head outputs engine.torch_backend"),
+    "popsd.engine": of("popsd", "config head outputs engine"),
+    "popsd.functional": of("popsd", "config head outputs engine"),
+    **{x: set() for x in of("popsd_integrations", "run_folder finite_steps plotting estimates scoring pages")},
     **{
-        f"popsd_kernels.{name}": {
-            *(f"popsd_kernels.{x}" for x in ("rows", "device", "launch", "checks")),
-            f"popsd_kernels.{name}",
-        }
-        for name in ("sweeps", "streaming")
-    },
-    "popsd.engine.torch_backend": {"popsd.config", "popsd.head", "popsd.outputs", "popsd.engine.torch_backend"},
-    "popsd.engine": {"popsd.config", "popsd.head", "popsd.outputs", "popsd.engine"},
-    "popsd.functional": {"popsd.config", "popsd.head", "popsd.outputs", "popsd.engine"},
-    "popsd_integrations.huggingface": {"popsd_integrations.huggingface"},
-    **{f"popsd_integrations.{x}": set() for x in ("run_folder", "finite_steps", "plotting", "estimates", "scoring")},
-    "popsd_integrations.torch_loop": {
-        f"popsd_integrations.{x}" for x in ("huggingface", "run_folder", "finite_steps", "torch_loop")
-    },
-    "popsd_integrations.trl_trainer": {
-        f"popsd_integrations.{x}" for x in ("huggingface", "run_folder", "finite_steps", "plotting", "trl_trainer")
-    },
-    "popsd_integrations.miniature": {
-        f"popsd_integrations.{x}" for x in ("huggingface", "torch_loop", "plotting", "miniature")
-    },
-    "popsd_integrations.diagnose": {
-        f"popsd_integrations.{x}"
-        for x in ("huggingface", "torch_loop", "miniature", "plotting", "estimates", "diagnose")
-    },
-    "popsd_integrations.diagnose.training": {
-        f"popsd_integrations.{x}" for x in ("huggingface", "trl_trainer", "diagnose")
-    },
-    "popsd_integrations.evaluate": {
-        f"popsd_integrations.{x}" for x in ("huggingface", "run_folder", "plotting", "estimates", "scoring", "evaluate")
+        f"popsd_integrations.{name}": of("popsd_integrations", f"{name} {others}")
+        for name, others in {
+            "huggingface": "",
+            "runs": "huggingface run_folder plotting estimates scoring pages",
+            "torch_loop": "huggingface run_folder finite_steps runs",
+            "trl_trainer": "huggingface run_folder finite_steps plotting runs",
+            "miniature": "huggingface torch_loop plotting pages runs",
+            "diagnose": "huggingface torch_loop miniature plotting estimates",
+            "diagnose.training": "huggingface trl_trainer diagnose",
+            "evaluate": "huggingface run_folder plotting estimates scoring pages runs",
+        }.items()
     },
 }
 """Within a package: what a module may import of it. The longest name counts; what is not listed may import anything."""

@@ -147,7 +147,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(folder):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (folder / "checkpoint.pt").read_bytes() == before
-    assert sorted(path.name for path in folder.iterdir()) == [".popsd.lock", "checkpoint.pt", "metrics.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".popsd.lock",
+        "checkpoint.pt",
+        "metrics.jsonl",
+        "popsd_config.json",
+    ]
     assert len(resume(folder, generate=fixed_generate).metrics) == 4
 
 

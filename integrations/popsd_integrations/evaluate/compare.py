@@ -16,21 +16,11 @@ from popsd_integrations.evaluate import generations, report
 from popsd_integrations.evaluate.checkpoints import BASE
 from popsd_integrations.evaluate.settings import labelled
 from popsd_integrations.evaluate.summary import Problems, group, lengths, marker_rates, rates
+from popsd_integrations.pages import cut, html_table, page
 from popsd_integrations.plotting import LINE, figure, legend, save, style
+from popsd_integrations.runs.report import CURVES, METRICS, points
 
-METRICS, STATE = "metrics.jsonl", "trainer_state.json"
-CURVES = {
-    "loss per token, nats": ("loss",),
-    "accuracy, held-out": ("eval/accuracy", "eval_accuracy"),
-    "markers per completion": ("markers/per_completion",),
-    "tokens per completion": ("completions/mean_length",),
-    "student entropy, nats": ("student_entropy", "entropy"),
-    "target entropy, nats": ("target_entropy",),
-    "cos(Δ_total, Δ_ref)": ("decomposition/cos_total_reference",),
-    "cos(Δ_total, Δ_it)": ("decomposition/cos_total_transferable",),
-    "‖Δ_ref‖ / ‖Δ_total‖": ("decomposition/reference_fraction",),
-}
-"""Title of each curve, and the names under which the plain loop and the trainer log it."""
+STATE = "trainer_state.json"
 LAST = 0.2
 """The share of the steps over which the end of a curve is averaged."""
 NOTES = (
@@ -73,19 +63,18 @@ def run(folders: Sequence[str], output_dir: Path) -> int:
         missing = ""
     except ImportError:
         plots, missing = [], report.images([])
-    body = "".join(map(report.html_table, tables)) + report.images(plots) * bool(plots) + missing
+    body = "".join(map(html_table, tables)) + report.images(plots) * bool(plots) + missing
     body += "<ul>" + "".join(f"<li>{note}</li>" for note in NOTES) + "</ul>"
     problems = side_by_side(evaluated)
     if problems:
         body += "<h2>The same problem side by side</h2><p>First those that not all solve.</p>"
-        body += "".join(map(report.side_by_side, problems))
-    page, content = output_dir / "compare.html", output_dir / "comparison.json"
-    page.write_text(report.page("popsd compare", body), encoding="utf-8")
-    content.write_text(
-        json.dumps({"runs": list(folders), "tables": tables}, indent=1, ensure_ascii=False), encoding="utf-8"
-    )
+        body += "".join(map(report.beside, problems))
+    path, content = output_dir / "compare.html", output_dir / "comparison.json"
+    path.write_text(page("popsd compare", body), encoding="utf-8")
+    text = json.dumps({"runs": list(folders), "tables": tables}, indent=1, ensure_ascii=False)
+    content.write_text(text, encoding="utf-8")
     print("\n\n".join([*map(report.aligned, tables), "\n".join(f"* {note}" for note in NOTES)]) + "\n")
-    print("Written: " + ", ".join(map(str, (page, content, *plots))))
+    print("Written: " + ", ".join(map(str, (path, content, *plots))))
     return 0
 
 
@@ -96,9 +85,8 @@ def read_run(label: str, folder: Path) -> Run:
     history = _history(folder)
     curves = {}
     for title, names in CURVES.items():
-        points = {row["step"]: row[name] for row in history for name in names if isinstance(row.get(name), int | float)}
-        if points:
-            curves[title] = points
+        if curve := points(history, names):
+            curves[title] = curve
     found = [
         path for path in (folder / generations.FILE, *sorted(folder.glob(f"*/{generations.FILE}"))) if path.exists()
     ]
@@ -208,7 +196,7 @@ def side_by_side(columns: Mapping[str, dict[str, Problems]]) -> list[dict[str, d
     for heading, parts in columns.items():
         for name, problems in parts.items():
             for rows in problems:
-                shown = rows[0] | {"text": report.cut(rows[0]["text"])}
+                shown = rows[0] | {"text": cut(rows[0]["text"])}
                 found.setdefault((name, rows[0]["question"]), {})[heading] = shown
     common = [rows for rows in found.values() if len(rows) == len(columns) > 1]
     return sorted(common, key=lambda rows: len({row["correct"] for row in rows.values()}), reverse=True)[:SHOWN]

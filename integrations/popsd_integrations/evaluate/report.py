@@ -11,6 +11,7 @@ from typing import Any
 from popsd_integrations.estimates import Interval
 from popsd_integrations.evaluate.checkpoints import BASE
 from popsd_integrations.evaluate.summary import DRAWN_SET, MARKER_SETS, interval, overall, step_of
+from popsd_integrations.pages import cut, html_table, page, side_by_side
 from popsd_integrations.plotting import (
     BLACK,
     BLUE,
@@ -167,19 +168,6 @@ def number(value: Any) -> str:
     return f"{value.mean:+.2f}" + ("" if value.low is None else f" [{value.low:+.2f}, {value.high:+.2f}]")
 
 
-def html_table(rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
-    """Rows as a table; the first is the header. Every cell is escaped."""
-    head, *body = ([html.escape(cell) for cell in row] for row in rows)
-    header = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = "".join(
-        f'<tr class="{classes[place] if place < len(classes) else ""}"><th>{row[0]}</th>'
-        + "".join(f"<td>{cell}</td>" for cell in row[1:])
-        + "</tr>"
-        for place, row in enumerate(body)
-    )
-    return f"<div><table><thead><tr>{header}</tr></thead><tbody>{lines}</tbody></table></div>"
-
-
 def images(plots: Sequence[Path]) -> str:
     """Plots within the page, or why there is none."""
     if not plots:
@@ -187,27 +175,11 @@ def images(plots: Sequence[Path]) -> str:
     return "".join(f'<img alt="{html.escape(plot.stem)}" src="{data_uri(plot)}">' for plot in plots)
 
 
-def side_by_side(columns: dict[str, dict[str, Any]]) -> str:
+def beside(columns: dict[str, dict[str, Any]]) -> str:
     """Completions of one problem beside one another. columns: a record under each heading."""
-    cells = "".join(
-        f"<section><h4>{html.escape(heading)}: {'right' if record['correct'] else 'wrong'}, {record['tokens']:,} tokens"
-        f"{', truncated' if record['finish'] == 'length' else ''}</h4><pre>{html.escape(record['text'])}</pre></section>"
-        for heading, record in columns.items()
-    )
     first = next(iter(columns.values()))
     title = f"{first['benchmark']} {first['problem']}, sample {first['sample']}; answer {first['expected']}"
-    return (
-        f"<details><summary>{html.escape(title)}</summary><p>{html.escape(first['question'])}</p>"
-        f'<div class="beside">{cells}</div></details>'
-    )
-
-
-def page(title: str, body: str) -> str:
-    """A whole page. title and body are HTML."""
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{CSS}</style></head>'
-        f"<body><h1>{title}</h1>{body}</body></html>\n"
-    )
+    return side_by_side(title, columns)
 
 
 def _page(results: dict[str, Any], records: Sequence[dict[str, Any]], plots: Sequence[Path]) -> str:
@@ -224,14 +196,14 @@ def _page(results: dict[str, Any], records: Sequence[dict[str, Any]], plots: Seq
     parts += [f"<h3>{name}</h3>" + html_table(word_rows(results, name)) for name in MARKER_SETS if name != DRAWN_SET]
     parts.append("<h2>How to read this</h2><ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in NOTES) + "</ul>")
     parts.append("<h2>Completions</h2><p>The first sample of each problem; all of them are in generations.jsonl.</p>")
-    parts += [side_by_side(columns) for columns in first_samples(records)]
+    parts += [beside(columns) for columns in first_samples(records)]
     parts.append("<h2>What was run</h2>" + html_table(facts))
     if about["prompt"]:
         parts.append(f"<h3>The first prompt</h3><pre>{html.escape(about['prompt'])}</pre>")
     return page("popsd evaluate", "".join(parts))
 
 
-SHOWN_PROBLEMS, SHOWN_CHARACTERS = 12, 20_000
+SHOWN_PROBLEMS = 12
 
 
 def first_samples(records: Sequence[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
@@ -243,14 +215,6 @@ def first_samples(records: Sequence[dict[str, Any]]) -> list[dict[str, dict[str,
                 "text": cut(record["text"])
             }
     return list(found.values())[:SHOWN_PROBLEMS]
-
-
-def cut(text: str) -> str:
-    """A text of at most SHOWN_CHARACTERS: its beginning and its end."""
-    if len(text) <= SHOWN_CHARACTERS:
-        return text
-    half = SHOWN_CHARACTERS // 2
-    return f"{text[:half]}\n[… {len(text) - 2 * half:,} characters …]\n{text[-half:]}"
 
 
 def _plain(value: Any) -> str:
@@ -304,13 +268,3 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 def tex(text: str) -> str:
     """Text for matplotlib, which reads what stands between dollars as formulas."""
     return text.replace("$", r"\$")
-
-
-CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-div:has(> table) { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; } tr.selected { background: #eef5fb; font-weight: 600; }
-img { max-width: 100%; } pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; }
-.beside { display: flex; gap: 1rem; overflow-x: auto; } .beside section { flex: 1 0 20rem; }
-"""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from popsd_integrations.huggingface.heads import causal_model, eval_mode
@@ -207,3 +210,39 @@ def special_tokens(model: nn.Module, tokenizer: Any) -> tuple[list[int], int]:
         raise ValueError("tokenizer: expected an eos_token_id; got None. Set tokenizer.eos_token.")
     ends = [eos] if isinstance(eos, int) else list(eos)
     return ends, ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators that `random_state` saves."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """States of the global generators: Python's, PyTorch's, and those of all CUDA devices."""
+    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """The inverse of `random_state`."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Inside, the global generators, NumPy's too, begin at ``seed``. On leaving they are as they were before.
+
+    So an evaluation changes nothing of the training around it, and all evaluations of a run draw the same numbers.
+    """
+    state, of_numpy = random_state(), np.random.get_state()
+    seed_everything(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        set_random_state(state)
+        np.random.set_state(of_numpy)

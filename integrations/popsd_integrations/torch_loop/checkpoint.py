@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,31 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from popsd_integrations.run_folder import write_whole
+from popsd_integrations.huggingface.sampling import random_state, set_random_state
+from popsd_integrations.run_folder import write_whole, writing
 
 VERSION = 2
 _TYPES = {"fingerprint": dict, "step": int, "parameters": dict, "optimizer": dict, "random": dict}
 """The parts of a checkpoint, beside its version and checksum."""
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the generators that ``random_state`` saves."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def random_state() -> dict[str, Any]:
-    """States of the global generators: Python's, PyTorch's, and those of all CUDA devices."""
-    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """The inverse of ``random_state``."""
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def checksum(content: Any) -> str:
@@ -108,6 +88,15 @@ def save_checkpoint(
     }
     content["checksum"] = checksum(content)
     write_whole(path, lambda file: torch.save(content, file))
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """What was trained, the adapter alone under PEFT, and the tokenizer, as ``from_pretrained`` loads them."""
+    # PEFT would ask the Hub whether the vocabulary was resized.
+    options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    with writing(folder):
+        model.save_pretrained(folder, **options)
+        tokenizer.save_pretrained(folder)
 
 
 def read_checkpoint(path: Path, fingerprint: dict[str, Any], resume: bool, steps: int) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ from popsd import MaskConfig, PurifiedConfig, PurifiedOPSDLoss, TargetConfig
 from popsd.markers import EpistemicMarkers
 from popsd_integrations.finite_steps import FiniteSteps
 from popsd_integrations.huggingface.frozen import FrozenChecksum, FrozenWeights, frozen_states, frozen_weights
-from popsd_integrations.huggingface.heads import causal_model, eval_mode
+from popsd_integrations.huggingface.heads import causal_model
 from popsd_integrations.huggingface.invariants import check_model
 from popsd_integrations.huggingface.objective import (
     loss_function,
@@ -41,21 +41,23 @@ from popsd_integrations.huggingface.objective import (
 )
 from popsd_integrations.huggingface.packing import pack_contexts
 from popsd_integrations.huggingface.prompts import Prompts
-from popsd_integrations.huggingface.sampling import Generate, Sampler, check_positions
+from popsd_integrations.huggingface.sampling import Generate, Sampler, check_positions, seed_everything
 from popsd_integrations.run_folder import exclusive, finishing_on_sigterm, writing
+from popsd_integrations.runs import report
+from popsd_integrations.runs.held_out import FILE as COMPLETIONS
+from popsd_integrations.runs.held_out import HeldOut, keep
+from popsd_integrations.runs.report import METRICS
 from popsd_integrations.torch_loop.checkpoint import (
-    random_state,
     read_checkpoint,
     read_metrics,
     restore,
     run_fingerprint,
     save_checkpoint,
-    seed_everything,
-    set_random_state,
+    save_model,
 )
+from popsd_integrations.torch_loop.evaluation import Judged, evaluation
 
 CHECKPOINT = "checkpoint.pt"
-METRICS = "metrics.jsonl"
 # Options that a continued run may change, because the steps taken already do not depend on them.
 _FREE = ("steps", "checkpoint_every")
 
@@ -143,6 +145,7 @@ def train(
     output_dir: str | Path,
     generate: Generate | None = None,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
+    held_out: HeldOut | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
@@ -151,10 +154,15 @@ def train(
     generate: samples the completions, see ``huggingface.Sampler``. None: ``hf_generate``.
     evaluate: called with the model every ``evaluate_every`` steps and at the end; its numbers join the metrics as
         ``eval/…``.
+    held_out: problems that are answered and judged at the same steps, sampled as in training and greedily. Adds
+        ``eval/accuracy``, ``eval/accuracy_greedy`` and ``eval/truncated``; the completions go to eval_completions.jsonl.
     resume: continue from the checkpoint in ``output_dir``, or from the start where there is none yet, to the same metrics
         as an unbroken run. Pass the same initial model, since the checkpoint holds the trained parameters only. The random
         states of PyTorch and of ``random`` are seeded, saved and restored. A ``generate`` with a generator of its own is
         not covered.
+
+    ``output_dir`` receives metrics.jsonl, popsd_config.json (the options), checkpoint.pt and, at its end, report.html and
+    in ``model`` what was trained, with the tokenizer; ``progress`` then prints how to load and evaluate it.
 
     One run at a time works in ``output_dir``. After a SIGTERM the run finishes its step, saves, and raises SystemExit(143).
     A step whose gradient is not finite is refused: the weights stay, a warning names the rows, and ``step_refused`` is 1.
@@ -167,10 +175,18 @@ def train(
     """
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one problem; got none. Build them with ContextBuilder.build_all.")
-    with exclusive(output_dir) as output, finishing_on_sigterm() as asked_to_end:
-        return _train(
-            model, tokenizer, prompts, config, output, generate, evaluate, resume, progress, asked_to_end=asked_to_end
+    if config.evaluate_every and evaluate is None and held_out is None:
+        raise ValueError(
+            f"evaluate_every: expected 0 where nothing is evaluated; got {config.evaluate_every}. Pass held_out or evaluate."
         )
+    with exclusive(output_dir) as output, finishing_on_sigterm() as asked_to_end:
+        result = _train(
+            model, tokenizer, prompts, config, output, generate, evaluate, held_out, resume, progress, asked_to_end
+        )
+        report.write_page(output)
+        if progress:
+            print("\n".join(report.how_to_go_on(output)))
+        return result
 
 
 def _train(
@@ -181,13 +197,16 @@ def _train(
     output: Path,
     generate: Generate | None,
     evaluate: Callable[[Any], dict[str, float]] | None,
+    held_out: HeldOut | None,
     resume: bool,
     progress: bool,
     asked_to_end: Callable[[], bool],
 ) -> TrainResult:
     loss_fn = config.loss_function()
     sampling: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-    sampler = Sampler(model, tokenizer, **sampling, generate=generate, vocab_size=loss_fn.config.vocab_size)
+    sampling |= {"generate": generate, "vocab_size": loss_fn.config.vocab_size}
+    sampler = Sampler(model, tokenizer, **sampling)
+    judged = None if held_out is None else Judged(held_out, model, tokenizer, sampling, config.batch_size)
     check_positions(model, prompts, config.max_new_tokens)
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     fingerprint = run_fingerprint(options, model, prompts)
@@ -204,6 +223,9 @@ def _train(
     )
     start = 0 if checkpoint is None else restore(checkpoint, trained, optimizer)
     history = read_metrics(output / METRICS, upto=start)
+    keep(output / COMPLETIONS, lambda record: record["step"] <= start)
+    base = causal_model(model).config._name_or_path
+    report.write_config(output, base=base, options=dataclasses.asdict(config), data={"prompts": len(prompts)})
     finite = FiniteSteps()
     backward = partial(_backward, model, source, loss_fn, config, (sampler.pad_token_id, side))
 
@@ -229,11 +251,8 @@ def _train(
             metrics |= {"seconds/generate": generated - began, "seconds/update": time.perf_counter() - generated}
             ending = asked_to_end()
             last = step + 1 == config.steps
-            if evaluate is not None and (last or _due(step, config.evaluate_every)):
-                state = random_state()
-                with eval_mode(model), torch.no_grad():
-                    metrics |= {f"eval/{name}": float(value) for name, value in evaluate(model).items()}
-                set_random_state(state)
+            if last or _due(step, config.evaluate_every):
+                metrics |= evaluation(model, evaluate, judged, config.seed, output, step + 1)
             history.append(metrics)
             log.write(json.dumps(metrics) + "\n")
             log.flush()
@@ -243,6 +262,8 @@ def _train(
                 save_checkpoint(output / CHECKPOINT, fingerprint, step + 1, trained, optimizer)
             if ending:
                 break
+    if not asked_to_end():
+        save_model(model, tokenizer, output / report.MODEL)
     return TrainResult(model, history)
 
 
