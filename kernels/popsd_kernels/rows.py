@@ -125,17 +125,18 @@ class Rows(NamedTuple):
         }
         return self._replace(**of_token)
 
-    def sampled(self, ids: torch.Tensor, *, relative: bool = False) -> Rows:
+    def sampled(self, ids: torch.Tensor, *, minus_student: bool = False) -> Rows:
         """The column [C, 1] of each row that belongs to its token of ``ids`` [C] int64, with the biases added in float32.
 
-        It is a vocabulary of one entry, of which sweep 1 returns the logits themselves as maxima. relative: see `RowOptions`.
+        It is a vocabulary of one entry, of which sweep 1 returns the logits themselves as maxima. minus_student: see
+        `RowOptions`.
         """
         picked = ids.clamp(0, self.student.shape[1] - 1)
         matrices = {name: getattr(self, name) for name in ("student", "difference", *_FROZEN)}
         columns: dict[str, Any] = {
             name: None if x is None else x.gather(1, picked[:, None]) for name, x in matrices.items()
         }
-        biases = dict.fromkeys(_FROZEN, None if relative or self.target_is_finished else self.frozen_bias)
+        biases = dict.fromkeys(_FROZEN, None if minus_student or self.target_is_finished else self.frozen_bias)
         for name, bias in (biases | {"student": self.student_bias}).items():
             column = columns[name]
             if bias is not None and column is not None:

@@ -101,9 +101,8 @@ class TritonBackend:
     ) -> tuple[RowLoss, torch.Tensor]:
         """The target's log-probability comes from the sampled tokens' columns, which costs the sweeps nothing."""
         ids = rows.token_ids
-        columns = (
-            None if ids is None else rows.sampled(ids, relative=options.relative)
-        )  # the gradient may take their place
+        # the gradient may take their place
+        columns = None if ids is None else rows.sampled(ids, minus_student=options.minus_student)
         statistics, losses = self._sweeps(rows, options, gradient)
         if ids is None or columns is None:
             return losses, torch.full_like(losses.divergence, float("nan"))
