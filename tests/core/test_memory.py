@@ -14,7 +14,7 @@ DHIDDEN_MIB = 4 * SHAPE.tokens * SHAPE.width / 2**20
 
 @pytest.mark.parametrize("loss", ["purified", "two"])
 def test_peak_stays_within_the_workspace(loss):
-    popsd = Popsd("popsd", "torch", workspace_mib=WORKSPACE_MIB)
+    popsd = Popsd(name="popsd", impl="torch", workspace_mib=WORKSPACE_MIB)
     peak = peak_on_cpu(popsd, Case(loss=loss, shape=SHAPE))
     # one sweep's temporaries and the packing buffers of the matrix products come on top: 6 MiB here
     assert peak < WORKSPACE_MIB + DHIDDEN_MIB + 24
