@@ -9,6 +9,7 @@ the student from the base to the target. So the markers gain where the target gi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -127,7 +128,7 @@ def diagnose(
             "prompts: expected completions of at least one token; got none. Look at the prompts' templates."
         )
     texts = [{name: tokenizer.decode(ids) for name, ids in row._asdict().items()} for row in chosen]
-    return summarise(tokens, texts, markers, config)
+    return summarise(tokens, texts, markers, dataclasses.asdict(config) | {"contexts": config.contexts})
 
 
 class _Job(NamedTuple):

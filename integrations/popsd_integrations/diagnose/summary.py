@@ -6,19 +6,15 @@ Tokens of one completion are alike, so completions are what is resampled. A mean
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from popsd.modules import FRACTION_CEILING
 from popsd_integrations.diagnose.watched import Watched
 from popsd_integrations.estimates import Interval, ratio
-
-if TYPE_CHECKING:
-    from popsd_integrations.diagnose.measure import DiagnoseConfig
 
 CONTEXTS = ("base", "teacher", "reference", "target")
 CURVES = (
@@ -126,26 +122,22 @@ def needed(change: Interval | None, margin: float, count: int) -> int | None:
 
 
 def summarise(
-    tokens: list[dict[str, Any]], texts: list[dict[str, str]], markers: Watched, config: DiagnoseConfig
+    tokens: list[dict[str, Any]], texts: list[dict[str, str]], markers: Watched, config: dict[str, Any]
 ) -> Diagnosis:
-    """Raises ValueError where no token counts."""
+    """config: what was asked for, bins, margin, loss_target and contexts among it. Raises ValueError where no token counts."""
     table = _Table(tokens)
     if not table.tokens.sum() > 0:
         raise ValueError(
             "masks, skip_first_tokens: expected a token that counts in the loss; got none. Leave fewer tokens out."
         )
     words = {word: (word,) for word in markers.ids} | {"all": markers.summed}
-    plain = dataclasses.asdict(config) | {
-        "contexts": config.contexts,
-        "watched": {x: list(y) for x, y in markers.ids.items()},
-    }
     return Diagnosis(
         tokens,
-        {word: _moves(table, of, config.margin) for word, of in words.items()},
-        _curves(table, markers.summed, config.bins),
+        {word: _moves(table, of, config["margin"]) for word, of in words.items()},
+        _curves(table, markers.summed, config["bins"]),
         _means(table),
         texts,
-        plain,
+        config | {"watched": {word: list(ids) for word, ids in markers.ids.items()}},
         markers.note,
     )
 
