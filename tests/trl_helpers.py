@@ -76,6 +76,11 @@ def completion_of(prompt_ids):
     return [prompt_ids[1] % 10, 14, 3, EOS][3 - prompt_ids[1] % 4 :]
 
 
+def begins(completion, answer):
+    """A scorer."""
+    return completion.startswith(answer)
+
+
 class FixedTrainer(PurifiedOPSDTrainer):
     """Generates ``completion_of`` instead of sampling, so that runs split otherwise see the same tokens."""
 

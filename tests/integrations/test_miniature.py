@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import random
@@ -12,6 +13,7 @@ from popsd import PurifiedConfig, oracle
 from popsd_integrations.cli import main
 from popsd_integrations.huggingface.prompts import ContextBuilder
 from popsd_integrations.huggingface.sampling import hf_generate
+from popsd_integrations.miniature import evaluate as judging
 from popsd_integrations.miniature import experiment, report, task, warmup
 from popsd_integrations.miniature.evaluate import evaluate, style_gap
 from popsd_integrations.miniature.sampler import sample
@@ -230,6 +232,34 @@ def test_table_says_what_was_chosen_and_what_is_not_claimed(results):
     text = " ".join(report.table(results[2]).split())
     assert "standard OPSD" in text and "accuracy, greedy" in text
     assert "a design choice in the synthetic data" in text and "No gain over the base is claimed" in text
+
+
+def test_one_problem_is_solved_by_the_three_models(results, monkeypatch):
+    """The completions are those of the models that the runs saved, and the puzzle is the first that sets them apart."""
+    shown = results[2]["example"]
+    assert list(shown["completions"]) == ["base", "opsd", "purified"] and not shown["wanted"]  # nothing is trained here
+    puzzle = draw_puzzles(20, "test", 0)[0]
+    assert shown["answer"] == "{} and {}".format(*puzzle.pair) and str(puzzle.target) in shown["question"]
+
+    chosen = {"base": {1, 2, 3}, "opsd": {0, 1}, "purified": {2, 3}}
+    puzzles = draw_puzzles(5, "test", 0)
+    answers = {
+        name: [
+            [TOKEN_ID["ANS"], *(x.pair if i in right else (x.pair[0],) * 2), TOKEN_ID["EOS"]]
+            for i, x in enumerate(puzzles)
+        ]
+        for name, right in chosen.items()
+    }
+    monkeypatch.setattr(judging, "complete", lambda model, puzzles, temperature: answers[model])
+    monkeypatch.setattr(judging, "eval_mode", lambda model: contextlib.nullcontext())
+    found = judging.example({name: name for name in answers}, puzzles)
+    assert found["wanted"] and found["answer"] == "{} and {}".format(*puzzles[2].pair)
+    assert [x["correct"] for x in found["completions"].values()] == [True, False, True]
+    page = report.beside(found)
+    assert (
+        page.count("<section") == 3 and "Chosen: the first test puzzle" in page and page.count("Right, 4 tokens") == 2
+    )
+    assert report._tries("MAYBE 3 8 CHECK 1 WAIT SO 6 8 OK ANS 6 8").splitlines()[1:] == ["SO 6 8 OK", "ANS 6 8"]
 
 
 class Page(HTMLParser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from popsd import PurifiedConfig, purified_target_logits
 from popsd.markers import EpistemicMarkers
 from popsd_integrations.huggingface.heads import eval_mode, head_from_model, hidden_states
 from popsd_integrations.huggingface.packing import pack_contexts
+from popsd_integrations.huggingface.sampling import own_randomness
 from popsd_integrations.miniature.sampler import sample
 from popsd_integrations.miniature.task import MAX_NEW_TOKENS, Puzzle, prompt_ids
 from popsd_integrations.miniature.tokenizer import TOKEN_ID, build_tokenizer
@@ -56,6 +58,34 @@ def evaluate(model: Any, puzzles: list[Puzzle], seed: int = 0) -> Score:
         length=sum(map(len, sampled)) / len(sampled),
         eos_rate=sum(ids[-1] == TOKEN_ID["EOS"] for ids in sampled) / len(sampled),
     )
+
+
+def example(models: Mapping[str, Any], puzzles: list[Puzzle]) -> dict[str, Any]:
+    """One puzzle with the completion that each model samples at T = 1, all from the same seed.
+
+    It is the first that base and purified solve and OPSD does not; the first of all where there is none such.
+    Returns question, answer, wanted (whether it is such a puzzle) and completions: text, correct and tokens by model.
+    """
+    made = {}
+    for name, model in models.items():
+        with eval_mode(model), own_randomness(0):
+            made[name] = complete(model, puzzles, temperature=1.0)
+    solved = {name: [x.solved_by(ids) for x, ids in zip(puzzles, rows, strict=True)] for name, rows in made.items()}
+    pattern = [name != "opsd" for name in models]
+    wanted = [list(row) == pattern for row in zip(*solved.values(), strict=True)]
+    place = wanted.index(True) if any(wanted) else 0
+    completions = {
+        name: {
+            "text": build_tokenizer().decode(rows[place], skip_special_tokens=True),
+            "correct": solved[name][place],
+            "tokens": len(rows[place]),
+        }
+        for name, rows in made.items()
+    }
+    puzzle = puzzles[place]
+    question = f"Which two of {', '.join(map(str, puzzle.digits))} sum to {puzzle.target} modulo 10?"
+    answer = f"{puzzle.pair[0]} and {puzzle.pair[1]}"
+    return {"question": question, "answer": answer, "wanted": any(wanted), "completions": completions}
 
 
 @torch.no_grad()

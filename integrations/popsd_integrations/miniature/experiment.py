@@ -25,12 +25,12 @@ import torch
 
 from popsd import PurifiedConfig
 from popsd_integrations.huggingface.prompts import ContextBuilder
-from popsd_integrations.miniature.evaluate import Score, evaluate, style_gap
+from popsd_integrations.miniature.evaluate import Score, evaluate, example, style_gap
 from popsd_integrations.miniature.sampler import sample
 from popsd_integrations.miniature.task import MAX_NEW_TOKENS, MINIATURE_CONTEXTS, draw_puzzles
 from popsd_integrations.miniature.tokenizer import build_tokenizer
 from popsd_integrations.miniature.warmup import WarmupConfig, warm_up
-from popsd_integrations.runs.report import METRICS
+from popsd_integrations.runs.report import METRICS, MODEL
 from popsd_integrations.torch_loop.loop import TrainConfig, train
 
 Target = Literal["opsd", "purified"]
@@ -70,7 +70,8 @@ def run_experiment(
     output_dir: metrics and checkpoints of each run go to ``<target>-seed<seed>`` in it; a run that was killed resumes.
     cache_dir: where warm-ups are kept. processes: None is one per run, at most one per core.
     Returns base, opsd and purified (fields of ``Score``, means over seeds), standard_error, per_seed, style_gap (see
-    ``evaluate.style_gap``), steps (metrics of every step), config, seconds.
+    ``evaluate.style_gap``), example (see ``evaluate.example``; of the runs with seed 0), steps (metrics of every step),
+    config, seconds.
     """
     began = time.perf_counter()
     output_dir, cache_dir = Path(output_dir), Path(cache_dir)
@@ -82,6 +83,9 @@ def run_experiment(
         base, gap = evaluate(model, puzzles), style_gap(model, puzzles, config.loss)
     jobs: list[tuple[Target, int]] = [(target, seed) for seed in range(config.seeds) for target in TARGETS]
     runs = _distil_all(config, jobs, output_dir, cache_dir, processes, progress)
+    with _one_thread():
+        models = {"base": model} | {x: trained(output_dir / f"{x}-seed0", config, cache_dir) for x in TARGETS}
+        shown = example(models, puzzles)
     finals: dict[str, list[Score]] = {
         target: [_final_score(runs[target, seed]) for seed in range(config.seeds)] for target in TARGETS
     }
@@ -91,6 +95,7 @@ def run_experiment(
         "standard_error": math.sqrt(base.accuracy * (1 - base.accuracy) / config.test_puzzles),
         "per_seed": {target: [score._asdict() for score in scores] for target, scores in finals.items()},
         "style_gap": gap,
+        "example": shown,
         "steps": {target: [runs[target, seed] for seed in range(config.seeds)] for target in TARGETS},
         "config": dataclasses.asdict(config),
         "seconds": {"warm-up": warmed - began, "total": time.perf_counter() - began},
@@ -134,6 +139,17 @@ def distil(
             resume=True,
             progress=False,
         ).metrics
+
+
+def trained(folder: Path, config: ExperimentConfig, cache_dir: Path) -> Any:
+    """The model that a run left in its folder."""
+    if config.lora_rank is None:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder / MODEL)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(warm_up(config.warmup, cache_dir), folder / MODEL)
 
 
 def _distil_all(

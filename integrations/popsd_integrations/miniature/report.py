@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,7 @@ def write_html(results: dict[str, Any], plots: list[Path], path: Path) -> None:
             header=header,
             body=body,
             images=images or missing,
+            example=beside(results["example"]),
             notes=notes,
             summary=html.escape(summary(results)),
             steps=results["config"]["steps"],
@@ -139,6 +141,29 @@ def write_html(results: dict[str, Any], plots: list[Path], path: Path) -> None:
     )
 
 
+def beside(example: dict[str, Any]) -> str:
+    """One problem and what base, OPSD and purified model write, a try on each line."""
+    cells = "".join(
+        f'<section class="{row}"><h3>{title}</h3><pre>{_tries(example["completions"][row]["text"])}</pre>'
+        f"<p>{'Right' if example['completions'][row]['correct'] else 'Wrong'}, "
+        f"{example['completions'][row]['tokens']} tokens</p></section>"
+        for row, title in ROWS.items()
+    )
+    chosen = "Chosen: the first test puzzle that base and purified solve and OPSD does not. Means are in the table."
+    if not example["wanted"]:
+        chosen = "The first test puzzle. There is none that base and purified solve and OPSD does not."
+    return (
+        f"<h2>One problem, three models</h2><p><b>{html.escape(example['question'])}</b> Answer: {example['answer']}.</p>"
+        f'<div class="beside">{cells}</div><p>Each samples at T = 1 from the same seed. MAYBE proposes a pair and CHECK says '
+        f"its sum modulo 10. WAIT rejects it and OK accepts it. SO accepts a pair without a check. {chosen}</p>"
+    )
+
+
+def _tries(text: str) -> str:
+    """A completion with a line for each try and for the answer."""
+    return re.sub(r" (?=MAYBE|SO|ANS)", "\n", html.escape(text))
+
+
 def _number(name: str, value: float) -> str:
     return f"{value:.1f}" if name in ("markers", "length") else f"{value:.3f}"
 
@@ -150,12 +175,15 @@ table {{ border-collapse: collapse; margin: 1rem 0; }}
 th, td {{ padding: .35rem .9rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums;
 }} th:first-child {{ text-align: left; }} thead th {{ font-weight: 600; font-size: .85em; }}
 tr.opsd th, tr.opsd td:nth-child(2) {{ color: {opsd}; }} tr.purified th, tr.purified td:nth-child(2) {{ color: {purified}; }}
+.beside {{ display: flex; flex-wrap: wrap; gap: 1rem; }} .beside section {{ flex: 1 1 16rem; }} h3 {{ margin: .3rem 0; }}
+.beside pre {{ font-size: 17px; line-height: 1.6; background: #f6f6f6; padding: .8rem; margin: 0; white-space: pre-wrap; }}
+section.opsd h3 {{ color: {opsd}; }} section.purified h3 {{ color: {purified}; }}
 img {{ width: 100%; margin: .5rem 0; }} code {{ background: #f3f3f3; padding: 0 .2em; }}
 </style></head><body> <h1>On-policy self-distillation in miniature</h1>
 <p>A small reasoner looks for the two of four digits that sum to T modulo 10. It proposes, checks and doubts. It is distilled
 on its own completions ({steps} steps of {batch}) towards a teacher that also sees the solution. Standard OPSD takes the
 teacher itself as the target. The purified target removes what the solution alone would say (arXiv 2607.02234).</p>
-<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table> <p>{summary}</p> {images} <h2>What this does and
+<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table> <p>{summary}</p> {example} {images} <h2>What this does and
 does not show</h2><ul>{notes}</ul> <p>{seconds} s of wall time, of which {warmup} s for the warm-up (next to nothing
 when it is cached). All numbers, step by step: <code>results.json</code>.</p> </body></html>
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,12 @@ from transformers import TrainerCallback
 from popsd_integrations.huggingface.frozen import EMA
 from popsd_integrations.plotting import BLUE, VERMILLION, figure, legend, save, style
 from popsd_integrations.run_folder import write_whole
+from popsd_integrations.runs import held_out, report
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "popsd_run.json"
 EMA_FILE = "popsd_ema.pt"
-PANELS = {
-    "loss": "loss per token, nats",
-    "entropy": "student entropy, nats",
-    "target_entropy": "target entropy, nats",
-    "markers/per_completion": "markers per completion",
-    "completions/mean_length": "tokens per completion",
-    "decomposition/cos_total_reference": "cos(Δ_total, Δ_ref)",
-    "decomposition/cos_total_transferable": "cos(Δ_total, Δ_it)",
-    "decomposition/reference_fraction": "‖Δ_ref‖ / ‖Δ_total‖",
-}
 
 
 class EMACallback(TrainerCallback):
@@ -122,16 +114,53 @@ class PlotMetrics(TrainerCallback):
 def plot_history(history: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot a trainer's ``state.log_history``. Raises ImportError without matplotlib."""
     columns = 4
-    drawn, axes = figure(-(-len(PANELS) // columns), columns)
-    for axis, (key, title) in zip(axes, PANELS.items(), strict=False):
-        for name, prefix, colour in (("train", "", BLUE), ("eval", "eval_", VERMILLION)):
-            points = [(row["step"], row[prefix + key]) for row in history if row.get(prefix + key) is not None]
-            if points:
-                marker = "." if name == "eval" or len(points) == 1 else ""
-                axis.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name)
+    panels = {title: lines for title, names in report.CURVES.items() if (lines := report.lines_of(history, names))}
+    drawn, axes = figure(max(1, -(-len(panels) // columns)), columns)
+    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+        for name, points in lines.items():
+            marker = "." if name == "eval" or len(points) == 1 else ""
+            colour = {"train": BLUE, "eval": VERMILLION}[name]
+            axis.plot(*zip(*points.items(), strict=True), color=colour, marker=marker, label=name)
         style(axis, title, "step")
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
     legend(axes[0])
     save(drawn, path)
+
+
+class RunFiles(TrainerCallback):
+    """Keeps metrics.jsonl and popsd_config.json in output_dir, and writes report.html at checkpoints and at the end.
+
+    A resumed run goes on with the metrics and the held-out completions of its checkpoint, and drops those of later steps.
+    base: name of the initial model. data: what is known of the data. evaluate: see `report.write_config`.
+    """
+
+    def __init__(self, base: str, data: dict[str, Any], evaluate: Sequence[str]) -> None:
+        self._about: dict[str, Any] = {"base": base, "data": data, "evaluate": evaluate}
+        self._began = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder, done = Path(args.output_dir), state.global_step
+        options = {option.name: getattr(args, option.name) for option in fields(args)}  # to_dict changes what they hold
+        report.write_config(folder, options=options, **self._about)
+        held_out.keep(folder / held_out.FILE, lambda record: 0 < record["step"] <= done)
+        lines = "".join(json.dumps(row, default=str) + "\n" for row in state.log_history)
+        write_whole(folder / report.METRICS, lambda file: file.write(lines.encode()))
+        self._began = True
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._began:  # an evaluation before any training is of no run
+            with open(Path(args.output_dir) / report.METRICS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1], default=str) + "\n")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._began:
+            report.write_page(Path(args.output_dir))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_save(args, state, control)
 
 
 def _checkpoint(args: Any, state: Any) -> Path:

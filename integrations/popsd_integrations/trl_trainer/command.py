@@ -30,7 +30,9 @@ from trl import (
 from popsd.engine.workspace import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB
 from popsd_integrations.huggingface.objective import needed_contexts
 from popsd_integrations.huggingface.prompts import ContextBuilder, thinking_states
+from popsd_integrations.runs.report import how_to_go_on, write_page
 from popsd_integrations.trl_trainer.dataset import (
+    ANSWER_COLUMN,
     SOLUTION_COLUMNS,
     WRONG_COLUMN,
     RowCheck,
@@ -52,6 +54,9 @@ class TrainArguments(ScriptArguments):
     wrong_solution_column: str = field(
         default=WRONG_COLUMN, metadata={"help": "Column with wrong solutions, for loss_target contrastive_hints."}
     )
+    answer_column: str | None = field(
+        default=None, metadata={"help": f"Column with the answers, for eval_scorer. None: {ANSWER_COLUMN}."}
+    )
     text_as_conversation: bool = field(
         default=False,
         metadata={"help": "Write a question given as text as a user's message, so that it takes the chat template."},
@@ -68,6 +73,8 @@ class TrainArguments(ScriptArguments):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, load and train; returns 0. Raises ValueError on bad input."""
     script, args, model_args, mixture = read_options(list(sys.argv[1:] if arguments is None else arguments))
+    if script.answer_column is not None and args.eval_scorer is None:
+        raise ValueError(f"answer_column: expected none without eval_scorer; got {script.answer_column!r}.")
     resumed = checkpoint_to_resume(args)
     dataset = load_data(script, mixture)
     train_dataset = split_of(dataset, script.dataset_train_split, "dataset_train_split")
@@ -100,6 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     trainer.train(resume_from_checkpoint=resumed)
     trainer.save_model(args.output_dir)
+    if trainer.is_world_process_zero():
+        write_page(Path(args.output_dir))
+        print("\n".join(how_to_go_on(Path(args.output_dir))))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     return 0
@@ -164,7 +174,9 @@ def load_data(script: TrainArguments, mixture: Any) -> Any:
         renamed[script.wrong_solution_column] = WRONG_COLUMN
     for split in dataset:
         columns = dataset[split].column_names
-        missing = sorted(renamed.keys() - set(columns or renamed))
+        answer = script.answer_column if split == script.dataset_test_split else None
+        wanted = {*renamed, *([answer] if answer is not None else [])}
+        missing = sorted(wanted - set(columns or wanted))
         if missing:
             raise ValueError(f"prompt_column and the other columns: expected columns of {columns}; got {missing}.")
         for old, new in renamed.items():
@@ -172,6 +184,9 @@ def load_data(script: TrainArguments, mixture: Any) -> Any:
                 if new in (columns or ()):  # the column that was named takes its place
                     dataset[split] = dataset[split].remove_columns(new)
                 dataset[split] = dataset[split].rename_column(old, new)
+        if answer is not None and (column := renamed.get(answer, answer)) != ANSWER_COLUMN:
+            # copied, since it may be the solutions' column too
+            dataset[split] = dataset[split].map(_with_answer, fn_kwargs={"column": column})
         if script.text_as_conversation:
             dataset[split] = dataset[split].map(_as_conversation)
     return dataset
@@ -331,3 +346,7 @@ def checkpoint_to_resume(args: PurifiedOPSDConfig) -> str | None:
 def _as_conversation(row: dict[str, Any]) -> dict[str, Any]:
     text = row["prompt"]
     return {"prompt": [{"role": "user", "content": text}] if isinstance(text, str) else text}
+
+
+def _with_answer(row: dict[str, Any], column: str) -> dict[str, Any]:
+    return {ANSWER_COLUMN: row[column]}

@@ -6,7 +6,9 @@ trainer uses only the public ``DistillationTrainer`` and what ``transformers.Tra
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ PRIVATE = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_get_train_sampler": ["self", "dataset"],
     "_tokenize_prompts": ["self", "prompts"],
+    "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"],
     "_prepare_inputs": ["self", "generation_batch"],
     "evaluation_loop": [
         "self",
@@ -98,6 +101,26 @@ def suppress_unused_tokens(trainer: Any, vocab_size: int | None) -> None:
         allowed = trainer.vllm_generation.generation_kwargs.get("allowed_token_ids") or range(vocab_size)
         kept = {"allowed_token_ids": [token for token in allowed if token < vocab_size]}
         trainer.vllm_generation.generation_kwargs = trainer.vllm_generation.generation_kwargs | kept
+
+
+@contextmanager
+def generating(trainer: Any, *, greedy: bool = False, max_new_tokens: int | None = None) -> Iterator[None]:
+    """Inside, TRL generates greedily, or so many tokens at most. None: as in training."""
+    own = trainer.generation_config
+    changed = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    trainer.generation_config = copy.deepcopy(own)
+    trainer.generation_config.update(**changed | ({"do_sample": False} if greedy else {}))
+    vllm = trainer.vllm_generation if trainer.use_vllm else None
+    of_vllm = {} if vllm is None else {x: getattr(vllm, x) for x in ("max_completion_length", "generation_kwargs")}
+    try:
+        if vllm is not None:
+            vllm.max_completion_length = max_new_tokens or vllm.max_completion_length
+            vllm.generation_kwargs = (vllm.generation_kwargs or {}) | ({"temperature": 0.0} if greedy else {})
+        yield
+    finally:
+        trainer.generation_config = own
+        for name, value in of_vllm.items():
+            setattr(vllm, name, value)
 
 
 def record(trainer: Any, metrics: Mapping[str, float]) -> None:

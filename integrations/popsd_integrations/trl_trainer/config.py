@@ -62,9 +62,12 @@ _SHAPING = {
 """TRL's options that the steps of a run depend on."""
 _FREE = {
     *("impl", "strategy", "workspace_mib", "batched_frozen", "frozen_batch_size"),
-    *("diagnostics_steps", "markers", "plot_metrics"),
+    *("diagnostics_steps", "markers", "plot_metrics", "eval_scorer", "eval_problems", "eval_max_new_tokens"),
 }
 """Options of the method that change how a run computes or what it logs, but not its steps."""
+
+
+_LEAST = {"skip_first_tokens": 0, "diagnostics_steps": 0, "frozen_batch_size": 1, "eval_problems": 1}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -193,6 +196,18 @@ class PurifiedOPSDConfig(DistillationConfig):
         default_factory=lambda: list(DEFAULT_MARKERS),
         metadata={"help": "Epistemic markers counted in the completions."},
     )
+    eval_scorer: str | None = _option(
+        None,
+        "Judge the completions of evaluations against the column 'answer', as popsd evaluate does: 'math' (math-verify) or "
+        "module:function. Logged as eval_accuracy (sampled as in training) and eval_accuracy_greedy.",
+    )
+    eval_problems: int | None = _option(
+        None, "Evaluate on so many first rows of each evaluation dataset. None: on all."
+    )
+    eval_max_new_tokens: int | None = _option(
+        None,
+        "Longest judged completion; its first max_completion_length tokens are in eval_loss. None: as in training.",
+    )
     plot_metrics: bool = _option(True, "Write metrics.png to output_dir at the end of training.")
 
     def __post_init__(self) -> None:
@@ -208,7 +223,7 @@ class PurifiedOPSDConfig(DistillationConfig):
                 raise ValueError(
                     f"generation_kwargs: expected no {name!r}; got {self.generation_kwargs[name]!r}. {remedy}"
                 )
-        for name, least in (("skip_first_tokens", 0), ("diagnostics_steps", 0), ("frozen_batch_size", 1)):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected at least {least}; got {value}.")
@@ -216,6 +231,12 @@ class PurifiedOPSDConfig(DistillationConfig):
             raise ValueError(
                 f"max_completion_length: expected more than skip_first_tokens ({self.skip_first_tokens}); got "
                 f"{self.max_completion_length}. No token would be left for the loss."
+            )
+        longest = self.eval_max_new_tokens
+        if longest is not None and (self.eval_scorer is None or longest < self.max_completion_length):
+            raise ValueError(
+                f"eval_max_new_tokens: expected at least max_completion_length ({self.max_completion_length}), with an "
+                f"eval_scorer; got {longest} with eval_scorer {self.eval_scorer!r}. Without a scorer nothing reads more."
             )
         if self.frozen_weights not in ("initial", "ema"):
             raise ValueError(f"frozen_weights: expected 'initial' or 'ema'; got {self.frozen_weights!r}.")
@@ -314,6 +335,15 @@ class PurifiedOPSDConfig(DistillationConfig):
             max_prompt_length=self.max_prompt_length,
             on_overflow=self.on_overflow,
         )
+
+    def evaluate_options(self) -> list[str]:
+        """Options with which ``popsd evaluate`` judges the same prompts by the same scorer."""
+        given = {
+            "--question_template": self.question_template if self.question_template != "{question}" else None,
+            "--chat_template_kwargs": json.dumps(self.chat_template_kwargs) if self.chat_template_kwargs else None,
+            "--scorer": self.eval_scorer if self.eval_scorer != "math" else None,
+        }
+        return [part for name, value in given.items() if value is not None for part in (name, value)]
 
     def run_options(self) -> dict[str, Any]:
         """What makes a run this one, as JSON: the options that its steps depend on, but for the number and size of batches.

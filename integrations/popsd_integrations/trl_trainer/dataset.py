@@ -1,14 +1,17 @@
-"""What the trainer asks of a dataset: its columns, and that every row becomes prompts that the model can read."""
+"""What the trainer asks of a dataset: its columns, and that every row becomes prompts that the model can read. And the
+tokenizer that makes prompts of them.
+"""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer, ProcessorMixin
 
 from popsd_integrations.huggingface.prompts import (
     ContextBuilder,
@@ -18,12 +21,13 @@ from popsd_integrations.huggingface.prompts import (
     thinking_states,
 )
 from popsd_integrations.huggingface.sampling import check_fits, position_limit
+from popsd_integrations.runs.held_out import Judge
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
 
 logger = logging.getLogger(__name__)
 
 SOLUTION_COLUMNS = ("privileged_context", "solution")
-WRONG_COLUMN = "wrong_privileged_context"
+WRONG_COLUMN, ANSWER_COLUMN = "wrong_privileged_context", "answer"
 OTHER_COLUMN = "other_privileged_context"
 IMAGE_COLUMNS = ("image", "images", "pixel_values", "video", "videos", "audio", "audios")
 
@@ -64,6 +68,16 @@ def with_other_solutions(dataset: Any, name: str, args: PurifiedOPSDConfig) -> A
         raise ValueError(f"{name}: {error}") from error
 
 
+def check_evaluation(eval_dataset: Any, args: PurifiedOPSDConfig) -> None:
+    """Raise ValueError for options of an evaluation that has no data."""
+    for name in ("eval_scorer", "eval_problems"):
+        if eval_dataset is None and getattr(args, name) is not None:
+            raise ValueError(
+                f"{name}: expected None without an eval_dataset; got {getattr(args, name)!r}. Pass one; popsd train takes it "
+                "from dataset_test_split where eval_strategy is not 'no'."
+            )
+
+
 def check_columns(dataset: Any, name: str, args: PurifiedOPSDConfig) -> None:
     """Raise TypeError or ValueError for what is no dataset, or one without the columns that are needed. Reads no row."""
     if isinstance(dataset, dict) and name != "train_dataset":
@@ -82,6 +96,11 @@ def check_columns(dataset: Any, name: str, args: PurifiedOPSDConfig) -> None:
         raise ValueError(
             f"{name}: expected the columns 'prompt' and one of {list(SOLUTION_COLUMNS)}; got {columns}. "
             "Rename them with dataset.rename_column."
+        )
+    if name != "train_dataset" and args.eval_scorer is not None and ANSWER_COLUMN not in columns:
+        raise ValueError(
+            f"{name}: expected the column {ANSWER_COLUMN!r} for eval_scorer={args.eval_scorer!r}; got {columns}. popsd train "
+            "takes it from answer_column; a solution with its answer in \\boxed{} is an answer too."
         )
     images = sorted(set(IMAGE_COLUMNS) & set(columns))
     if images:
@@ -114,39 +133,52 @@ class Counted(NamedTuple):
 
 
 class RowCheck:
-    """Whether rows become prompts that fit ``model`` together with the longest completion."""
+    """Whether rows become prompts that fit ``model`` together with the longest completion.
 
-    def __init__(self, contexts: ContextBuilder, model: Any, args: PurifiedOPSDConfig) -> None:
-        self.contexts = contexts
+    judge: of the answers in evaluation datasets, or None where nothing is judged.
+    """
+
+    def __init__(
+        self, contexts: ContextBuilder, model: Any, args: PurifiedOPSDConfig, judge: Judge | None = None
+    ) -> None:
+        self.contexts, self.judge = contexts, judge
         self.args = args
         self._limit = position_limit(model)
 
     def prompts(self, problem: Problem, where: str) -> Prompts | None:
         """The prompts, or None where the row is dropped. Raises ValueError that says ``where``."""
-        assert self.args.max_completion_length is not None
         try:
-            prompts = self.contexts.build(problem)
-            if prompts is not None:
-                check_fits(prompts, self.args.max_completion_length, self._limit)
+            return self._fitting(problem)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+
+    def _fitting(self, problem: Problem) -> Prompts | None:
+        assert self.args.max_completion_length is not None
+        prompts = self.contexts.build(problem)
+        if prompts is not None:
+            check_fits(prompts, self.args.max_completion_length, self._limit)
         return prompts
 
     def dataset(self, dataset: Any, name: str) -> Any:
-        """The dataset without the rows that are dropped. Raises ValueError on a row that is no good.
+        """The dataset without the rows that are dropped, of evaluation data the first ``eval_problems`` of it.
 
-        Of a stream the first row is looked at now, and each when it comes.
+        Raises ValueError on a row that is no good. Of a stream the first row is looked at now, and each when it comes.
         """
         if isinstance(dataset, dict):
             return {key: self.dataset(part, f"{name}[{key!r}]") for key, part in dataset.items()}
+        evaluated = name.startswith("eval")
+        if evaluated and self.args.eval_problems is not None:
+            dataset = dataset.take(self.args.eval_problems)
         if isinstance(dataset, IterableDataset):
             first = next(iter(dataset), None)
             if first is not None:
-                self._warn_of_thinking(
-                    self._counting_apart().prompts(_problem(first, f"{name}, row 0"), f"{name}, row 0")
-                )
+                self._warn_of_thinking(self._counting_apart()._checked(first, f"{name}, row 0", evaluated))
             check = self if self.args.on_overflow == "drop" else self._counting_apart()
-            return dataset.filter(lambda row, index: check._keeps(row, f"{name}, row {index}"), with_indices=True)
+
+            def keeps(row: Mapping[str, Any], index: int) -> bool:
+                return check._checked(row, f"{name}, row {index}", evaluated) is not None
+
+            return dataset.filter(keeps, with_indices=True)
         keep, counted = self.kept(dataset, name)
         if counted.dropped or counted.truncated:
             logger.warning(counted)
@@ -157,17 +189,17 @@ class RowCheck:
         if isinstance(dataset, dict):
             return [prompts for key, part in dataset.items() for prompts in self.first(part, f"{name}[{key!r}]", count)]
         own = self._counting_apart()
-        built = (own.prompts(_problem(row, where), where) for row, where in _numbered(dataset, name))
+        built = (own._checked(row, f"{name}, row {index}", False) for index, row in enumerate(dataset))
         return list(islice((prompts for prompts in built if prompts is not None), count))
 
     def kept(self, dataset: Dataset, name: str) -> tuple[list[int], Counted]:
         """The rows that are trained on, and what max_prompt_length does to the others. Raises ValueError as `dataset` does."""
-        own = self._counting_apart()
+        own, evaluated = self._counting_apart(), name.startswith("eval")
         keep: list[int] = []
         shown: Prompts | None = None
         longest = 0
-        for index, (row, where) in enumerate(_numbered(dataset, name)):
-            prompts = own.prompts(_problem(row, where), where)
+        for index, row in enumerate(dataset):
+            prompts = own._checked(row, f"{name}, row {index}", evaluated)
             if prompts is not None:
                 keep.append(index)
                 shown = shown or prompts
@@ -182,8 +214,17 @@ class RowCheck:
         self._warn_of_thinking(shown)
         return keep, counted
 
-    def _keeps(self, row: Mapping[str, Any], where: str) -> bool:
-        return self.prompts(_problem(row, where), where) is not None
+    def _checked(self, row: Mapping[str, Any], where: str, evaluated: bool) -> Prompts | None:
+        try:
+            problem = problem_of(row)
+            if evaluated and self.judge is not None:
+                self.judge.check(row.get(ANSWER_COLUMN))
+            prompts = self._fitting(problem)
+            if evaluated and prompts is not None and self.args.eval_max_new_tokens is not None:
+                check_fits(Prompts(prompts.question, [], []), self.args.eval_max_new_tokens, self._limit)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        return prompts
 
     def _counting_apart(self) -> RowCheck:
         """The same check with counters of its own, so that those of the run count what the run sees."""
@@ -200,12 +241,32 @@ class RowCheck:
             )
 
 
-def _numbered(dataset: Any, name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    return ((row, f"{name}, row {index}") for index, row in enumerate(dataset))
+def sizes(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of each dataset, or that it is a stream."""
+    parts = {
+        f"{name} {key}".strip(): part
+        for name, dataset in data.items()
+        for key, part in (dataset.items() if isinstance(dataset, dict) else [("", dataset)])
+    }
+    return {name: "a stream" if isinstance(part, IterableDataset) else len(part) for name, part in parts.items()}
 
 
-def _problem(row: Mapping[str, Any], where: str) -> Problem:
-    try:
-        return problem_of(row)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+def tokenizer_of(given: Any, model: Any, args: PurifiedOPSDConfig) -> Any:
+    """The tokenizer: the one given, a processor's, or the model's. TRL would load a processor where there is one.
+
+    Raises ValueError where it has no end-of-sequence token.
+    """
+    tokenizer = given
+    if given is None:
+        source = model if isinstance(model, str) else model.config._name_or_path
+        if not source:
+            raise ValueError("processing_class: expected a tokenizer, since the model names no files; got None.")
+        revision = (args.model_init_kwargs or {}).get("revision") or "main"
+        options = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", truncation_side="left", **options)
+    elif isinstance(given, ProcessorMixin):
+        tokenizer = copy.copy(given.tokenizer)
+        tokenizer.chat_template = tokenizer.chat_template or given.chat_template
+    if tokenizer.eos_token is None:
+        raise ValueError("processing_class: expected a tokenizer with an eos_token; got None. Set tokenizer.eos_token.")
+    return tokenizer

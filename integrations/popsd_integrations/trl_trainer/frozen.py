@@ -37,6 +37,16 @@ def check_teacher(teacher_model: Any, args: PurifiedOPSDConfig) -> None:
             )
 
 
+def check_student(model: nn.Module) -> None:
+    """Raise ValueError for a loss of the model's own, which only its forward with labels would add."""
+    config: Any = model.config
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            "model.config.output_router_logits: expected False; got True. The load-balancing loss of a mixture of experts "
+            "is not added here; set it to False, and freeze the routers where they must stay balanced."
+        )
+
+
 def copy_of(model: Any, args: PurifiedOPSDConfig) -> Any:
     """What TRL takes as a teacher to be the frozen initial weights: the path, loaded once more, or a copy."""
     if isinstance(model, str):

@@ -13,22 +13,25 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
-from transformers import AutoTokenizer, ProcessorMixin
 
 from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states, has_adapter
 from popsd_integrations.huggingface.heads import held, local_head, run_in_forward
 from popsd_integrations.huggingface.objective import measures_decomposition, needed_contexts, student_loss
 from popsd_integrations.huggingface.packing import Packed, pack_padded, padded, unpad
 from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts
-from popsd_integrations.huggingface.sampling import check_sampled, only_given_settings
-from popsd_integrations.trl_trainer.callbacks import EMACallback, NothingTrained, PlotMetrics, SameRun
+from popsd_integrations.huggingface.sampling import check_sampled, only_given_settings, own_randomness
+from popsd_integrations.runs.held_out import GREEDY, SAMPLED, Judge, accuracies, log
+from popsd_integrations.trl_trainer.callbacks import EMACallback, NothingTrained, PlotMetrics, RunFiles, SameRun
 from popsd_integrations.trl_trainer.compat import (
     EpochSampler,
     accumulation_factor,
+    generating,
     record,
     record_extreme,
     record_means,
@@ -38,15 +41,26 @@ from popsd_integrations.trl_trainer.compat import (
 )
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
 from popsd_integrations.trl_trainer.dataset import (
+    ANSWER_COLUMN,
     OTHER_COLUMN,
     SOLUTION_COLUMNS,
     WRONG_COLUMN,
     RowCheck,
     check_columns,
+    check_evaluation,
     problem_of,
+    sizes,
+    tokenizer_of,
     with_other_solutions,
 )
-from popsd_integrations.trl_trainer.frozen import FrozenWeightsCallback, agreed, check_teacher, copy_of, exact_side
+from popsd_integrations.trl_trainer.frozen import (
+    FrozenWeightsCallback,
+    agreed,
+    check_student,
+    check_teacher,
+    copy_of,
+    exact_side,
+)
 from popsd_integrations.trl_trainer.guards import GuardedTrainer
 
 __all__ = ["PurifiedOPSDConfig", "PurifiedOPSDTrainer"]
@@ -70,12 +84,14 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         args: `PurifiedOPSDConfig`.
         train_dataset, eval_dataset: with the columns ``prompt`` (text or conversational) and ``privileged_context`` or
             ``solution`` (text: the reference solution), and for contrastive hints ``wrong_privileged_context``. As in TRL, a
-            text prompt is used as it is, without chat template.
+            text prompt is used as it is, without chat template. With ``eval_scorer`` an evaluation dataset has the column
+            ``answer`` too.
         teacher_model: the frozen weights, where they shall be others than the student's own. Needed where neither the
             adapter can be switched off nor the weights copied, such as a model that is sharded already.
         processing_class, callbacks, optimizers, quantization_config, peft_config: see ``trl.DistillationTrainer``.
 
-    ``train`` keeps the options in output_dir, as popsd_run.json, and resumes no checkpoint of a run with others.
+    ``train`` keeps the options in output_dir, as popsd_run.json, beside metrics.jsonl, popsd_config.json (all options),
+    report.html and, of evaluations with ``eval_scorer``, eval_completions.jsonl. It resumes no checkpoint of a run with others.
     ``args`` is copied, so that the same one can build another trainer.
 
     Of a processor the tokenizer is used: training is on text alone, and only the tokenizer is saved with the model.
@@ -111,12 +127,13 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             raise TypeError(f"args: expected a PurifiedOPSDConfig; got {type(args).__name__}.")
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         data = {name: dataset for name, dataset in data.items() if dataset is not None}
+        check_evaluation(eval_dataset, args)
         for name, dataset in data.items():
             check_columns(dataset, name, args)
         data = {name: with_other_solutions(dataset, name, args) for name, dataset in data.items()}
         args = copy.copy(args)  # TRL reads the teacher's options from it, and below they are set
         check_teacher(teacher_model, args)
-        processing_class = _tokenizer(processing_class, model, args)
+        processing_class = tokenizer_of(processing_class, model, args)
         own_teacher = teacher_model is not None
         adapter = peft_config is not None or (not isinstance(model, str) and has_adapter(model))
         if teacher_model is None and not adapter and args.frozen_weights == "initial":
@@ -133,13 +150,15 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        _check_student(self.model)
+        check_student(self.model)
         self._zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
         self._loss_fn = args.loss_function(self.processing_class)
         suppress_unused_tokens(self, self._loss_fn.config.vocab_size)
         self._markers = args.epistemic_markers()
         self._contexts = ContextBuilder(self.processing_class, args.context_config(), text_as_chat=False)
-        self._rows = RowCheck(self._contexts, self.model, args)
+        scorer, ends = args.eval_scorer, self.eos_token_ids
+        self._judge = None if scorer is None else Judge(scorer, self.processing_class, ends)
+        self._rows = RowCheck(self._contexts, self.model, args, self._judge)
         for name, dataset in data.items():
             setattr(self, name, self._rows.dataset(dataset, name))
         self._nothing_trained = NothingTrained()
@@ -157,6 +176,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         self.add_callback(FrozenWeightsCallback(self._frozen_source))
         if args.plot_metrics:
             self.add_callback(PlotMetrics())
+        self.add_callback(RunFiles(self.model.config._name_or_path, sizes(data), args.evaluate_options()))
 
     def _checked_model(self, data: Mapping[str, Any], own_teacher: bool) -> str:
         """The padding side that `check_model` finds exact. data: as given; a stream that drops rows would count them here.
@@ -174,7 +194,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         return self._ema or AdapterOff(self.accelerator.unwrap_model(self.model))
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt", *SOLUTION_COLUMNS, WRONG_COLUMN, OTHER_COLUMN]
+        self._signature_columns = ["prompt", *SOLUTION_COLUMNS, WRONG_COLUMN, OTHER_COLUMN, ANSWER_COLUMN]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(dataset)
@@ -192,8 +212,14 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         prompt, reference prompt and completion, which stay on the host.
         """
         prompts = [self._prompts(problem_of(row)) for row in inputs]
-        with only_given_settings(self.model):
+        evaluated = not self.model.training
+        longest = self.args.eval_max_new_tokens if evaluated else None
+        with only_given_settings(self.model), generating(self, max_new_tokens=longest):
             batch = super()._generate_and_score_completions([{"prompt": row.question} for row in prompts])
+        if evaluated:
+            self._judge_completions(inputs, prompts, unpad(batch["completion_ids"], batch["completion_mask"]))
+            cut = {x: batch[x][:, : self.args.max_completion_length] for x in ("completion_ids", "completion_mask")}
+            batch |= cut
         for name in ("teacher", "reference"):
             rows = [getattr(row, name) for row in prompts]
             ids, mask = padded(rows, self.processing_class.pad_token_id, device=self.accelerator.device)
@@ -205,6 +231,23 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         batch["num_items_in_batch"] = self.accelerator.reduce(counted.sum(), "sum")
         self._record_completions(completions)
         return batch
+
+    def _judge_completions(
+        self, inputs: list[dict[str, Any]], prompts: list[Prompts], sampled: list[list[int]]
+    ) -> None:
+        """Judge what was sampled, and what is generated greedily beside it, where accuracy is asked for."""
+        if self._judge is None:
+            return
+        questions = [row.question for row in prompts]
+        with (
+            only_given_settings(self.model),
+            generating(self, greedy=True, max_new_tokens=self.args.eval_max_new_tokens),
+        ):
+            greedy = self._generate_single_turn(questions, None, {})
+        own = rows_of_data(self, len(inputs))
+        rows = [(ids, row.get(ANSWER_COLUMN)) for ids, row in zip(questions, inputs, strict=True)][:own]
+        for kind, completions in ((SAMPLED, sampled), (GREEDY, greedy)):
+            self._judge.add(kind, rows, completions[:own])
 
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """Prompts come as token ids already, so TRL cannot tokenise a question otherwise than teacher and reference."""
@@ -238,10 +281,18 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         """transformers' loop, whose loss and metrics are means over the tokens of the whole set, each row counted once.
 
         Of a stream that ends amid a batch the rows that accelerate repeats for other processes are counted again.
+        The random states stay as they are, and every evaluation draws the same numbers; vLLM has its own.
         """
         take_eval_means(self)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in take_eval_means(self).items()})
+        with own_randomness(self.args.seed + self.accelerator.process_index):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        found = take_eval_means(self)
+        if self._judge is not None:
+            records = gather_object(self._judge.take())
+            found |= accuracies(records)
+            if self.accelerator.is_main_process:
+                log(Path(self.args.output_dir), self.state.global_step, metric_key_prefix, records)
+        output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in found.items()})
         return output
 
     def _loss(
@@ -343,34 +394,3 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         record_means(self, dict(zip(names, zip(values, counts, strict=True), strict=True)))
         if self.model.training:
             self._nothing_trained.tokens += values[of_weight.index(True)] if any(of_weight) else tokens
-
-
-def _tokenizer(given: Any, model: Any, args: PurifiedOPSDConfig) -> Any:
-    """The tokenizer: the one given, a processor's, or the model's. TRL would load a processor where there is one.
-
-    Raises ValueError where it has no end-of-sequence token.
-    """
-    tokenizer = given
-    if given is None:
-        source = model if isinstance(model, str) else model.config._name_or_path
-        if not source:
-            raise ValueError("processing_class: expected a tokenizer, since the model names no files; got None.")
-        revision = (args.model_init_kwargs or {}).get("revision") or "main"
-        options = {"revision": revision, "trust_remote_code": args.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", truncation_side="left", **options)
-    elif isinstance(given, ProcessorMixin):
-        tokenizer = copy.copy(given.tokenizer)
-        tokenizer.chat_template = tokenizer.chat_template or given.chat_template
-    if tokenizer.eos_token is None:
-        raise ValueError("processing_class: expected a tokenizer with an eos_token; got None. Set tokenizer.eos_token.")
-    return tokenizer
-
-
-def _check_student(model: nn.Module) -> None:
-    """Raise ValueError for a loss of the model's own, which only its forward with labels would add."""
-    config: Any = model.config
-    if getattr(config.get_text_config(), "output_router_logits", False):
-        raise ValueError(
-            "model.config.output_router_logits: expected False; got True. The load-balancing loss of a mixture of experts "
-            "is not added here; set it to False, and freeze the routers where they must stay balanced."
-        )

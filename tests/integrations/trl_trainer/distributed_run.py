@@ -49,6 +49,12 @@ def sharded(lora, apart):
     return model
 
 
+def judged(folder):
+    """Completions of the evaluations, in an order that does not depend on the number of processes."""
+    path = Path(folder, "eval_completions.jsonl")
+    return sorted(path.read_text().splitlines()) if path.exists() else []
+
+
 def saved(model, folder):
     path = Path(folder, f"model-{os.environ.get('RANK', 0)}")
     model.save_pretrained(path)
@@ -88,7 +94,13 @@ def main(engine, kind, folder):
         if "path" in kind:  # ZeRO-3 then partitions while it loads
             model = saved(model, folder)
         if "evaluated" in kind:
-            options |= {"eval_rows": ROWS[:7], "eval_strategy": "steps", "eval_steps": 1}
+            rows = [{**row, "answer": "3"} for row in ROWS[:7]]
+            options |= {
+                "eval_rows": rows,
+                "eval_strategy": "steps",
+                "eval_steps": 1,
+                "eval_scorer": "trl_helpers:begins",
+            }
             options["per_device_eval_batch_size"] = 4 // processes
         trainer = build(folder, model=model, lora=lora, **options)
     real = trainer.compute_loss
@@ -112,9 +124,8 @@ def main(engine, kind, folder):
     with gathered(engine, parameters):
         norm = sum((p.full_tensor() if hasattr(p, "full_tensor") else p).double().norm().item() for p in parameters)
     if trainer.accelerator.is_main_process:
-        Path(folder, "result.json").write_text(
-            json.dumps({"logs": logs(trainer), "eval": logs(trainer, "eval_loss"), "norm": norm, "rows": len(ROWS)})
-        )
+        result = {"logs": logs(trainer), "eval": logs(trainer, "eval_loss"), "judged": judged(folder)}
+        Path(folder, "result.json").write_text(json.dumps(result | {"norm": norm, "rows": len(ROWS)}))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 

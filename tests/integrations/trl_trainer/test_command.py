@@ -249,6 +249,26 @@ def test_a_wrong_hint_comes_from_a_column_and_joins_the_dry_run(work, capsys):
     assert (options.pmi_clip, options.masks) == (None, {"floor": 0.5})
 
 
+def test_answers_come_from_a_column_and_the_end_says_how_to_go_on(work, capsys):
+    rows = (work / "data" / "train.jsonl").read_text()
+    (work / "data" / "test.jsonl").write_text(rows)
+    flags = ["--eval_strategy", "steps", "--eval_steps", "2", "--answer_column", "answer", "--eval_problems", "3"]
+    assert cli.main(["train", "--config", str(work / "config.yaml"), *flags]) == 2
+    assert "answer_column: expected none without eval_scorer; got 'answer'" in capsys.readouterr().err
+    flags += ["--eval_scorer", "popsd_integrations.miniature.task:verdict", "--save_strategy", "no"]
+    assert cli.main(["train", "--config", str(work / "config.yaml"), *flags]) == 0
+    saved, load, evaluate = capsys.readouterr().out.splitlines()[-3:]
+    assert saved.startswith(
+        f"Saved: the adapter in {work}/out; metrics.jsonl, popsd_config.json, eval_completions.jsonl"
+    )
+    assert load.startswith(f"Load: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{work}/model')")
+    assert evaluate.startswith(
+        f"Evaluate: popsd evaluate --model {work}/model --adapters {work}/out --scorer popsd_int"
+    )
+    records = [json.loads(line) for line in (work / "out" / "eval_completions.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * 3 and "WAIT" in records[0]["expected"]
+
+
 def test_a_file_is_data_and_its_named_column_takes_the_place_of_another(work, capsys):
     rows = [
         {"prompt": "7", "privileged_context": "7", "problem": f"{a} 1", "answer": f"{a} WAIT\u001b[31m\u202e"}

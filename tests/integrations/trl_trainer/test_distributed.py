@@ -85,5 +85,7 @@ def test_two_processes_are_one(engine, kind, one_process, tmp_path):
     for row, other in zip(*(x["logs"] + x["eval"] for x in (expected, found)), strict=True):
         row, other = ({n: x for n, x in r.items() if not any(word in n for word in NOT_COMPARED)} for r in (row, other))
         assert other == pytest.approx(row, rel=1e-5, abs=1e-6)
+    assert found["judged"] == expected["judged"] and len(found["judged"]) == len(found["eval"]) * 7 * 2
+    assert all(row["eval_accuracy"] == row["eval_accuracy_greedy"] == 3 / 7 for row in found["eval"])
     assert found["norm"] == pytest.approx(expected["norm"], rel=1e-5)
     assert expected["logs"][0]["loss"] > 0.005 and expected["logs"][0]["grad_norm"] > 0.01
