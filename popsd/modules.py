@@ -54,6 +54,8 @@ class PurifiedOPSDLoss(torch.nn.Module):
         self.config = PurifiedConfig() if config is None else config
         if loss_target == "opsd":
             validation.two_distributions_config(config)
+        else:
+            validation.target_config(config)
         self.loss_target, self.reduction, self.masks = loss_target, reduction, masks
         self.impl, self.workspace_mib, self.strategy = impl, workspace_mib, strategy
 
@@ -98,6 +100,8 @@ class PurifiedOPSDLoss(torch.nn.Module):
         else:
             weights = checks.checked_completion_mask(mask, shape, device)
         checks.check_num_items(num_items)
+        if token_ids is not None:
+            checks.check_token_ids(token_ids, shape, device)
         if self.reduction == "sequence_mean":
             if weights.ndim != 2:
                 raise ValueError(

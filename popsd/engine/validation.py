@@ -301,7 +301,8 @@ def check_finite(
     """
     if not (may_look(next(iter(streams.values()))) if config.check_finite is None else config.check_finite):
         return
-    for name, x in streams.items():
+    for name, stream in streams.items():
+        x = stream if heads is not None else stream[..., :vocab_size]
         # a sum is finite exactly when no entry is NaN or inf, short of overflow: one cheap pass when all is well
         if torch.isfinite(x.detach().sum(dtype=torch.float32)):
             continue

@@ -158,3 +158,16 @@ def test_cosines_stay_within_one():
     logits = [popsd.oracle.head_logits(x, HEAD) for x in parallel]
     parts = popsd.oracle.decompose(logits[0], logits[2], logits[3], PurifiedConfig())
     assert max(x.abs().max() for name, x in parts._asdict().items() if "cos" in name) <= 1.0
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(2, 7), torch.zeros(4, 2), torch.zeros(2, 3)])
+def test_ids_of_other_tokens_than_the_masks_are_refused(ids):
+    """With a mask the ids of the counted tokens are picked by position, so that ids of another shape would be mispaired."""
+    hidden = HiddenStates(*torch.randn(4, 2, 4, HEAD.weight.shape[1]))
+    with pytest.raises(ValueError, match=r"token_ids: expected shape \[2, 4\]"):
+        PurifiedOPSDLoss()(hidden, HEAD, mask=torch.ones(2, 4, dtype=torch.bool), token_ids=ids.long())
+
+
+def test_a_target_that_is_not_registered_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"config.target: expected one of .*; got 'sharpend'"):
+        PurifiedOPSDLoss(popsd.TargetConfig(target="sharpend", numbers=(1.0,)))

@@ -281,3 +281,12 @@ def test_the_finite_check_can_be_switched_off_and_skips_masked_tokens():
 def test_the_finite_check_survives_an_overflowing_sum():
     huge = HIDDEN._replace(teacher=torch.full((N, D), 3e38))
     assert linear_purified_jsd(huge._replace(reference=huge.teacher), HEAD).loss.shape == (N,)
+
+
+def test_logits_beyond_the_vocabulary_in_use_may_be_anything():
+    """As in padding columns that nobody wrote."""
+    student, target = torch.randn(2, 3, 9)
+    padded = torch.nn.functional.pad(student, (0, 2), value=float("nan"))
+    config = popsd.DivergenceConfig(vocab_size=9)
+    found = popsd.jsd(padded, torch.nn.functional.pad(target, (0, 2)), config=config)
+    torch.testing.assert_close(found.loss, popsd.jsd(student, target).loss)

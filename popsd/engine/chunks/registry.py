@@ -226,7 +226,14 @@ def _parameters(function: Callable[..., Any]) -> dict[str, float | None] | None:
     positional = [x for x in found if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
     if len(positional) < len(found):
         return None
-    return {x.name: None if x.default is x.empty else float(x.default) for x in positional[len(CONTEXTS) :]}
+    given = {x.name: None if x.default is x.empty else x.default for x in positional[len(CONTEXTS) :]}
+    wrong = [name for name, default in given.items() if not (default is None or isinstance(default, int | float))]
+    if len(positional) < len(CONTEXTS) or wrong:
+        raise TypeError(
+            "function: expected function(base, teacher, reference, *numbers), whose defaults are numbers; got "
+            f"{inspect.signature(function)}."
+        )
+    return {name: None if default is None else float(default) for name, default in given.items()}
 
 
 def _checked(name: str, target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -243,4 +250,6 @@ def _checked(name: str, target: torch.Tensor, like: torch.Tensor) -> torch.Tenso
         )
     if target.device.type == "cpu" and not (target < torch.inf).all():  # on a GPU the host would have to wait
         raise ValueError(f"target {name!r}: expected its function to return logits; got NaN or +inf.")
+    if target.device.type == "cpu" and (target.amax(1) == -torch.inf).any():
+        raise ValueError(f"target {name!r}: expected a possible token in every row; got -inf in all entries of one.")
     return target

@@ -56,15 +56,20 @@ def spread_betas(beta: torch.Tensor, shape: Sequence[int], device: torch.device)
     return beta
 
 
+def check_token_ids(token_ids: torch.Tensor, shape: Sequence[int], device: torch.device) -> None:
+    """One int64 id for each token. Looks at no entry."""
+    _check_token_tensor("token_ids", token_ids, shape, device)
+    if token_ids.dtype != torch.int64:
+        raise TypeError(f"token_ids: expected int64; got {token_ids.dtype}. Convert it with .long().")
+
+
 def checked_token_ids(
     token_ids: torch.Tensor | None, shape: Sequence[int], device: torch.device, vocab_size: int
 ) -> torch.Tensor | None:
     """Flat int64 token ids, -1 for none."""
     if token_ids is None:
         return None
-    _check_token_tensor("token_ids", token_ids, shape, device)
-    if token_ids.dtype != torch.int64:
-        raise TypeError(f"token_ids: expected int64; got {token_ids.dtype}. Convert it with .long().")
+    check_token_ids(token_ids, shape, device)
     flat = token_ids.reshape(-1)
     if may_look(flat) and flat.numel() and not -1 <= int(flat.min()) <= int(flat.max()) < vocab_size:
         raise ValueError(

@@ -230,6 +230,7 @@ def test_a_target_sees_a_few_tokens_at_a_time(monkeypatch):
         (lambda b, t, r: t[:, 1:], ValueError, r"target 'bad': .*return shape \[8, 211\] on cpu.*got \[8, 210\]"),
         (lambda b, t, r: None, TypeError, r"target 'bad': .*return a torch.Tensor; got NoneType"),
         (lambda b, t, r: t / 0.0 * 0.0, ValueError, r"target 'bad': .*return logits; got NaN or \+inf"),
+        (lambda b, t, r: t - torch.inf, ValueError, r"target 'bad': .*possible token in every row; got -inf"),
     ],
 )
 def test_what_a_function_may_not_return(function, error, message):
@@ -268,6 +269,8 @@ MIX = presets.arithmetic_mix(SHARE)
         (lambda: popsd.register_target("arithmetic_mix", max), ValueError, r"name: expected one that is not taken"),
         (lambda: popsd.register_target("", max), TypeError, r"name: expected a non-empty string"),
         (lambda: popsd.register_target("x", None), TypeError, r"function: expected a function"),
+        (lambda: popsd.register_target("x", lambda b, t, r, p="x": b), TypeError, r"function: .*defaults are numbers"),
+        (lambda: popsd.register_target("x", lambda b, t: b), TypeError, r"function: .*base, teacher, reference"),
         (lambda: popsd.register_target("a:b", max), TypeError, r"name: expected a non-empty string without ':'"),
         (lambda: popsd.register_target("x", max, max), TypeError, r"device_function: expected .*triton.jit"),
         (lambda: popsd.register_target("x", max, contexts=("base",)), ValueError, r"contexts: expected one of"),
