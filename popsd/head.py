@@ -98,3 +98,9 @@ def _require_dense(name: str, tensor: torch.Tensor, shape: str) -> None:
         raise TypeError(
             f"{name}: expected a floating dtype; got {tensor.dtype}. A quantised head must be dequantised first."
         )
+
+
+def is_shared(own: Head, frozen: Head) -> bool:
+    """Whether both are the very same tensors and transforms, so that one projection serves all streams."""
+    same = own.weight is frozen.weight and own.bias is frozen.bias
+    return same and (own.logit_scale, own.softcap) == (frozen.logit_scale, frozen.softcap)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from popsd.config import DivergenceConfig, Impl, Method, PurifiedConfig, Strategy, TargetConfig
-from popsd.head import Head
+from popsd.head import Head, is_shared
 from popsd.outputs import HiddenStates
 from popsd_kernels.rows import LogitTransform, RowOptions
 
@@ -269,10 +269,10 @@ def problem_of(
     """Validated arguments as the operator takes them.
 
     streams: [..., D], base and reference None with two distributions.
-    heads: student's and frozen one, the same object where it is shared; None for logits.
+    heads: student's and frozen one; None for logits.
     """
     own, frozen = heads or (None, None)
-    separate = None if frozen is own else frozen
+    separate = None if own is None or frozen is None or is_shared(own, frozen) else frozen
     # the others never receive gradient: a loss of which they alone require one must not say that it requires one
     frozen_streams = (None if x is None else x.detach() for x in streams[1:])
     tensors = Tensors(

@@ -15,7 +15,7 @@ from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedCon
 from popsd.engine.chunks.registry import checked_target
 from popsd.engine.problem import Problem
 from popsd.engine.tokens.checks import check_dense, may_look
-from popsd.head import Head
+from popsd.head import Head, is_shared
 from popsd.outputs import HiddenStates
 
 Streams = dict[str, torch.Tensor]
@@ -239,7 +239,7 @@ def gram_obstacle(heads: tuple[Head, Head] | None) -> str | None:
     if heads is None:
         return "hidden states and a head, not logits"
     own, frozen = heads
-    if own.weight is not frozen.weight or own.bias is not frozen.bias or own.logit_scale != frozen.logit_scale:
+    if not is_shared(own, frozen):
         return "one head for student, teacher and reference, as under LoRA: frozen_head=None"
     if own.softcap is not None or frozen.softcap is not None:
         return "a head without soft cap, which is not linear"

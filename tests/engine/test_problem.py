@@ -109,3 +109,11 @@ def test_each_question_has_one_answer(config, head, wanted, yes):
         {"is_base_minus_student"} if head.softcap is None else set()
     )
     assert not two.is_purified
+
+
+def test_a_head_in_two_objects_is_one_head():
+    """As `head_from_model` gives it for student and frozen weights under LoRA: the fourth matmul would be in vain."""
+    hidden, head = make_hidden(4, 8, 0.3), make_head(11, 8)
+    again = Head(head.weight, head.bias, head.logit_scale, head.softcap)
+    problems = [problem_of(hidden, (head, x), PurifiedConfig()) for x in (again, head, make_head(11, 8, seed=5))]
+    assert [x.tensors.frozen_weight is None for x in problems] == [True, True, False]
