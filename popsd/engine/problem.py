@@ -47,6 +47,7 @@ class Options(NamedTuple):
     """
 
     beta: float
+    renyi_alpha: float | None
     temperature: float
     token_clip: float | None
     entry_clip: float | None
@@ -178,11 +179,16 @@ class Problem:
         return self.options.with_dhead or self.tensors.student_weight is None
 
     @property
+    def _is_one_sided(self) -> bool:
+        """Whether a token that is impossible to one of the two alone makes the loss infinite."""
+        options = self.options
+        return options.beta in (0.0, 1.0) and options.entry_clip is None and options.renyi_alpha is None
+
+    @property
     def is_disjoint_by_rows(self) -> bool:
         """Whether some tokens' KL may be infinite: of given logits, and of a registered target. A JSD and one with capped
         entries never are."""
-        one_sided = self.options.beta in (0.0, 1.0) and self.options.entry_clip is None
-        return one_sided and (self.tensors.student_weight is None or self.options.target is not None)
+        return self._is_one_sided and (self.tensors.student_weight is None or self.options.target is not None)
 
     @property
     def is_disjoint_by_heads(self) -> bool:
@@ -190,7 +196,7 @@ class Problem:
         options, tensors = self.options, self.tensors
         if tensors.frozen_weight is None or (tensors.student_bias is None and tensors.frozen_bias is None):
             return False
-        one_sided = options.beta in (0.0, 1.0) and options.entry_clip is None and options.target is None
+        one_sided = self._is_one_sided and options.target is None
         return one_sided and options.student_softcap is None and options.frozen_softcap is None
 
     @property
@@ -239,6 +245,7 @@ class Problem:
         options = self.options
         result = RowOptions(
             beta=options.beta,
+            renyi=options.renyi_alpha,
             inv_temperature=1.0 / options.temperature,
             entry_clip=options.entry_clip,
             token_clip=options.token_clip,
