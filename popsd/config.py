@@ -53,6 +53,9 @@ class DivergenceConfig:
         1 − 10·0.1. Mind the step: towards 0 the mixture's divergence goes to 0 like beta·KL(q‖p), towards 1 likewise.
         A KL of a token that only its first policy can sample (the other's logit is -inf) is inf. The gradient is then p − q at
         beta = 0 and NaN at beta = 1. A mixture, and ``entry_clip``, are always finite; ``token_clip`` caps it as any other.
+    renyi_alpha: order α in (0, 1) or None; the forward Rényi divergence D_α(q‖p) = −log Σ q^α·p^(1−α) / (1 − α) in place of a
+        JSD (SR-OPSD, arXiv 2608.09745, with α from .9 to .95). Its limit at 1 is forward KL: it needs beta = 0, and has no
+        contributions of entries for ``entry_clip`` to cap. It is inf where no token is possible to both, and finite else.
     temperature: > 0; divides every stream's logits. No temperature² factor is applied.
     token_clip: > 0 or None; caps the token's loss. A capped token has zero gradient.
     entry_clip: > 0 or None; caps each vocabulary entry's contribution (OPSD's stabiliser, arXiv 2601.18734). A capped entry
@@ -71,6 +74,7 @@ class DivergenceConfig:
     entry_clip: float | None = None
     vocab_size: int | None = None
     check_finite: bool | None = None
+    renyi_alpha: float | None = None
 
     def __post_init__(self) -> None:
         _require_number("beta", self.beta)
@@ -80,6 +84,16 @@ class DivergenceConfig:
             )
         if abs(self.beta - round(self.beta)) <= BETA_RESOLUTION:
             object.__setattr__(self, "beta", float(round(self.beta)))
+        if self.renyi_alpha is not None:
+            _require_number("renyi_alpha", self.renyi_alpha)
+            if not 0.0 < self.renyi_alpha < 1.0:
+                raise ValueError(f"renyi_alpha: expected a number between 0 and 1, or None; got {self.renyi_alpha}.")
+            for name, only in (("beta", 0.0), ("entry_clip", None)):
+                if getattr(self, name) != only:
+                    raise ValueError(
+                        f"{name}: expected {only} with renyi_alpha={self.renyi_alpha}, which is a forward divergence of whole "
+                        f"distributions; got {getattr(self, name)}. Set {name}={only}."
+                    )
         _require_positive("temperature", self.temperature)
         for name in ("token_clip", "entry_clip", "vocab_size"):
             if getattr(self, name) is not None:

@@ -91,8 +91,14 @@ def purification(
 
 
 def divergence(log_p: torch.Tensor, log_q: torch.Tensor, config: DivergenceConfig) -> torch.Tensor:
-    """Generalised JSD of student p and target q per token, Eq. 12 and 18, with both clips. [..., V] log-probs → [...]."""
-    beta = config.beta
+    """Generalised JSD of student p and target q per token, Eq. 12 and 18, with both clips. [..., V] log-probs → [...].
+
+    Or with ``renyi_alpha`` D_α(q‖p) = −log Σ_v q^α·p^(1−α) / (1 − α).
+    """
+    beta, alpha = config.beta, config.renyi_alpha
+    if alpha is not None:
+        loss = torch.logsumexp(alpha * log_q + (1.0 - alpha) * log_p, dim=-1) / (alpha - 1.0)
+        return loss if config.token_clip is None else loss.clamp(max=config.token_clip)
     outside = torch.isneginf(log_p) & torch.isneginf(log_q)  # impossible in both: contributes nothing
     log_p, log_q = log_p.masked_fill(outside, 0.0), log_q.masked_fill(outside, 0.0)
     p, q = log_p.exp(), log_q.exp()

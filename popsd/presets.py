@@ -9,6 +9,7 @@
 | its return-to-go along each completion | `return_to_go` of the sampled tokens' log-probabilities in `LossOutput` |
 | any geometric mix, DemoPSD (arXiv 2607.02502) among them | `geometric_mix` with ``popsd.linear_jsd`` |
 | forward KL on right, reverse on wrong completions (OG-OPSD, arXiv 2610.05070) | ``beta=`` of a loss, 0 or 1 for each |
+| forward Rényi of order .9 to .95 (SR-OPSD, arXiv 2608.09745) | ``renyi_alpha`` of a configuration, with beta 0 |
 | controls: another problem's solution (OP²SD, arXiv 2608.09228), no reference (arXiv 2609.20612) | contexts: any target |
 | position weights (PW-OPSD, arXiv 2605.21606) | `position_weights` as ``weights=`` |
 | arithmetic mix of base and teacher (AD-OPSD, arXiv 2607.10805; RP-OPSD, arXiv 2608.06347) | `arithmetic_mix` |

@@ -78,7 +78,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def oracle_config(options: RowOptions, center: bool = True) -> PurifiedConfig:
     return PurifiedConfig(
-        beta=options.beta, temperature=1.0 / options.inv_temperature, token_clip=options.token_clip,
+        beta=options.beta, renyi_alpha=options.renyi, temperature=1.0 / options.inv_temperature, token_clip=options.token_clip,
         entry_clip=options.entry_clip, pmi_beta=options.pmi_beta, pmi_clip=options.pmi_clip, center=center,
     )  # fmt: skip
 

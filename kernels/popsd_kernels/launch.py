@@ -113,7 +113,7 @@ def fast_instructions(device: torch.device) -> bool:
 def sweep_bytes(options: RowOptions, composed: bool, with_gradient: bool) -> tuple[int, int]:
     """Bytes per entry of float32 logits that both sweeps move, a program per row; and several programs per row."""
     unclipped = options.entry_clip is None and options.token_clip is None
-    one_read = options.beta == 0.0 and not options.minus_student and unclipped
+    one_read = options.beta == 0.0 and options.renyi is None and not options.minus_student and unclipped
     swept = (16 if composed else 8) + 8 + (2 + 8 * (not one_read)) * with_gradient
     streams = 12 if composed else 8
     return swept, 2 * streams + (streams + 2) * with_gradient

@@ -29,6 +29,8 @@ class LogitTransform:
 class RowOptions:
     """One sweep's mathematics. Notation and equation numbers: arXiv 2607.02234.
 
+    renyi: order α in (0, 1) of the divergence D_α(target‖student), in place of a JSD; then ``beta`` is not read and
+        ``entry_clip`` is None.
     beta: generalised JSD coefficient; 0 is KL(target‖student), 1 is KL(student‖target) (arXiv 2306.13649).
     inv_temperature: multiplies every stream's transformed logits.
     pmi_beta: the paper's β of Eq. 16.
@@ -51,6 +53,7 @@ class RowOptions:
     target: LogitTransform = LogitTransform()
     delta_scale: float = 1.0
     minus_student: bool = False
+    renyi: float | None = None
 
 
 _NOT_OF_TOKENS = ("student_bias", "frozen_bias", "target_is_finished", "composed")
@@ -201,7 +204,8 @@ class RowLoss(NamedTuple):
     """Per-token results of the second sweep, each [C] float32, in nats.
 
     divergence: Eq. 18 after both clips. student_kl, target_kl: KL of student and of target to the mixture m
-    (beta = 0: KL(target‖student) in ``target_kl``; beta = 1: KL(student‖target) in ``student_kl``; the other one is 0).
+    (beta = 0 and ``renyi``: KL(target‖student) in ``target_kl``; beta = 1: KL(student‖target) in ``student_kl``; the other
+    one is 0).
     clip_fraction: share of vocabulary entries capped by entry_clip. token_clipped: 1 where token_clip capped.
     argmax_agreement: 1 where student and target have their largest logit at a common entry.
     token_logprob: log p of the sampled token, NaN where no token ids were given.

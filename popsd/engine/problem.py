@@ -47,6 +47,7 @@ class Options(NamedTuple):
     """
 
     beta: float
+    renyi_alpha: float | None
     temperature: float
     token_clip: float | None
     entry_clip: float | None
@@ -178,18 +179,21 @@ class Problem:
         return self.options.with_dhead or self.tensors.student_weight is None
 
     @property
+    def _is_one_sided(self) -> bool:
+        """Whether a token that is impossible to one of the two alone makes the loss infinite."""
+        return self.options.beta in (0.0, 1.0) and self.options.renyi_alpha is None
+
+    @property
     def is_disjoint_by_rows(self) -> bool:
         """Whether some tokens' KL may be infinite: of given logits, and of a registered target. To a mixture it never is."""
-        return self.options.beta in (0.0, 1.0) and (
-            self.tensors.student_weight is None or self.options.target is not None
-        )
+        return self._is_one_sided and (self.tensors.student_weight is None or self.options.target is not None)
 
     @property
     def is_disjoint_by_heads(self) -> bool:
         """Whether every token's KL may be infinite: two heads whose biases of -inf differ."""
         options, tensors = self.options, self.tensors
         biased = tensors.student_bias is not None or tensors.frozen_bias is not None
-        return options.beta in (0.0, 1.0) and options.target is None and biased and tensors.frozen_weight is not None
+        return self._is_one_sided and options.target is None and biased and tensors.frozen_weight is not None
 
     @property
     def gradient_weights(self) -> torch.Tensor | None:
@@ -237,6 +241,7 @@ class Problem:
         options = self.options
         result = RowOptions(
             beta=options.beta,
+            renyi=options.renyi_alpha,
             inv_temperature=1.0 / options.temperature,
             entry_clip=options.entry_clip,
             token_clip=options.token_clip,

@@ -210,6 +210,8 @@ def check_strategy(problem: Problem, impl: Impl) -> None:
             "teacher and reference as one difference: no soft cap, centred or without pmi_clip and plausibility, "
             "no tail_floor, no registered target, telemetry=False, decompose=False or 'gram'"
         )
+    elif not streaming and options.renyi_alpha is not None:
+        obstacle = "a configuration without renyi_alpha, for which its kernel has not the registers"
     elif streaming and problem.masks_entries:
         obstacle = "a configuration without plausibility: it never holds a row's logits to look for the largest"
     elif streaming and problem.is_purified and options.exact_difference:

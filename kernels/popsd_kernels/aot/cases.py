@@ -133,6 +133,7 @@ def shipped_cases() -> list[AnyCase]:
     """The main path, and one case for every flag: what continuous integration compiles."""
     forward, reverse = replace(PLAIN, beta=0.0), replace(PLAIN, beta=1.0)
     small, large = replace(PLAIN, beta=0.01), replace(PLAIN, beta=0.99)
+    renyi = replace(PLAIN, beta=0.0, renyi=0.95)
     return [
         Case("statistics", "purified", 12, PLAIN),
         Case("statistics", "two distributions, bf16", 4, PLAIN, torch.bfloat16, composed=False),
@@ -155,6 +156,8 @@ def shipped_cases() -> list[AnyCase]:
         Case("loss_gradient", "JSD, large beta", 8, large),
         Case("loss_gradient", "JSD, large beta, both clips, softcap, bias, two", 8,
              replace(CLIPPED, beta=0.99, student=CAPPED), torch.bfloat16, composed=False, bias=True),
+        Case("loss_gradient", "Rényi", 8, renyi),
+        *(Case("single_read", f"split, Rényi, launch {phase}", 12, renyi, phase=phase) for phase in (2, 3)),
         Case("single_read", "JSD", 12, PLAIN),
         Case("single_read", "JSD, large beta", 12, large),
         Case("single_read", "forward KL", 12, forward),

@@ -88,5 +88,7 @@ def cases() -> list[StreamCase]:
             StreamCase("strip", f"JSD, small beta, {dtype}", replace(plain, beta=0.01), dtype),
             StreamCase("strip", f"JSD, every option, {dtype}", worst, dtype, worst=True),
             StreamCase("strip", f"reverse KL, {dtype}", replace(plain, beta=1.0), dtype),
+            StreamCase("sums", f"Rényi, {dtype}", replace(forward, renyi=0.95), dtype),
+            StreamCase("strip", f"Rényi, {dtype}", replace(forward, renyi=0.95), dtype),
         ]  # fmt: skip
     return found

@@ -12,6 +12,10 @@ terms small, so that float32 subtracts no nearly equal numbers; the shifted f' i
     JSD          beta q log(q/m) + (1-beta) p log(p/m)   f' = (1-beta) p log(p/m)  h = f'   capped: 0
 Without clipping, sum_v h is 0, KL(p|q) and (1 - beta) KL(p|m) respectively.
 
+The Rényi divergence D_α(q|p) = -log(Z) / (1 - α), Z = sum_v w_v, w = q^α p^(1-α), has no contributions of entries, hence no
+entry_clip. d D / d s_j = p_j - w_j / Z. Of -log(Z) a float32 sum would leave few digits where p and q nearly agree, so
+1 - Z is added up: (1 - α) p + α q - w, is at least 0, is 0 to first order in t, and adds up to 1 - Z.
+
 Where one of the two weights is small, so is a logarithm: log(m/p) near forward KL, log(m/q) near reverse KL. Taken from a
 sum near 1, or from the difference of two logarithms, it would lose as many digits as the weight has zeros (loss off by 7e-5
 at beta = 0.01, by 9e-3 at 1e-4). Two modes of their own take it from log(1 + x); JENSEN_SHANNON has no instructions left.
@@ -24,13 +28,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from popsd_kernels.device.primitives import LN2, fma, log2, log2_one_plus, negative
+from popsd_kernels.device.primitives import LN2, LOG2E, fma, log2, log2_one_plus, negative
+from popsd_kernels.rows import RowOptions
 
 FORWARD = tl.constexpr(0)
 REVERSE = tl.constexpr(1)
 JENSEN_SHANNON = tl.constexpr(2)
 SMALL_BETA = tl.constexpr(3)
 LARGE_BETA = tl.constexpr(4)
+RENYI = tl.constexpr(5)
 
 LOPSIDED = 0.125
 """The smaller of the weights beta and 1 - beta below which a mixture is taken as SMALL_BETA or LARGE_BETA."""
@@ -38,8 +44,22 @@ LOPSIDED = 0.125
 _LOG_RATIO_CEILING = tl.constexpr(120.0)
 
 
+def mode_of(options: RowOptions) -> int:
+    """The mode of a sweep. Raises ValueError for a Rényi divergence with entry_clip."""
+    if options.renyi is None:
+        return divergence_mode(options.beta)
+    if options.entry_clip is not None:
+        raise ValueError(f"options.entry_clip: expected None with renyi={options.renyi}; got {options.entry_clip}.")
+    return RENYI.value
+
+
+def coefficient_of(options: RowOptions) -> float:
+    """What a kernel takes as ``beta``: α in RENYI, else `kernel_beta`."""
+    return kernel_beta(options.beta) if options.renyi is None else float(options.renyi)
+
+
 def divergence_mode(beta: float) -> int:
-    """Which of the five modes a coefficient means. Only the mode is compiled in."""
+    """Which of the five modes of a JSD a coefficient means. Only the mode is compiled in."""
     if beta == 0.0:
         return FORWARD.value
     if beta == 1.0:
@@ -56,7 +76,7 @@ def kernel_beta(beta: float) -> float:
 
 @triton.constexpr_function
 def is_mixture(mode):
-    """Whether there is a mixture m, that is neither KL alone."""
+    """Whether it is neither KL alone, whose sums need care where student and target nearly agree."""
     return mode not in (FORWARD.value, REVERSE.value)
 
 
@@ -91,11 +111,59 @@ def mixture_log_ratios(t, beta, MODE: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
+def renyi_weight(p, q, t, alpha):
+    """w = q^alpha p^(1 - alpha)."""
+    of, ratio = renyi_factors(p, q, t, alpha, 0.0)
+    return of * ratio
+
+
+@triton.jit
+def renyi_factors(p, q, t, alpha, log_z):
+    """Two factors of w / Z, log_z = log2(Z). From the larger of p and q where they differ: the other may have underflowed."""
+    above = t > 1.0
+    return tl.where(above, q, p), tl.exp2(fma(tl.where(above, alpha - 1.0, alpha), t, negative(log_z)))
+
+
+@triton.jit
+def renyi_deficit(p, q, t, alpha):
+    """(1 - alpha) p + alpha q - w, whose sum is 1 - Z. Up to |x| = 1, x = log(q / p), by its series p sum_k
+    (alpha - alpha^k) x^k / k!, which loses no digits; what comes after x^9 is below 3e-6 of it."""
+    s3 = 1.0 + alpha
+    s4 = 1.0 + alpha * s3
+    s5 = 1.0 + alpha * s4
+    s6 = 1.0 + alpha * s5
+    s7 = 1.0 + alpha * s6
+    s8 = 1.0 + alpha * s7
+    s9 = 1.0 + alpha * s8
+    x = t * LN2
+    tail = fma(x, fma(x, s9 * (1.0 / 362880.0), s8 * (1.0 / 40320.0)), s7 * (1.0 / 5040.0))
+    tail = fma(x, fma(x, fma(x, tail, s6 * (1.0 / 720.0)), s5 * (1.0 / 120.0)), s4 * (1.0 / 24.0))
+    series = fma(x, fma(x, tail, s3 * (1.0 / 6.0)), 0.5) * (x * x) * (alpha * (1.0 - alpha))
+    direct = alpha * (q - p) - (renyi_weight(p, q, t, alpha) - p)
+    return tl.where(tl.abs(x) < 1.0, p * series, direct)
+
+
+@triton.jit
+def renyi_results(deficit, weight, alpha, FAST: tl.constexpr):
+    """(divergence, log2(Z)) from the sums of `renyi_deficit` and `renyi_weight`; the better of the two counts."""
+    near = deficit < 0.5
+    logarithm = tl.where(near, log2_one_plus(negative(tl.where(near, deficit, 0.0)), FAST), tl.log2(weight))
+    return logarithm * (-LN2 / (1.0 - alpha)), tl.maximum(
+        logarithm, -_LOG_RATIO_CEILING, propagate_nan=tl.PropagateNan.ALL
+    )
+
+
+@triton.jit
 def divergence_terms(p, q, t, beta, MODE: tl.constexpr, FAST: tl.constexpr):
-    """(p log2(p / m), q log2(q / m)): an entry's share of the two Kullback-Leibler divergences, in bits."""
+    """(p log2(p / m), q log2(q / m)): an entry's share of the two Kullback-Leibler divergences, in bits.
+
+    RENYI: (`renyi_deficit` / ln 2, q log2(q / p)).
+    """
     if MODE == FORWARD:
         return tl.zeros_like(p), q * t
-    elif MODE == REVERSE:  # noqa: RET505 -- Triton compiles both branches of a constexpr `if` without an else
+    elif MODE == RENYI:  # noqa: RET505
+        return renyi_deficit(p, q, t, beta) * LOG2E, q * t
+    elif MODE == REVERSE:
         return negative(p) * t, tl.zeros_like(p)
     else:
         log_m_over_p, log_q_over_m = mixture_log_ratios(t, beta, MODE, FAST)
@@ -159,7 +227,19 @@ def unclipped_slope_sum(student_kl, beta, MODE: tl.constexpr):
 
 @triton.jit
 def entry_gradient(p, q, t, beta, capped, slope_sum, MODE: tl.constexpr, FAST: tl.constexpr):
-    """d loss / d logit = h_j - p_j * sum_v h_v. slope_sum: None where it is 0, in forward KL without clipping."""
+    """d loss / d logit = h_j - p_j * sum_v h_v. slope_sum: None where it is 0, in forward KL without clipping.
+
+    RENYI: p - w / Z, rounded once, with log2(Z) as slope_sum.
+    """
+    if MODE == RENYI:
+        of, ratio = renyi_factors(p, q, t, beta, slope_sum)
+        return fma(negative(of), ratio, p)
+    else:  # noqa: RET505
+        return _slope_gradient(p, q, t, beta, capped, slope_sum, MODE, FAST)
+
+
+@triton.jit
+def _slope_gradient(p, q, t, beta, capped, slope_sum, MODE: tl.constexpr, FAST: tl.constexpr):
     a, r = slope_factors(p, q, t, beta, capped, MODE, FAST)
     if MODE == FORWARD:
         if slope_sum is None:

@@ -11,11 +11,14 @@ import triton.language as tl
 
 from popsd_kernels.device.divergence import (
     FORWARD,
+    RENYI,
     combine,
     divergence_terms,
     entry_gradient,
     is_mixture,
     probability_difference,
+    renyi_results,
+    renyi_weight,
     slope_factors,
     unclipped_slope_sum,
 )
@@ -34,7 +37,8 @@ class Gradient(NamedTuple):
 class Sums(NamedTuple):
     """Accumulators of a row [BLOCK // VEC]; logarithms are base 2, but for the clipped divergence.
 
-    ``top`` is the largest log p + log q; the last three are used with entry_clip only, but that ``slope`` takes Σ(p − q) too.
+    ``top`` is the largest log p + log q; the last three are used with entry_clip only, but that ``slope`` takes Σ(p − q) too,
+    and with RENYI the sum of its weights, where ``student_kl`` is that of `renyi_deficit`.
     """
 
     student_kl: Any
@@ -80,6 +84,8 @@ def accumulate(
         slope += lane_sum(a * r, VEC)
     elif difference is not None:
         slope += lane_sum(difference, VEC)
+    elif MODE == RENYI:
+        slope += lane_sum(renyi_weight(p, q, entries.t, beta), VEC)
     return Sums(
         sums.student_kl + lane_sum(student_kl, VEC),
         sums.target_kl + lane_sum(target_kl, VEC),
@@ -134,7 +140,12 @@ def finish_row(
             target_kl, slope_sum = target_kl + excess, excess
         else:
             student_kl -= excess
-    divergence, clip_fraction = combine(student_kl, target_kl, beta, MODE), 0.0
+    clip_fraction = 0.0
+    if MODE == RENYI:
+        divergence, slope_sum = renyi_results(student_kl, tl.sum(sums.slope, axis=0), beta, FAST)
+        student_kl *= 0.0
+    else:
+        divergence = combine(student_kl, target_kl, beta, MODE)
     if entry_clip is not None:
         divergence = tl.sum(sums.clipped_divergence, axis=0)
         clip_fraction = tl.sum(sums.capped, axis=0) * (1.0 / V)

@@ -41,7 +41,7 @@ from popsd_kernels.checks import (
     check_vectors,
     share_memory,
 )
-from popsd_kernels.device.divergence import FORWARD, divergence_mode
+from popsd_kernels.device.divergence import FORWARD, mode_of
 from popsd_kernels.launch import result_rows
 from popsd_kernels.rows import Gradients, Heads, RowLoss, RowOptions, Rows, RowStatistics
 from popsd_kernels.streaming import plan
@@ -87,7 +87,7 @@ def stream_divergence(
     call = Call(rows, heads, options, launch.fast_instructions(device))
     # without clips the gradient of forward KL needs no sum over the vocabulary
     unclipped = options.entry_clip is None and options.token_clip is None
-    one_pass = divergence_mode(options.beta) == FORWARD.value and unclipped and gradients.wanted
+    one_pass = mode_of(options) == FORWARD.value and unclipped and gradients.wanted
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         backward = _Backward(call, gradients)
         statistics = _statistics(call, device)

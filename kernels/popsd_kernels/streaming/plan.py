@@ -11,7 +11,7 @@ import torch
 import triton
 
 from popsd_kernels import launch
-from popsd_kernels.device.divergence import divergence_mode, kernel_beta
+from popsd_kernels.device.divergence import coefficient_of, mode_of
 from popsd_kernels.device.operands import composition, difference_operand, optional, student_operand, target_operand
 from popsd_kernels.launch import Launch, LaunchConfig
 from popsd_kernels.rows import Heads, RowOptions, Rows, RowStatistics
@@ -147,9 +147,9 @@ class Call:
             "scaling": scaling,
             "sums_out": sums,
             "strip": strip or Strip(*[None] * len(Strip._fields)),
-            "beta": kernel_beta(self.options.beta),
+            "beta": coefficient_of(self.options),
             "entry_clip": optional(self.options.entry_clip),
-            "MODE": divergence_mode(self.options.beta),
+            "MODE": mode_of(self.options),
         }
         return self._tiles(stream_accumulate_kernel, config, extent, arguments)
 
@@ -164,12 +164,12 @@ class Call:
             "scaling": scaling,
             "out_ptr": out,
             "out_row_stride": out.stride(0),
-            "beta": kernel_beta(self.options.beta),
+            "beta": coefficient_of(self.options),
             "entry_clip": optional(self.options.entry_clip),
             "token_clip": optional(self.options.token_clip),
             "V": self.vocabulary,
             "LANES": LANES,
-            "MODE": divergence_mode(self.options.beta),
+            "MODE": mode_of(self.options),
             "FAST": self.fast,
         }
         return Launch(stream_finish_kernel, self.tokens, arguments, _ROW)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from popsd_kernels.device.divergence import RENYI
 from popsd_kernels.device.primitives import LN2, LOGIT_FLOOR
 from popsd_kernels.device.probabilities import entries_from, exact_logarithms, row_scalars
 from popsd_kernels.device.row_loss import Sums, accumulate, finish_row, projection_gradient
@@ -53,6 +54,8 @@ def _add_tile(sums, entries, beta, entry_clip, MODE: tl.constexpr, FAST: tl.cons
     if entry_clip is not None:
         clipped_divergence += tl.sum(tile.clipped_divergence, axis=1)
         capped += tl.sum(tile.capped, axis=1)
+        slope += tl.sum(tile.slope, axis=1)
+    elif MODE == RENYI:
         slope += tl.sum(tile.slope, axis=1)
     return Sums(
         sums.student_kl + tl.sum(tile.student_kl, axis=1),

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from popsd_kernels import launch
 from popsd_kernels.checks import FLOAT32, check_output, check_rows, check_target, check_vector
-from popsd_kernels.device.divergence import FORWARD, JENSEN_SHANNON, REVERSE, divergence_mode, kernel_beta
+from popsd_kernels.device.divergence import FORWARD, JENSEN_SHANNON, REVERSE, coefficient_of, mode_of
 from popsd_kernels.device.operands import gradient_operand, optional, student_operand, target_operand
 from popsd_kernels.device.probabilities import exact_logarithms, row_entries, row_scalars
 from popsd_kernels.device.row_loss import (
@@ -94,13 +94,13 @@ def plan(
             "gradient": gradient_operand(gradient),
             "out_ptr": results,
             "out_row_stride": results.stride(0),
-            "beta": kernel_beta(options.beta),
+            "beta": coefficient_of(options),
             "entry_clip": optional(options.entry_clip),
             "token_clip": optional(options.token_clip),
             "V": rows.student.shape[1],
             "BLOCK": config.block,
             "VEC": config.vec,
-            "MODE": divergence_mode(options.beta),
+            "MODE": mode_of(options),
             "MINUS_STUDENT": options.minus_student,
             "FAST": fast,
         },

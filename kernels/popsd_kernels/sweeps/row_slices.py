@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from popsd_kernels.checks import check_not_minus_student, check_output, check_rows, check_target, composing
-from popsd_kernels.device.divergence import divergence_mode, kernel_beta
+from popsd_kernels.device.divergence import coefficient_of, mode_of
 from popsd_kernels.device.logits import floor_logit, load_logit
 from popsd_kernels.device.operands import (
     composing_operand,
@@ -84,10 +84,10 @@ class SliceCall:
             "partials_ptr": self.partials,
             "composition": composition(rows, options),
             "clips": (optional(options.entry_clip), optional(options.token_clip)),
-            "beta": kernel_beta(options.beta),
+            "beta": coefficient_of(options),
             "V": self.vocabulary,
             "SLICE": self.config.block,
-            "MODE": divergence_mode(options.beta),
+            "MODE": mode_of(options),
             "FAST": self.fast,
         }
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from popsd.engine.torch_backend.renyi import renyi
 from popsd.engine.torch_backend.scratch import HELD, scratch
 from popsd.engine.torch_backend.targets import target_logits, tempered_logits
 from popsd_kernels.rows import RowLoss, RowOptions, Rows, RowStatistics
@@ -102,7 +103,8 @@ def row_sweeps(
     )
     student_entropy = student_logsum - LN2 * torch.mul(p, s, out=free).sum(dim=1)
     target_entropy = target_logsum - LN2 * torch.mul(q, u, out=free).sum(dim=1)
-    divergence, student_kl, target_kl, clip_fraction, form, factor = _divergence(p, q, t, options, free, more)
+    parts = _divergence(p, q, t, options, free, more) if options.renyi is None else renyi(p, q, t, options.renyi)
+    divergence, student_kl, target_kl, clip_fraction, form, factor = parts
     token_clipped = torch.zeros_like(divergence)
     if options.token_clip is not None:
         token_clipped = (divergence > options.token_clip).float()
