@@ -205,7 +205,9 @@ def _again(options: argparse.Namespace) -> Outcome:
     if not options.source.is_file():
         raise ValueError(f"--from: expected a {generations.FILE}; there is no file {options.source}.")
     score = scorer(options.scorer)
-    with exclusive(options.output_dir or options.source.parent) as folder:  # nobody adds lines between reading and writing
+    with exclusive(
+        options.output_dir or options.source.parent
+    ) as folder:  # nobody adds lines between reading and writing
         path = folder / generations.FILE
         if path.exists() and not path.samefile(options.source):
             raise ValueError(

@@ -16,7 +16,7 @@ def test_numbers_are_written_without_exponents(tmp_path):
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "null", "true", "[]"])
 def test_an_answer_that_is_no_number_is_named_by_its_row(value, tmp_path):
     (tmp_path / "a.jsonl").write_text(f'{{"question": "q", "answer": 1}}\n{{"question": "q", "answer": {value}}}\n')
-    with pytest.raises(ValueError, match="text or a finite number in column 'answer'.*problem 1 of a"):
+    with pytest.raises(ValueError, match=r"text or a finite number in column 'answer'.*problem 1 of a"):
         benchmarks.load([str(tmp_path / "a.jsonl")])
 
 

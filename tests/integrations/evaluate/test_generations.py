@@ -23,7 +23,9 @@ def test_a_last_line_counts_once_it_is_whole(tmp_path):
 def test_a_completion_is_there_once(tmp_path):
     path = tmp_path / "generations.jsonl"
     generations.write(path, [record(), record(sample=1), record(text="another")])
-    with pytest.raises(ValueError, match="each completion once in .*line 3 is another one of sample 0 of problem 0 of a by"):
+    with pytest.raises(
+        ValueError, match=r"each completion once in .*line 3 is another one of sample 0 of problem 0 of a by"
+    ):
         generations.read(path)
 
 
