@@ -154,7 +154,8 @@ def test_the_last_checkpoint_is_that_of_the_largest_step(tmp_path):
 def test_small_differences_have_digits():
     assert _plain(Interval(-2e-5, -3.14159e-5, 0.0), sign=True) == "-2e-05 [-3.14e-05, +0.00]"
     assert (
-        _plain(Interval(-0.0, None, None), sign=True) == "+0.00" and _plain(Interval(1234.5678, None, None)) == "1234.57"
+        _plain(Interval(-0.0, None, None), sign=True) == "+0.00"
+        and _plain(Interval(1234.5678, None, None)) == "1234.57"
     )
 
 
