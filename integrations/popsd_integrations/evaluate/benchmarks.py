@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +66,11 @@ def _column(label: str, option: str, row: Mapping[str, Any], wanted: str | None,
 
 def _text(label: str, problem: int, row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{Decimal(repr(value)):f}"  # 1e-05 would be read as a product with Euler's number
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise ValueError(
-            f"benchmarks: expected text or a number in column {column!r} of every problem; got {value!r} in problem "
+            f"benchmarks: expected text or a finite number in column {column!r} of every problem; got {value!r} in problem "
             f"{problem} of {label}."
         )
     return str(value)
@@ -92,9 +96,13 @@ def _rows(name: str, split: str | None) -> list[Mapping[str, Any]]:
 
 
 def _rows_of_file(path: Path) -> list[Mapping[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"benchmarks: expected a file; there is none at {path}.")
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines() if x]
+        text = path.read_text(encoding="utf-8-sig")
+        # splitlines() would also cut at U+2028 and the like, which JSON allows within text
+        lines = [line for line in text.split("\n") if line.strip()]
+        content = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"benchmarks: expected JSON rows in {path}; got {error}. Write one object per line."

@@ -20,7 +20,7 @@ _BLOCK = 1 << 20
 class Checkpoint(NamedTuple):
     """label: its name in tables. run: the run that it belongs to, whose best checkpoint is marked.
 
-    path: a local folder, or what --model said for the base. weights: hash of its weights; None for a name on the Hub.
+    path: a local folder, or what --model said for the base. weights: hash by `weights_hash`; None for a name on the Hub.
     adapter: its adapter_config.json; None for whole models.
     """
 
@@ -64,8 +64,15 @@ def resolve(model: str, adapters: Sequence[str]) -> list[Checkpoint]:
 
 
 def weights_hash(folder: Path) -> str:
-    """Names, sizes, first and last MiB of the files with weights. Training changes them everywhere."""
+    """Names, sizes, first and last MiB of the files with weights, which training changes everywhere; an adapter's settings.
+
+    The settings count because lora_alpha scales the weights. The base model's place does not, which a move changes.
+    """
     digest = hashlib.sha256()
+    if (folder / ADAPTER).is_file():
+        adapter = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        adapter.pop("base_model_name_or_path", None)
+        digest.update(json.dumps(adapter, sort_keys=True).encode())
     for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())

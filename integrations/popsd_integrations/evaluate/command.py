@@ -66,6 +66,8 @@ def run(options: argparse.Namespace) -> int:
     results = {"about": outcome.about | run_by, **summarise(outcome.records, outcome.runs)}
     paths = report.write(results, outcome.records, outcome.folder)
     print("\n" + report.table(results) + "\n")
+    if outcome.about.get("missing"):
+        print(f"This is a part of the evaluation. Missing are {outcome.about['missing']}.")
     if not any(path.suffix == ".png" for path in paths):
         print("No plots: matplotlib is missing (pip install 'popsd[plots]').")
     print("Written: " + ", ".join(map(str, paths)))
@@ -144,13 +146,13 @@ def _anew(options: argparse.Namespace) -> Outcome:
 def _generated(job: Job, options: argparse.Namespace, folder: Path) -> Outcome:
     from popsd_integrations.evaluate import engines, generations
 
-    records = generations.open_folder(folder, job.config, options.scorer, job.checkpoints, job.tasks)
+    records = generations.open_folder(folder, job.config, options.scorer, job.checkpoints, job.tasks, job.samples)
     batches = generations.plan(job.checkpoints, job.tasks, job.samples, job.batch_size)
     path = folder / generations.FILE
     known, todo = generations.missing(path, records, batches)
     if todo:
         engine = engines.make_engine(
-            job.config, job.checkpoints, job.tokenizer, options.engine_kwargs or {}, job.longest_prompt
+            job.config, job.checkpoints, job.tokenizer, dict(job.config.engine_kwargs), job.longest_prompt
         )
     tokens, began = 0, time.perf_counter()
     with _bar(sum(len(batch.rows) for batch in todo), "evaluate") as bar:
@@ -200,33 +202,48 @@ def _again(options: argparse.Namespace) -> Outcome:
     unused = [name for name in _WITH_NEW_COMPLETIONS if getattr(options, name) is not None]
     if unused:
         raise ValueError(f"--from: expected no {', '.join(unused)}: nothing is generated. Leave it out.")
-    kept = generations.read_settings(options.source.parent)
-    generations.check_same(kept, SamplingConfig(**{**kept["settings"], **_given(options)}), options.source.parent)
-    records = generations.read(options.source)
-    group(records)
+    if not options.source.is_file():
+        raise ValueError(f"--from: expected a {generations.FILE}; there is no file {options.source}.")
     score = scorer(options.scorer)
-    for answer in dict.fromkeys(record["expected"] for record in records):
-        check_answer(score, answer)
-    judged = []
-    with _bar(len(records), "judge") as bar:
-        for record in records:
-            judged.append(record | score(record["text"], record["expected"])._asdict())
-            bar.update()
-    with exclusive(options.output_dir or options.source.parent) as folder:
-        generations.write(folder / generations.FILE, judged)
+    with exclusive(
+        options.output_dir or options.source.parent
+    ) as folder:  # nobody adds lines between reading and writing
+        path = folder / generations.FILE
+        if path.exists() and not path.samefile(options.source):
+            raise ValueError(
+                f"output_dir: expected a folder without another evaluation; got {folder}, whose {path.name} is not "
+                f"{options.source} and would be overwritten. Pass another output_dir."
+            )
+        kept = generations.read_settings(options.source.parent)
+        generations.check_same(kept, SamplingConfig(**{**kept["settings"], **_given(options)}), options.source.parent)
+        records = generations.read(options.source)
+        missing = generations.describe_missing(kept, records)
+        try:
+            group(records)
+        except ValueError as error:
+            raise ValueError(f"{error} Missing are {missing}." if missing else str(error)) from error
+        for answer in dict.fromkeys(record["expected"] for record in records):
+            check_answer(score, answer)
+        judged = []
+        with _bar(len(records), "judge") as bar:
+            for record in records:
+                judged.append(record | score(record["text"], record["expected"])._asdict())
+                bar.update()
+        generations.write(path, judged)
         generations.write_settings(folder, kept | {"scorer": options.scorer})
     checkpoints = kept["checkpoints"]
     about = {
         "settings": kept["settings"],
         "scorer": options.scorer,
         "prompt": None,
+        "missing": missing,
         "checkpoints": {label: checkpoint["path"] for label, checkpoint in checkpoints.items()},
     }
     return Outcome(folder, judged, {label: checkpoint["run"] for label, checkpoint in checkpoints.items()}, about)
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    names = (*_PLAIN, "system_prompt", "chat_template_kwargs")
+    names = (*_PLAIN, "system_prompt", "chat_template_kwargs", "engine_kwargs")
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 

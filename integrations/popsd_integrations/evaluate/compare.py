@@ -15,7 +15,7 @@ from popsd_integrations.estimates import Interval, bootstrap, paired_difference
 from popsd_integrations.evaluate import generations, report
 from popsd_integrations.evaluate.checkpoints import BASE
 from popsd_integrations.evaluate.settings import labelled
-from popsd_integrations.evaluate.summary import Problems, group, lengths, marker_rates, rates
+from popsd_integrations.evaluate.summary import Problems, group, lengths, marker_rates, rates, step_of
 from popsd_integrations.pages import cut, html_table, page
 from popsd_integrations.plotting import LINE, figure, legend, save, style
 from popsd_integrations.runs.report import CURVES, METRICS, points
@@ -25,6 +25,7 @@ LAST = 0.2
 """The share of the steps over which the end of a curve is averaged."""
 NOTES = (
     "Evaluations: differences to the first one, paired problem by problem, with 95 % bootstrap intervals over problems. "
+    "Where problems, base or settings are others there is no difference, and the row says which. "
     "Of each run the last checkpoint is compared and not the best one, which is chosen by its accuracy.",
     f"Curves: means over the last {LAST:.0%} of the steps that both runs logged, paired step by step. The intervals take steps "
     "for independent. Neighbouring steps are not quite, so these are somewhat too narrow.",
@@ -32,12 +33,27 @@ NOTES = (
 SHOWN = 12
 
 
+class Evaluated(NamedTuple):
+    """One model's records by benchmark. settings: what they depend on, its own weights and the seed aside."""
+
+    parts: dict[str, Problems]
+    settings: dict[str, Any]
+
+    def differs(self, first: Evaluated) -> str:
+        """Why this cannot be paired with ``first``; empty where it can."""
+        if _questions(self.parts) != _questions(first.parts):
+            return "other problems"
+        names = dict.fromkeys([*first.settings, *self.settings])
+        other = [name for name in names if first.settings.get(name) != self.settings.get(name)]
+        return f"other {', '.join(other)}" if other else ""
+
+
 class Run(NamedTuple):
     """curves: of each title in CURVES, value by step. evaluated: the base and the last checkpoint of each run, by label."""
 
     label: str
     curves: dict[str, dict[int, float]]
-    evaluated: dict[str, dict[str, Problems]]
+    evaluated: dict[str, Evaluated]
 
 
 def run(folders: Sequence[str], output_dir: Path) -> int:
@@ -48,6 +64,8 @@ def run(folders: Sequence[str], output_dir: Path) -> int:
     runs: list[Run] = []
     for name in folders:
         label, place = labelled(name, name.rstrip("/"))
+        if label in [found.label for found in runs]:
+            raise ValueError(f"runs: expected each label once; got {label!r} again. Write label=folder.")
         runs.append(read_run(label, Path(place)))
     evaluated = _columns(runs)
     trained = [found for found in runs if found.curves]
@@ -100,11 +118,24 @@ def read_run(label: str, folder: Path) -> Run:
             f"runs: expected {METRICS}, a checkpoint with {STATE} or {generations.FILE} in {folder}; got none with anything "
             "to compare."
         )
-    kept = generations.read_settings(found[0].parent)["checkpoints"] if found else {}
+    if not found:
+        return Run(label, curves, {})
+    kept = generations.read_settings(found[0].parent)
     last: dict[str, str] = {}
     for name in evaluated:
-        last[kept.get(name, {"run": name})["run"]] = name  # of each run the last checkpoint
-    return Run(label, curves, {name: evaluated[name] for name in last.values()})
+        run = kept["checkpoints"].get(name, {"run": name})["run"]
+        if run not in last or (step_of(name) or 0) >= (step_of(last[run]) or 0):  # not the one evaluated last
+            last[run] = name
+    settings = _settings(kept)
+    return Run(label, curves, {name: Evaluated(evaluated[name], settings) for name in last.values()})
+
+
+def _settings(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What evaluations must share to be paired. The base is known by its weights where it is a folder, or by its name."""
+    settings = {"engine_kwargs": {}, **kept["settings"], "scorer": kept["scorer"]}
+    settings.pop("seed", None)
+    model = settings.pop("model", None)
+    return settings | {"base": kept["checkpoints"].get(BASE, {}).get("weights") or model}
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
@@ -119,36 +150,41 @@ def _history(folder: Path) -> list[dict[str, Any]]:
     states = [*folder.glob(f"checkpoint-*/{STATE}"), *folder.glob(STATE)]
     if not states:
         return []
-    newest = max(states, key=lambda path: path.stat().st_mtime)
-    return [row for row in json.loads(newest.read_text(encoding="utf-8"))["log_history"] if "step" in row]
+    histories = [json.loads(path.read_text(encoding="utf-8"))["log_history"] for path in states]
+    found = [[row for row in rows if "step" in row] for rows in histories]
+    return max(
+        found, key=lambda rows: max((row["step"] for row in rows), default=0)
+    )  # files may be copied in any order
 
 
-def _columns(runs: Sequence[Run]) -> dict[str, dict[str, Problems]]:
-    """What was evaluated, by heading: the base once, then the last checkpoint of each run."""
-    columns: dict[str, dict[str, Problems]] = {}
+def _columns(runs: Sequence[Run]) -> dict[str, Evaluated]:
+    """What was evaluated, by heading: each base once, then the last checkpoint of each run."""
+    columns: dict[str, Evaluated] = {}
     for found in runs:
-        for name, parts in found.evaluated.items():
+        for name, model in found.evaluated.items():
             heading = name if name == BASE or len(runs) == 1 else f"{found.label}: {name}"
-            if heading not in columns:
-                columns[heading] = parts
+            if heading in columns and model.differs(columns[heading]):
+                heading = f"{found.label}: {name}"  # another base, or the same one asked otherwise
+            columns.setdefault(heading, model)
     return columns
 
 
-def evaluation_rows(columns: Mapping[str, dict[str, Problems]]) -> list[list[str]]:
-    """Accuracy, markers and length of each column, and their differences to the first one."""
-    rows = [["evaluation", "accuracy, %", "−", "the paper's markers", "−", "tokens", "−"]]
-    first = next(iter(columns.values()), {})
-    for heading, parts in columns.items():
-        comparable = parts is not first and _questions(parts) == _questions(first)
-        cells = [heading]
-        for measure, shown in ((rates, report.percent), (marker_rates, _plain), (lengths, _plain)):
-            values = [measure(problems) for problems in parts.values()]
+def evaluation_rows(columns: Mapping[str, Evaluated]) -> list[list[str]]:
+    """Accuracy, markers and length of each column, and their differences to the first one, or why there is none."""
+    heading = next(iter(columns), "")
+    rows = [["evaluation", *(x for name in MEASURES for x in (name, f"− {heading}"))]]
+    for name, model in columns.items():
+        first = columns[heading]
+        reason = model.differs(first)
+        cells = [name]
+        for measure, shown in MEASURES.values():
+            values = [measure(problems) for problems in model.parts.values()]
             cells.append(shown(bootstrap(values)))
-            if comparable:
-                difference = paired_difference(values, [measure(problems) for problems in first.values()])
-                cells.append(shown(difference, sign=True))
+            if model is first or reason:
+                cells.append(reason)
             else:
-                cells.append("" if parts is first else "other problems")
+                difference = paired_difference(values, [measure(problems) for problems in first.parts.values()])
+                cells.append(shown(difference, sign=True))
         rows.append(cells)
     return rows
 
@@ -158,15 +194,33 @@ def _questions(parts: Mapping[str, Problems]) -> dict[str, list[str]]:
 
 
 def _plain(value: Interval, sign: bool = False) -> str:
-    how = "+.2f" if sign else ".2f"
-    return f"{value.mean:{how}}" + ("" if value.low is None else f" [{value.low:{how}}, {value.high:{how}}]")
+    mean = _number(value.mean, sign)
+    return (
+        mean
+        if value.low is None or value.high is None
+        else f"{mean} [{_number(value.low, sign)}, {_number(value.high, sign)}]"
+    )
+
+
+def _number(value: float, sign: bool) -> str:
+    """Two decimals, or three significant digits of what is small: a loss may differ by 1e-5."""
+    how = ".3g" if 0 < abs(value) < 1 else ".2f"
+    return f"{value + 0.0:{'+' if sign else ''}{how}}"  # -0.0 + 0.0 is 0.0
+
+
+MEASURES = {
+    "accuracy, %": (rates, report.percent),
+    "the paper's markers": (marker_rates, _plain),
+    "tokens": (lengths, _plain),
+}
 
 
 def curve_rows(runs: Sequence[Run]) -> list[list[str]]:
     """Where the curves end, and the differences of each run to the first one."""
-    rows = [
-        ["end of training", *(x for found in runs for x in ([found.label] if found is runs[0] else [found.label, "−"]))]
-    ]
+    header = ["end of training"]
+    for found in runs:
+        header += [found.label] if found is runs[0] else [found.label, f"{found.label} − {runs[0].label}"]
+    rows = [header]
     for title in CURVES:
         if not any(title in found.curves for found in runs):
             continue
@@ -190,11 +244,12 @@ def _end(curves: Sequence[dict[int, float]], steps: Sequence[int] | None = None)
     return bootstrap([[own[step] - sum(x[step] for x in other) for step in steps]])
 
 
-def side_by_side(columns: Mapping[str, dict[str, Problems]]) -> list[dict[str, dict[str, Any]]]:
-    """The first sample of the problems that all columns have, first those on which these differ."""
+def side_by_side(columns: Mapping[str, Evaluated]) -> list[dict[str, dict[str, Any]]]:
+    """The first sample of each problem by all columns that can be paired, first the problems on which these differ."""
+    columns = {name: model for name, model in columns.items() if not model.differs(next(iter(columns.values())))}
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for heading, parts in columns.items():
-        for name, problems in parts.items():
+    for heading, model in columns.items():
+        for name, problems in model.parts.items():
             for rows in problems:
                 shown = rows[0] | {"text": cut(rows[0]["text"])}
                 found.setdefault((name, rows[0]["question"]), {})[heading] = shown

@@ -1,7 +1,8 @@
 """Who generates: transformers, or vLLM. Both take token ids, and nothing of the model's own sampling settings applies.
 
 An engine holds one set of weights at a time. Adapters are applied to the base model without being merged into it, because
-merging in bfloat16 loses part of a small update and does not give the base weights back.
+merging in bfloat16 loses part of a small update and does not give the base weights back. Where an adapter changes weights
+of the base all the same, as trained biases, whole modules or PiSSA do, the base is loaded again behind it.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ class Transformers:
         self._base: Any = None
         self._model: Any = None
         self._label: str | None = None
+        self._untouched: Any = None
 
     def _load(self, path: str) -> Any:
         import torch
@@ -112,7 +114,9 @@ class Transformers:
         if self._label == checkpoint.label:
             return
         if hasattr(self._model, "peft_config"):
-            self._base = self._model.unload()  # takes the adapter's layers out; nothing was merged
+            self._base = self._model.unload()  # leaves trained biases and whole modules in the base
+            if _state(self._base) != self._untouched:
+                self._base = None
         self._model = None
         if checkpoint.adapter is None and checkpoint.label != BASE:
             self._base = None  # before the next one, or both would be in memory
@@ -122,6 +126,7 @@ class Transformers:
         if checkpoint.adapter is not None:
             from peft import PeftModel
 
+            self._untouched = _state(self._base)
             self._model = PeftModel.from_pretrained(self._base, checkpoint.path).eval()
         self._label = checkpoint.label
 
@@ -148,6 +153,18 @@ class Transformers:
             )
         made = iter(completion(self.tokenizer, row, row[-1] in ends) for row in rows)
         return [[next(made) for _ in range(request.samples)] for request in requests]
+
+
+def _state(model: Any) -> dict[str, object]:
+    """What changes whenever a parameter or buffer of a model is replaced, written to, or held by another module.
+
+    A tensor on the meta device, whose values are elsewhere, is never equal to itself: it cannot be seen whether they changed.
+    """
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    return {
+        name: object() if tensor.is_meta else (tensor.data_ptr(), tensor.shape, tensor._version)
+        for name, tensor in tensors.items()
+    }
 
 
 class VLLM:

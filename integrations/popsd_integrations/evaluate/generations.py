@@ -49,20 +49,52 @@ def key(record: Mapping[str, Any]) -> Key:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, but for a last one that was cut off. Raises ValueError where another line is no record."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):  # behind the last newline there is nothing, or half a line
+    """The lines of a file, but for a last one that was cut off.
+
+    Raises ValueError where another line is no record, or a completion is there twice.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else []  # a cut may go through a character
+    records: dict[Key, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            key(record), record["text"], record["expected"], record["tokens"], record["finish"]
+            found = key(record)
+            record["text"], record["expected"], record["tokens"], record["finish"]
         except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # behind the last newline there is nothing, or part of a line
+                break
             raise ValueError(
-                f"generations: expected a completion in line {number} of {path}; got {line[:80]!r} ({error}). Delete the "
-                "line; the same command makes it again."
+                f"generations: expected a completion in line {number} of {path}; got "
+                f"{line[:80].decode(errors='replace')!r} ({error}). Delete the line; the same command makes it again."
             ) from error
-        records.append(record)
-    return records
+        if found in records:
+            raise ValueError(
+                f"generations: expected each completion once in {path}; line {number} is another one of sample {found[3]} "
+                f"of problem {found[2]} of {found[1]} by {found[0]}. Delete one of the two lines."
+            )
+        records[found] = record
+    return list(records.values())
+
+
+def describe_missing(kept: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+    """How many completions that were asked for are not in ``records``, and of what; empty where all are there.
+
+    kept: settings.json. A checkpoint of which it does not say what was asked for is expected to have what others have.
+    """
+    there = {key(record) for record in records}
+    others = {name: {"problems": 0, "samples": 0} for name in dict.fromkeys(record["benchmark"] for record in records)}
+    for _, name, problem, sample in there:
+        others[name]["problems"] = max(others[name]["problems"], problem + 1)
+        others[name]["samples"] = max(others[name]["samples"], sample + 1)
+    parts, total, asked = [], 0, 0
+    for label, checkpoint in kept["checkpoints"].items():
+        for name, size in checkpoint.get("asked", others).items():
+            wanted = {(label, name, p, s) for p in range(size["problems"]) for s in range(size["samples"])}
+            asked += len(wanted)
+            if count := len(wanted - there):
+                total += count
+                parts.append(f"{count} of {label} on {name}")
+    return f"{total} of {asked} completions: {', '.join(parts)}" if parts else ""
 
 
 def write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -89,6 +121,7 @@ def open_folder(
     scorer: str,
     checkpoints: Sequence[Checkpoint],
     tasks: Mapping[str, Sequence[Task]],
+    samples: int,
 ) -> list[dict[str, Any]]:
     """What is there of this evaluation, after settings.json has been written. Nothing is generated.
 
@@ -120,7 +153,10 @@ def open_folder(
                 f"in {folder} is another one. Pass another output_dir."
             )
     known_checkpoints = {} if kept is None else kept["checkpoints"]
-    known_checkpoints |= {x.label: {"run": x.run, "path": x.path, "weights": x.weights} for x in checkpoints}
+    asked = {name: {"problems": len(problems), "samples": samples} for name, problems in tasks.items()}
+    for x in checkpoints:
+        before = known_checkpoints.get(x.label, {}).get("asked", {})
+        known_checkpoints[x.label] = {"run": x.run, "path": x.path, "weights": x.weights, "asked": before | asked}
     write_settings(folder, {"settings": config.plain(), "scorer": scorer, "checkpoints": known_checkpoints})
     return records
 

@@ -198,6 +198,8 @@ def _page(results: dict[str, Any], records: Sequence[dict[str, Any]], plots: Seq
     parts.append("<h2>Completions</h2><p>The first sample of each problem; all of them are in generations.jsonl.</p>")
     parts += [beside(columns) for columns in first_samples(records)]
     parts.append("<h2>What was run</h2>" + html_table(facts))
+    if about.get("missing"):
+        parts.insert(0, f"<p><b>A part of the evaluation. Missing are {html.escape(about['missing'])}.</b></p>")
     if about["prompt"]:
         parts.append(f"<h3>The first prompt</h3><pre>{html.escape(about['prompt'])}</pre>")
     return page("popsd evaluate", "".join(parts))

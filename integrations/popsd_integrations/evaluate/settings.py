@@ -23,6 +23,7 @@ class SamplingConfig:
     temperature 0 is greedy. top_p, top_k: 1 and 0 are no filter. The defaults are the model card's of Qwen3 with thinking,
     since the paper states none. max_new_tokens: the public OPSD code's.
     question_template, system_prompt, chat_template_kwargs: see ``ContextConfig``, of whose student this is the prompt.
+    engine_kwargs: for ``from_pretrained`` or ``vllm.LLM``, such as the dtype.
     Raises ValueError for values out of range.
     """
 
@@ -38,6 +39,7 @@ class SamplingConfig:
     )
     system_prompt: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    engine_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -50,8 +52,9 @@ class SamplingConfig:
             raise ValueError(f"top_k: expected at least 0, which is no filter; got {self.top_k}.")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1; got {self.max_new_tokens}.")
-        if not isinstance(self.chat_template_kwargs, Mapping):
-            raise ValueError(f"chat_template_kwargs: expected a JSON object; got {self.chat_template_kwargs!r}.")
+        for name in ("chat_template_kwargs", "engine_kwargs"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name}: expected a JSON object; got {getattr(self, name)!r}.")
         self.contexts()
 
     def contexts(self) -> ContextConfig:
@@ -71,6 +74,7 @@ class SamplingConfig:
     def differences(self, kept: Mapping[str, Any]) -> list[str]:
         """Names of the options that are others in ``kept``, with both values."""
         ours = self.plain()
+        kept = {"engine_kwargs": {}, **kept}  # not written by versions that did not compare it
         return [
             f"{name} ({kept.get(name)!r} there, {ours.get(name)!r} here)"
             for name in dict.fromkeys([*ours, *kept])

@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,7 +220,8 @@ def change(name, value):
 BAD = {
     "no model": (["--model", ""], "model: expected one; got none. Pass --model"),
     "no such model": (["--model", "{files}/no"], "model: expected a name on the Hub or a local folder"),
-    "no such benchmark": (["--benchmarks", "{files}/no.jsonl"], "benchmarks: expected JSON rows in"),
+    "no such benchmark": (["--benchmarks", "{files}/no.jsonl"], "benchmarks: expected a file; there is none at"),
+    "engine_kwargs": (["--engine_kwargs", "[]"], "engine_kwargs: expected a JSON object"),
     "no answers": (["--answer_column", "solution"], "answer_column: expected solution in a; got the columns ['answer'"),
     "an empty answer": (["--benchmarks", "{files}/empty.jsonl"], "got '' in problem 1 of empty"),
     "an answer nobody parses": (
@@ -273,6 +275,49 @@ def test_bad_input_is_named_before_anything_is_generated(case, bad_files, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_part_is_not_judged_as_the_whole(finished, tmp_path, capsys, without_plots):
+    """Of a run that was killed between two checkpoints."""
+    folder = copy(finished, tmp_path / "part")
+    rows = [row for row in lines(folder) if row["model"] in ("base", "lora/checkpoint-2")]
+    (folder / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["evaluate", "--from", str(folder / "generations.jsonl"), "--scorer", SCORER]) == 0
+    text = "Missing are 36 of 72 completions: 12 of lora/checkpoint-10 on a, 6 of lora/checkpoint-10 on b, 12 of "
+    assert text in capsys.readouterr().out and text in (folder / "report.html").read_text()
+
+
+def test_another_evaluation_is_not_overwritten(finished, tmp_path, capsys):
+    there = copy(finished, tmp_path / "there")
+    (there / "generations.jsonl").write_text("mine\n")
+    again = ["evaluate", "--from", str(finished / "generations.jsonl"), "--scorer", SCORER]
+    assert main([*again, "--output_dir", str(there)]) == 2
+    assert "output_dir: expected a folder without another evaluation" in capsys.readouterr().err
+    assert (there / "generations.jsonl").read_text() == "mine\n"
+
+
+def test_judging_again_waits_for_no_run_at_work(finished, tmp_path, monkeypatch, capsys):
+    """It is refused before it reads, or what the other run adds would be lost."""
+    from popsd_integrations.evaluate import generations
+    from popsd_integrations.run_folder import exclusive
+
+    folder = copy(finished, tmp_path / "out")
+    monkeypatch.setattr(generations, "read", lambda path: pytest.fail("read without the lock"))
+    with exclusive(folder):
+        assert main(["evaluate", "--from", str(folder / "generations.jsonl"), "--scorer", SCORER]) == 2
+    assert "expected a folder that no other run writes to" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_scale_is_another_checkpoint(files, tmp_path):
+    from popsd_integrations.evaluate.checkpoints import weights_hash
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(files / "run" / "checkpoint-2", folder)
+    known = weights_hash(folder)
+    change("base_model_name_or_path", "moved")(folder / "adapter_config.json")
+    assert weights_hash(folder) == known
+    change("lora_alpha", 99)(folder / "adapter_config.json")
+    assert weights_hash(folder) != known
+
+
 def copy(finished, folder):
     folder.mkdir()
     for name in ("settings.json", "generations.jsonl"):
@@ -281,6 +326,10 @@ def copy(finished, folder):
 
 
 MIXED = {
+    "another dtype": (
+        ["--engine_kwargs", '{"dtype": "bfloat16"}'],
+        "different are engine_kwargs ({} there, {'dtype': 'bfloat16'} here)",
+    ),
     "another temperature": (["--temperature", "0.5"], "different are temperature (1.0 there, 0.5 here)"),
     "other problems": (["--benchmarks", "a={files}/b.jsonl"], "problem 0 in"),
     "another checkpoint": (["--adapters", "lora/checkpoint-2={files}/whole"], "got those of other weights"),

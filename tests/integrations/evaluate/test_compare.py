@@ -1,9 +1,12 @@
 import json
+import os
 import random
 
 import pytest
 
 from popsd_integrations.cli import main
+from popsd_integrations.estimates import Interval
+from popsd_integrations.evaluate.compare import _plain, read_run
 
 LOOP = {"loss": 0.1, "student_entropy": 0.5, "markers/per_completion": 6.0, "completions/mean_length": 20.0}
 TRAINER = {"loss": 0.2, "entropy": 0.4, "markers/per_completion": 2.0, "completions/mean_length": 10.0}
@@ -34,7 +37,7 @@ def save_trainer(folder):
     return folder
 
 
-def save_evaluation(folder, models, problems=20, question="What is {}?"):
+def save_evaluation(folder, models, problems=20, question="What is {}?", weights=None, **settings):
     """models: label -> chance of a right answer."""
     folder.mkdir(parents=True)
     rows = []
@@ -60,8 +63,8 @@ def save_evaluation(folder, models, problems=20, question="What is {}?"):
                     }
                 )
     (folder / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    runs = {label: {"run": label.split("/")[0], "path": "", "weights": None} for label in models}
-    (folder / "settings.json").write_text(json.dumps({"settings": {}, "scorer": "x", "checkpoints": runs}))
+    runs = {label: {"run": label.split("/")[0], "path": "", "weights": weights} for label in models}
+    (folder / "settings.json").write_text(json.dumps({"settings": settings, "scorer": "x", "checkpoints": runs}))
     return folder
 
 
@@ -74,11 +77,11 @@ def compare(output, *folders):
 def test_curves_of_loop_and_trainer_stand_beside_one_another(tmp_path):
     loop, trainer = save_loop(tmp_path / "loop"), save_trainer(tmp_path / "trainer")
     rows, page = compare(tmp_path / "out", f"a={loop}", f"b={trainer}")
-    assert rows["end of training"] == ["a", "b", "−"]
+    assert rows["end of training"] == ["a", "b", "b − a"]
     value, other, difference = rows["markers per completion"]
     assert (round(float(value), 1), round(float(other), 1)) == (6.0, 2.0)
     assert float(difference.split()[0]) == pytest.approx(-4, abs=0.02) and "[" in difference
-    assert rows["student entropy, nats"][2].startswith("-0.1")
+    assert float(rows["student entropy, nats"][2].split()[0]) == pytest.approx(-0.1, abs=0.005)
     assert rows["accuracy, held-out"] == ["–", "0.35", "–"]
     assert page.count("data:image/png") == 1 and (tmp_path / "out" / "curves.png").stat().st_size > 5000
 
@@ -114,6 +117,48 @@ def test_other_problems_have_no_difference(tmp_path):
     assert rows["b: y"][1::2] == ["other problems"] * 3 and "<details>" not in page
 
 
+OTHER = {
+    "temperature": ({"temperature": 0.6}, {"temperature": 1.0}, "other temperature"),
+    "base": ({"weights": "1", "model": "m"}, {"weights": "2", "model": "m"}, "other base"),
+    "place": ({"weights": "1", "model": "m"}, {"weights": "1", "model": "n"}, ""),
+    "seed": ({"seed": 0}, {"seed": 1}, ""),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_other_bases_and_settings_are_not_paired(case, tmp_path):
+    first, second, reason = OTHER[case]
+    one = save_evaluation(tmp_path / "a", {"base": 0.5, "x": 0.3}, **first)
+    two = save_evaluation(tmp_path / "b", {"base": 0.5, "y": 0.4}, **second)
+    rows, page = compare(tmp_path / "out", f"a={one}", f"b={two}")
+    assert rows["evaluation"][1::2] == ["− base"] * 3
+    assert "[" in rows["a: x"][1] and ("b: base" in rows) == bool(reason)
+    shown = page[page.index("<details>") :]
+    assert ("&lt;b&gt;y&lt;/b&gt;" in shown) == (not reason)
+    if reason:
+        assert rows["b: y"][1::2] == rows["b: base"][1::2] == [reason] * 3
+    else:
+        assert "[" in rows["b: y"][1]
+
+
+def test_the_last_checkpoint_is_that_of_the_largest_step(tmp_path):
+    """Not the one evaluated or copied last."""
+    one = save_evaluation(tmp_path / "a", {"base": 0.5, "r/checkpoint-10": 0.5, "r/checkpoint-2": 0.1})
+    trainer = save_trainer(tmp_path / "trainer")
+    os.utime(trainer / "checkpoint-20" / "trainer_state.json", (2e9, 2e9))
+    found = read_run("a", one), read_run("b", trainer)
+    assert list(found[0].evaluated) == ["base", "r/checkpoint-10"]
+    assert max(found[1].curves["loss per token, nats"]) == 50
+
+
+def test_small_differences_have_digits():
+    assert _plain(Interval(-2e-5, -3.14159e-5, 0.0), sign=True) == "-2e-05 [-3.14e-05, +0.00]"
+    assert (
+        _plain(Interval(-0.0, None, None), sign=True) == "+0.00"
+        and _plain(Interval(1234.5678, None, None)) == "1234.57"
+    )
+
+
 def spoil(folder):
     (folder / "metrics.jsonl").write_text('{"step": 1}\nbroken\n')
 
@@ -123,6 +168,7 @@ BAD = {
     "nothing in it": (["{tmp}/empty", "{tmp}/loop"], "runs: expected metrics.jsonl, a checkpoint with"),
     "one run": (["{tmp}/loop"], "expected at least two trainings"),
     "a broken line": (["{tmp}/broken", "{tmp}/loop"], "expected a JSON object in each line of"),
+    "a label twice": (["a={tmp}/loop", "a={tmp}/loop"], "runs: expected each label once; got 'a' again"),
     "two evaluations": (["{tmp}/two", "{tmp}/loop"], "expected one evaluation in"),
 }
 
