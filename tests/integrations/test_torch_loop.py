@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from loop_helpers import CONFIG, PROMPTS, deterministic, fixed_generate, no_work, run, tiny
 
 import popsd
 from popsd_integrations.huggingface.frozen import frozen_weights
 from popsd_integrations.huggingface.heads import head_from_model, hidden_states
-from popsd_integrations.huggingface.prompts import Prompts
+from popsd_integrations.huggingface.prompts import Problem, Prompts
 from popsd_integrations.huggingface.sampling import hf_generate
 from popsd_integrations.torch_loop import loop
 from popsd_integrations.torch_loop.loop import TrainConfig
@@ -168,6 +169,7 @@ def test_fewer_steps_than_the_checkpoint_has_taken_are_refused(tmp_path):
         ({"config": replace(CONFIG, loss=popsd.PurifiedConfig(pmi_beta=2.0))}, r"differs in loss\."),
         ({"model": tiny(seed=1)}, r"differs in initial weights\."),
         ({"prompts": PROMPTS[:-1]}, r"differs in prompts\."),
+        ({"model": tiny(rms_norm_eps=1e-3)}, r"differs in model\.config\.rms_norm_eps\."),
     ],
 )
 def test_a_foreign_checkpoint_is_refused_before_any_work(tmp_path, change, message):
@@ -189,6 +191,11 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
     [
         ({"steps": 0}, r"steps: expected a number of at least 1; got 0"),
         ({"micro_batch_size": 0}, r"micro_batch_size: "),
+        ({"steps": 2.5}, r"steps: expected a whole number; got 2\.5"),
+        ({"micro_batch_size": 1.5}, r"micro_batch_size: expected a whole number or None; got 1\.5"),
+        ({"learning_rate": "5e-6"}, r"learning_rate: expected a number; got '5e-6'"),
+        ({"temperature": None}, r"temperature: expected a number; got None"),
+        ({"weight_decay": float("nan")}, r"weight_decay: expected a number of at least 0; got nan"),
         ({"temperature": -1.0}, r"temperature: expected a number of at least 0"),
         ({"learning_rate": float("nan")}, r"learning_rate: expected a positive finite number"),
         ({"loss_target": "teacher"}, r"loss_target: expected one of .*'opsd'.*; got 'teacher'"),
@@ -196,8 +203,18 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
     ],
 )
 def test_bad_config_is_named(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         TrainConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "prompts", [[Problem("1 + 1", "2")], [{"question": [1]}], Dataset.from_list([{"a": 1}]), iter(PROMPTS)]
+)
+def test_what_is_no_prompts_is_refused(tmp_path, prompts):
+    with pytest.raises(
+        TypeError, match=r"prompts: expected a list of Prompts; got .*ContextBuilder\(tokenizer\)\.build_all"
+    ):
+        run(tmp_path, prompts=prompts, generate=no_work)
 
 
 def test_no_prompts_and_two_adapters_are_refused(tmp_path):

@@ -26,7 +26,8 @@ class Sampler:
         questions as lists of token ids; returns completions as such lists. None: `hf_generate`.
     vocab_size: the leading rows of the head that the loss uses, `popsd.PurifiedConfig.vocab_size`. Where it is given,
         ``generate`` is told it, as ``vocab_size=``, and must sample no other token. None: the whole head.
-    Raises ValueError where no end-of-sequence token is known, or none is below ``vocab_size``. Called, it raises ValueError
+    Raises ValueError where no end-of-sequence token is known, or none is below ``vocab_size``, and for a ``vocab_size`` larger
+    than the head. Called, it raises ValueError for another number of completions than prompts,
     before the forward where a prompt and its completion would need more positions than the model has, and for a sampled
     token that the loss has not.
     """
@@ -42,6 +43,7 @@ class Sampler:
         vocab_size: int | None = None,
     ) -> None:
         self.eos_token_id, self.pad_token_id = special_tokens(model, tokenizer)
+        check_head(model, vocab_size)
         check_ends(self.eos_token_id, vocab_size)
         self.vocab_size = vocab_size
         self._generate: Generate = generate or hf_generate
@@ -58,6 +60,11 @@ class Sampler:
                 eos_token_id=self.eos_token_id,
                 pad_token_id=self.pad_token_id,
                 **self._options,
+            )
+        if len(completions) != len(prompts):
+            raise ValueError(
+                f"generate: expected {len(prompts)} completions; got {len(completions)}. Return one completion per prompt, in "
+                "their order."
             )
         check_sampled(completions, self.vocab_size)
         return completions
@@ -121,6 +128,16 @@ def unused_tokens(model: Any, vocab_size: int | None) -> list[int]:
     """
     rows = causal_model(model).config.get_text_config().vocab_size
     return [] if vocab_size is None else list(range(vocab_size, rows))
+
+
+def check_head(model: Any, vocab_size: int | None) -> None:
+    """Raise ValueError where ``vocab_size`` is more than the rows of the model's head."""
+    rows = causal_model(model).config.get_text_config().vocab_size
+    if vocab_size is not None and vocab_size > rows:
+        raise ValueError(
+            f"vocab_size: expected at most {rows}, the rows of the head; got {vocab_size}. Leave it out where the whole head "
+            "is in use."
+        )
 
 
 def check_ends(eos_token_id: Sequence[int], vocab_size: int | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from popsd_integrations.huggingface.heads import causal_model
 from popsd_integrations.huggingface.sampling import random_state, set_random_state
 from popsd_integrations.run_folder import write_whole, writing
 
@@ -50,15 +51,34 @@ def checksum(content: Any) -> str:
 def run_fingerprint(
     options: Mapping[str, Any], model: nn.Module, prompts: Sequence[Sequence[list[int]]]
 ) -> dict[str, Any]:
-    """What identifies a run: its options, and checksums of its data and of its initial weights, all of them."""
+    """What identifies a run: its options, the model's configuration, and checksums of its data and initial weights, all of
+    them, and of the buffers that are saved with these. The others follow from the configuration.
+    """
+    saved, buffers = model.state_dict().keys(), model.named_buffers()
     identity = {
         **options,
+        **{
+            f"model.config.{name}": value for name, value in _shaping(causal_model(model).config.to_diff_dict()).items()
+        },
+        "buffers": checksum({name: buffer for name, buffer in buffers if name in saved}),
         "prompts": hashlib.sha256(json.dumps([list(row) for row in prompts]).encode()).hexdigest(),
         "initial weights": checksum(dict(model.named_parameters())),
     }
     # Written and read as JSON, because a checkpoint returns it so: tuples become lists.
     fingerprint: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return fingerprint
+
+
+_TRANSIENT = {"transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
+"""What a model's configuration says of the library and of how it was loaded. The weights' checksum has their type."""
+
+
+def _shaping(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _shaping(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if name not in _TRANSIENT and not name.startswith("_")
+    }
 
 
 def save_checkpoint(

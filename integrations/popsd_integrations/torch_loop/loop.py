@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ class TrainConfig:
     decompose_every: log Eq. 4 every so many steps, 0 never; β-OPSD has none. evaluate_every, checkpoint_every: steps, 0
         is at the end only.
     batched_frozen: run the frozen contexts as one batch. impl: backend of the loss, see ``popsd.Impl``.
-    Raises ValueError for values out of range.
+    Raises ValueError for values out of range, and TypeError for what is no number or no whole number where one belongs.
     """
 
     steps: int = 200
@@ -104,9 +105,15 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in (*_WHOLE, *_NUMBERS):
+            value, kind = getattr(self, name), "whole number" if name in _WHOLE else "number"
+            if value is None and name in _OR_NONE:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral if name in _WHOLE else Real):
+                raise TypeError(f"{name}: expected a {kind}{' or None' * (name in _OR_NONE)}; got {value!r}.")
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not least <= value < float("inf"):
                 raise ValueError(f"{name}: expected a number of at least {least}; got {value}.")
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -125,6 +132,18 @@ class TrainConfig:
         return loss_function(self.loss_target, self.loss, masks=self.masks, impl=self.impl)
 
 
+_OR_NONE = ("micro_batch_size", "lora_rank")
+_WHOLE = (
+    "steps",
+    "batch_size",
+    "max_new_tokens",
+    "decompose_every",
+    "evaluate_every",
+    "checkpoint_every",
+    "seed",
+    *_OR_NONE,
+)
+_NUMBERS = ("learning_rate", "weight_decay", "max_grad_norm", "lora_alpha", "temperature")
 _LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "lora_rank": 1, "lora_alpha": 1, "max_new_tokens": 1}
 _LEAST |= dict.fromkeys(("temperature", "weight_decay", "decompose_every", "evaluate_every", "checkpoint_every"), 0)
 
@@ -167,12 +186,20 @@ def train(
     One run at a time works in ``output_dir``. After a SIGTERM the run finishes its step, saves, and raises SystemExit(143).
     A step whose gradient is not finite is refused: the weights stay, a warning names the rows, and ``step_refused`` is 1.
 
-    Raises ValueError before any work: for no prompts; for a folder that cannot be written to or that another run works in;
-    for a checkpoint that is there without ``resume``, is damaged, is of another run, or has taken more steps; for a model
-    that ``huggingface.check_model`` refuses. Raises RuntimeError, before a checkpoint is written, where the frozen weights
-    have changed, FloatingPointError after three refused steps in a row and for parameters that are not finite, and OSError
-    on a full disk. The last checkpoint then stays.
+    Raises, before any work, TypeError for other prompts, and ValueError for no prompts; for a folder that cannot be written
+    to or that another run works in; for a checkpoint that is there without ``resume``, is damaged, is of another run, or
+    has taken more steps; for a model that ``huggingface.check_model`` refuses. Raises RuntimeError, before a checkpoint is
+    written, where the frozen weights have changed, FloatingPointError after three refused steps in a row and for parameters
+    that are not finite, and OSError on a full disk. The last checkpoint then stays.
     """
+    odd = (
+        next((row for row in prompts if not isinstance(row, Prompts)), None) if hasattr(prompts, "__len__") else prompts
+    )
+    if odd is not None:
+        raise TypeError(
+            f"prompts: expected a list of Prompts; got {type(prompts).__name__} of {type(odd).__name__}. Build them of "
+            "Problems with ContextBuilder(tokenizer).build_all(problems)."
+        )
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one problem; got none. Build them with ContextBuilder.build_all.")
     if config.evaluate_every and evaluate is None and held_out is None:

@@ -1,10 +1,13 @@
-"""Callbacks of ``PurifiedOPSDTrainer``: the moving average, the plot at the end, and the refusal of a run without steps."""
+"""Callbacks of ``PurifiedOPSDTrainer``: the moving average, the plot at the end, and the refusal of a run without steps.
+And what tells one run from another.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -48,28 +51,60 @@ class EMACallback(TrainerCallback):
         self.ema.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
 
 
-class SameRun(TrainerCallback):
-    """Keeps the options that a run depends on in its output_dir, and raises ValueError where a checkpoint of a run with
-    others would be continued, or other runs' checkpoints written over.
-    """
+class SameRun:
+    """Keeps what a run depends on in its output_dir: its options, and what else ``identity`` names."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        path, now = Path(args.output_dir) / RUN_FILE, args.run_options()
+    def __init__(self, identity: Mapping[str, Any]) -> None:
+        self._identity = identity
+
+    def check(self, args: Any, resumed: bool, writes: bool) -> None:
+        """Raise ValueError where a checkpoint of another run would be continued, or checkpoints written over, those of
+        this run among them. Called before transformers loads the optimiser's state, which fits the same run alone.
+        """
+        path = Path(args.output_dir) / RUN_FILE
+        now = json.loads(json.dumps({**args.run_options(), **self._identity}, default=str))
         then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        resumed = state.global_step > 0
         if then is None and resumed:
             logger.warning(f"Whether the checkpoint is of a run with these options cannot be told: no {path}.")
         if then not in (None, now) and (resumed or any(path.parent.glob("checkpoint-*"))):
+            names = sorted({*then, *now})
             other = [
-                f"{name} {then.get(name)!r} (now {now.get(name)!r})" for name in now if then.get(name) != now[name]
+                f"{name} {then.get(name)!r} (now {now.get(name)!r})"
+                for name in names
+                if then.get(name) != now.get(name)
             ]
             raise ValueError(
                 f"output_dir: expected checkpoints of this run in {path.parent}; got those of one with {', '.join(other)}. "
-                "Pass the options that it began with, or another output_dir."
+                "Pass the options, data and adapter that it began with, or another output_dir."
             )
-        if state.is_world_process_zero:
+        newest = newest_whole_checkpoint(path.parent)
+        if newest is not None and not resumed:
+            raise ValueError(
+                f"output_dir: expected a folder without checkpoints to start at step 0 in; got {newest}, which would be "
+                "written over. Pass resume_from_checkpoint=True to go on from it, or another output_dir."
+            )
+        if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda file: file.write(json.dumps(now, indent=1).encode()))
+
+
+_ADAPTER = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "init_lora_weights", "rank_pattern", "alpha_pattern")
+
+
+def trained_part(model: Any) -> dict[str, Any]:
+    """What identifies the trained part of a model: numbers of its adapters, and the names of all that is trained.
+
+    The names stand for target_modules and modules_to_save, which PEFT rewrites.
+    """
+    trained = sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    digest = hashlib.sha256("\n".join(trained).encode()).hexdigest()[:16]
+    options = {
+        f"peft_config[{adapter!r}].{name}": getattr(config, name)
+        for adapter, config in getattr(model, "peft_config", {}).items()
+        for name in _ADAPTER
+        if hasattr(config, name)
+    }
+    return options | {"trained tensors": f"{len(trained)}, names {digest}"}
 
 
 class NothingTrained(TrainerCallback):
@@ -165,3 +200,21 @@ class RunFiles(TrainerCallback):
 
 def _checkpoint(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def newest_whole_checkpoint(folder: str | Path) -> str | None:
+    """The checkpoint with the most steps in ``folder`` that was written to its end, or None.
+
+    A run killed while it saved leaves a folder without trainer_state.json, which is written last.
+    """
+    whole = [path for path in Path(folder).glob("checkpoint-*") if _is_whole(path)]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return path.name.split("-")[1].isdigit() and bool(
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        )
+    except (OSError, ValueError):
+        return False

@@ -31,15 +31,16 @@ from popsd.engine.workspace import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB
 from popsd_integrations.huggingface.objective import needed_contexts
 from popsd_integrations.huggingface.prompts import ContextBuilder, thinking_states
 from popsd_integrations.runs.report import how_to_go_on, write_page
+from popsd_integrations.trl_trainer.callbacks import newest_whole_checkpoint
 from popsd_integrations.trl_trainer.dataset import (
     ANSWER_COLUMN,
     SOLUTION_COLUMNS,
     WRONG_COLUMN,
     RowCheck,
+    check_rows,
     problem_of,
     with_other_solutions,
 )
-from popsd_integrations.trl_trainer.guards import newest_whole_checkpoint
 from popsd_integrations.trl_trainer.trainer import PurifiedOPSDConfig, PurifiedOPSDTrainer
 
 
@@ -268,10 +269,14 @@ def _printable(text: str) -> str:
 
 def describe_rows(rows: Any, name: str, tokenizer: Any, student: Any, args: PurifiedOPSDConfig) -> str:
     """What max_prompt_length does to the data. Raises ValueError on a row that training would refuse."""
+    check = RowCheck(ContextBuilder(tokenizer, args.context_config(), text_as_chat=False), student, args)
     if isinstance(rows, IterableDataset):
         return f"{name}: a stream, whose problems are looked at as they come"
-    contexts = ContextBuilder(tokenizer, args.context_config(), text_as_chat=False)
-    return str(RowCheck(contexts, student, args).kept(rows, name)[1])
+    keep, counted = check.kept(rows, name)
+    if name == "train_dataset":
+        processes = max(1, args.world_size)
+        check_rows(len(keep), args.per_device_train_batch_size * args.gradient_accumulation_steps * processes)
+    return str(counted)
 
 
 def without_weights(model: str, args: PurifiedOPSDConfig) -> Any:

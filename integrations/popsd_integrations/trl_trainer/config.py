@@ -55,6 +55,7 @@ _SHAPING = {
         "adam_beta2",
         "adam_epsilon",
         "weight_decay",
+        "max_grad_norm",
     ),
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "max_completion_length"),
     *("chat_template_kwargs", "seed", "shuffle_dataset"),
@@ -351,7 +352,7 @@ class PurifiedOPSDConfig(DistillationConfig):
         Those of the optimiser are among them, since a checkpoint brings its own and the ones given would be ignored.
         """
         own = {entry.name for entry in fields(self)} - {entry.name for entry in fields(DistillationConfig)}
-        names = (own | _SHAPING) - _FREE
+        names = (own | _SHAPING) - _FREE | ({"markers"} if self.protect_markers else set())
         options = {name: getattr(self, name) for name in sorted(names)}
         plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
         return plain

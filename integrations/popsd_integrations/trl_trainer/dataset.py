@@ -5,11 +5,14 @@ tokenizer that makes prompts of them.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, ProcessorMixin
 
@@ -20,7 +23,7 @@ from popsd_integrations.huggingface.prompts import (
     other_solutions,
     thinking_states,
 )
-from popsd_integrations.huggingface.sampling import check_fits, position_limit
+from popsd_integrations.huggingface.sampling import check_fits, check_head, position_limit
 from popsd_integrations.runs.held_out import Judge
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
 
@@ -115,6 +118,15 @@ def check_columns(dataset: Any, name: str, args: PurifiedOPSDConfig) -> None:
         )
 
 
+def check_rows(rows: int, step: int) -> None:
+    """Raise ValueError where training data has fewer rows than one step takes."""
+    if rows < step:
+        raise ValueError(
+            f"train_dataset: expected at least the {step} rows of one step (per_device_train_batch_size × "
+            f"gradient_accumulation_steps × processes); got {rows}. Lower one of them, or add data."
+        )
+
+
 class Counted(NamedTuple):
     """What a limit of ``allowed`` tokens does to the rows of a dataset. longest: tokens of the longest prompt that stays."""
 
@@ -136,6 +148,7 @@ class RowCheck:
     """Whether rows become prompts that fit ``model`` together with the longest completion.
 
     judge: of the answers in evaluation datasets, or None where nothing is judged.
+    Raises ValueError for a ``vocab_size`` that the model's head has not.
     """
 
     def __init__(
@@ -144,6 +157,7 @@ class RowCheck:
         self.contexts, self.judge = contexts, judge
         self.args = args
         self._limit = position_limit(model)
+        check_head(model, args.vocab_size)
 
     def prompts(self, problem: Problem, where: str) -> Prompts | None:
         """The prompts, or None where the row is dropped. Raises ValueError that says ``where``."""
@@ -239,6 +253,23 @@ class RowCheck:
                 f"The prompts end in different thinking states: {states}. The completion's first tokens then mean "
                 "something else to each. Set the same chat_template_kwargs, or skip_first_tokens."
             )
+
+
+_FINGERPRINT_ROWS = 256
+
+
+def fingerprint(dataset: Any) -> str:
+    """What identifies training data, at little cost: its number of rows and a hash of 256 of them, evenly spaced from the
+    first to the last. Of a stream, which can be read only by training on it, the columns.
+    """
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return "none" if dataset is None else f"a stream with the columns {sorted(dataset.column_names or ())}"
+    rows = len(dataset)
+    places = range(rows) if rows <= _FINGERPRINT_ROWS else np.linspace(0, rows - 1, _FINGERPRINT_ROWS).astype(int)
+    columns = {"prompt", *SOLUTION_COLUMNS, WRONG_COLUMN, OTHER_COLUMN} & set(dataset.column_names)
+    looked_at = dataset.select_columns(sorted(columns)).select(places)
+    text = json.dumps(list(looked_at), default=str, sort_keys=True)
+    return f"{rows} rows, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def sizes(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ orderly end on SIGTERM, and no step on a gradient that is not finite.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,7 @@ from popsd_integrations.finite_steps import PATIENCE, FiniteSteps
 from popsd_integrations.huggingface.heads import is_sharded, run_in_forward
 from popsd_integrations.huggingface.packing import unpad
 from popsd_integrations.run_folder import exclusive, finishing_on_sigterm
-from popsd_integrations.trl_trainer.callbacks import EMACallback
+from popsd_integrations.trl_trainer.callbacks import EMACallback, SameRun, newest_whole_checkpoint
 from popsd_integrations.trl_trainer.compat import DistillationTrainer, record
 
 _FP16_PATIENCE = 32
@@ -27,7 +26,9 @@ _FP16_PATIENCE = 32
 
 
 class GuardedTrainer(DistillationTrainer):
-    """TRL's trainer with the guards. It calls ``_loss`` of its subclass to find the rows that are not finite."""
+    """TRL's trainer with the guards. Its subclass has ``_loss``, which names rows that are not finite, and ``_same_run``."""
+
+    _same_run: SameRun
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """``transformers.Trainer.train``, alone in ``output_dir``.
@@ -35,7 +36,8 @@ class GuardedTrainer(DistillationTrainer):
         resume_from_checkpoint: True is the newest whole checkpoint; one that a kill cut short is passed over.
         After a SIGTERM the step is finished and saved, and SystemExit(143) raised; ``enable_jit_checkpoint`` leaves that
         to transformers.
-        Raises ValueError where another run works in ``output_dir``, or True finds no checkpoint; FloatingPointError after
+        Raises ValueError where another run works in ``output_dir`` or left its checkpoints there, where a start at step 0
+        would write over some, or True finds none; FloatingPointError after
         three steps in a row without a finite gradient, all refused, and for parameters that are not finite.
         """
         jit = getattr(self.args, "enable_jit_checkpoint", False)
@@ -49,6 +51,7 @@ class GuardedTrainer(DistillationTrainer):
                         f"resume_from_checkpoint: expected a whole checkpoint in {self.args.output_dir}; got none. "
                         "Leave it out to start from step 0."
                     )
+            self._same_run.check(self.args, bool(resume_from_checkpoint), self.is_world_process_zero())
             asked_to_end = (lambda: False) if jit else stack.enter_context(finishing_on_sigterm())
             guards = [FiniteGradient(self), EndWhenAsked(self, asked_to_end)]
             for guard in guards:
@@ -151,24 +154,6 @@ class EndWhenAsked(TrainerCallback):
             asked = accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum").item() > 0
         if asked:
             control.should_save = control.should_training_stop = True
-
-
-def newest_whole_checkpoint(folder: str | Path) -> str | None:
-    """The checkpoint with the most steps in ``folder`` that was written to its end, or None.
-
-    A run killed while it saved leaves a folder without trainer_state.json, which is written last.
-    """
-    whole = [path for path in Path(folder).glob("checkpoint-*") if _is_whole(path)]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return path.name.split("-")[1].isdigit() and bool(
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        )
-    except (OSError, ValueError):
-        return False
 
 
 def _row(value: Any, index: int, rows: int) -> Any:

@@ -27,7 +27,14 @@ from popsd_integrations.huggingface.packing import Packed, pack_padded, padded, 
 from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts
 from popsd_integrations.huggingface.sampling import check_sampled, only_given_settings, own_randomness
 from popsd_integrations.runs.held_out import GREEDY, SAMPLED, Judge, accuracies, log
-from popsd_integrations.trl_trainer.callbacks import EMACallback, NothingTrained, PlotMetrics, RunFiles, SameRun
+from popsd_integrations.trl_trainer.callbacks import (
+    EMACallback,
+    NothingTrained,
+    PlotMetrics,
+    RunFiles,
+    SameRun,
+    trained_part,
+)
 from popsd_integrations.trl_trainer.compat import (
     EpochSampler,
     accumulation_factor,
@@ -48,6 +55,8 @@ from popsd_integrations.trl_trainer.dataset import (
     RowCheck,
     check_columns,
     check_evaluation,
+    check_rows,
+    fingerprint,
     problem_of,
     sizes,
     tokenizer_of,
@@ -69,8 +78,6 @@ logger = logging.getLogger(__name__)
 
 _PROMPT_OF = {"base": "prompt", "teacher": "teacher_prompt", "reference": "reference_prompt"}
 """What TRL's batch calls each context's prompts, in the order of the fields of `Prompts`."""
-
-
 _NONE = 2**40
 """Longer than a completion: minus this is the longest of none."""
 
@@ -163,7 +170,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             setattr(self, name, self._rows.dataset(dataset, name))
         self._nothing_trained = NothingTrained()
         self.add_callback(self._nothing_trained)
-        self.add_callback(SameRun())
+        self._same_run = SameRun({"train_dataset": fingerprint(train_dataset)} | trained_part(self.model))
         self._ema = None
         if args.frozen_weights == "ema":
             if self.is_fsdp_enabled or self._zero3:
@@ -198,11 +205,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(dataset)
-        if len(sampler) == 0:
-            raise ValueError(
-                f"train_dataset: expected at least the {sampler.batch_size} rows of one step (per_device_train_batch_size × "
-                f"gradient_accumulation_steps × processes); got {sampler.num_samples}. Lower one of them, or add data."
-            )
+        check_rows(sampler.num_samples, sampler.batch_size)
         return EpochSampler(sampler, lambda: self.state.global_step)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def trainer_run(folder, variant):
 
     from popsd_integrations.torch_loop.checkpoint import checksum
     from popsd_integrations.trl_trainer import PurifiedOPSDTrainer
-    from popsd_integrations.trl_trainer.guards import newest_whole_checkpoint
+    from popsd_integrations.trl_trainer.callbacks import newest_whole_checkpoint
 
     options = ({"lora": True, "frozen_weights": "ema", "ema_decay": 0.5}, {"save_total_limit": 1})[variant]
     options |= {"save_strategy": "steps", "save_steps": 1, "shuffle_dataset": True, "max_steps": 4}

@@ -211,6 +211,12 @@ def test_a_generate_of_ones_own_is_told_and_checked():
     with pytest.raises(ValueError, match=r"generate: expected tokens below vocab_size=11; got 11 in completion 1"):
         sampler(model, [Prompts([1], [1], [1])] * 2)
     assert told == [11]
+    with pytest.raises(ValueError, match=r"generate: expected 3 completions; got 2\. Return one completion per prompt"):
+        sampler(model, [Prompts([1], [1], [1])] * 3)
+    with pytest.raises(
+        ValueError, match=r"vocab_size: expected at most 22, the rows of the head; got 23\. Leave it out"
+    ):
+        Sampler(model, build_tokenizer(), max_new_tokens=2, temperature=1.0, vocab_size=23)
 
 
 def test_prompts_beyond_the_models_positions_are_refused():

@@ -74,13 +74,25 @@ def test_a_dry_run_prints_prompts_and_memory_and_trains_nothing(work, capsys):
     assert "copy of the initial weights" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--vocab_size", "151669"], r"vocab_size: expected at most \d+, the rows of the head; got 151669"),
+        (["--gradient_accumulation_steps", "3"], r"train_dataset: expected at least the 12 rows of one step .*; got 8"),
+    ],
+)
+def test_a_dry_run_refuses_what_training_would(work, flags, message):
+    with pytest.raises(ValueError, match=message):
+        train_command.main(["--config", str(work / "config.yaml"), "--dry_run", "true", *flags])
+
+
 def test_a_dry_run_counts_what_a_length_limit_does_to_the_data(work, capsys):
     """Of the split that is trained on and of the one for evaluation; a row that training would refuse is named."""
     rows = [{"problem": "1", "answer": "1 " * length} for length in (4, 5, 9)]
     for split, kept in (("train", rows), ("test", rows[1:])):
         (work / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     flags = ["train", "--config", str(work / "config.yaml"), "--dry_run", "true", "--eval_strategy", "steps"]
-    flags += ["--eval_steps", "1"]
+    flags += ["--eval_steps", "1", "--per_device_train_batch_size", "1"]
     limit = ["--max_prompt_length", "11"]
     assert cli.main([*flags, *limit, "--on_overflow", "drop"]) == 0
     printed = capsys.readouterr().out

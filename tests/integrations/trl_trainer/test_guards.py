@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl_helpers import FixedTrainer, build, logs
 
 from popsd_integrations.run_folder import exclusive
-from popsd_integrations.trl_trainer.guards import newest_whole_checkpoint
+from popsd_integrations.trl_trainer.callbacks import newest_whole_checkpoint
 
 UNCHECKED = {"loss_kwargs": {"check_finite": False}}
 

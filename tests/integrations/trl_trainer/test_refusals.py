@@ -9,10 +9,11 @@ import torch
 pytest.importorskip("trl")
 
 from datasets import Dataset
-from trl_helpers import EOS, PAD, ROWS, FixedTrainer, build, config, logs, tiny
+from trl_helpers import EOS, LORA, PAD, ROWS, FixedTrainer, build, config, logs, tiny
 
-from popsd_integrations.miniature.tokenizer import build_tokenizer
+from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
 from popsd_integrations.trl_trainer import compat
+from popsd_integrations.trl_trainer.dataset import fingerprint
 from popsd_integrations.trl_trainer.trainer import PurifiedOPSDTrainer, problem_of
 
 
@@ -169,3 +170,37 @@ def test_a_checkpoint_of_a_run_with_other_options_is_not_resumed(tmp_path):
         assert "seed" not in str(raised.value)
     same = build(tmp_path, **saving, seed=3, max_steps=2, diagnostics_steps=0, impl="torch")
     assert same.train(resume_from_checkpoint=True).global_step == 2
+
+
+def test_a_run_with_other_data_or_another_adapter_is_another_run(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "protect_markers": True}
+    build(tmp_path, **saving, lora=True).train()
+    again = {
+        r"train_dataset '8 rows, \w+' \(now '8 rows, ": {"rows": [*ROWS[:-1], ROWS[0]]},
+        r"max_grad_norm 1\.0 \(now 0\.5\)": {"max_grad_norm": 0.5},
+        r"markers \[.*\(now \['OK'\]\)": {"markers": ["OK"]},
+        r"output_dir: .* to start at step 0 in; got .*checkpoint-1.*resume_from_checkpoint=True": {},
+    }
+    for message, options in again.items():
+        with pytest.raises(ValueError, match=message):
+            build(tmp_path, **saving, lora=True, **options).train()
+    adapter = copy.deepcopy(LORA)
+    adapter.lora_alpha, adapter.target_modules = 16, ["q_proj"]
+    data = {"train_dataset": Dataset.from_list(ROWS), "processing_class": build_tokenizer()}
+    other = FixedTrainer(model=tiny(), args=config(tmp_path, **saving, max_steps=2), peft_config=adapter, **data)
+    with pytest.raises(ValueError, match=r"\['default'\]\.lora_alpha 8 \(now 16\), trained tensors '28"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_a_vocabulary_larger_than_the_head_is_refused_at_construction(tmp_path):
+    with pytest.raises(ValueError, match=rf"vocab_size: expected at most {len(VOCABULARY)}, the rows of the .*Leave"):
+        build(tmp_path, vocab_size=151669)
+
+
+def test_data_is_told_by_a_part_of_it():
+    rows = [{"prompt": str(row), "solution": "x"} for row in range(1000)]
+    known = fingerprint(Dataset.from_list(rows))
+    assert known.startswith("1000 rows, ") and known == fingerprint(Dataset.from_list(rows).add_column("n", rows))
+    assert known != fingerprint(Dataset.from_list([*rows[:-1], {"prompt": "999", "solution": "y"}]))
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    assert fingerprint(stream) == "a stream with the columns ['prompt', 'solution']"
