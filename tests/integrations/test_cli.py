@@ -13,6 +13,7 @@ RESULTS = {
     "per_seed": {"opsd": [SCORE], "purified": [SCORE]},
     "style_gap": {"base": 0.8, "teacher": 0.4, "reference": 0.2, "target": 0.9},
     "steps": {"opsd": [STEPS], "purified": [STEPS]},
+    "example": None,
     "config": {"steps": 1, "batch_size": 2},
     "seconds": {"warm-up": 1.0, "total": 2.0},
 }
