@@ -192,13 +192,12 @@ def train(
     written, where the frozen weights have changed, FloatingPointError after three refused steps in a row and for parameters
     that are not finite, and OSError on a full disk. The last checkpoint then stays.
     """
-    odd = (
-        next((row for row in prompts if not isinstance(row, Prompts)), None) if hasattr(prompts, "__len__") else prompts
-    )
-    if odd is not None:
+    listed = prompts if hasattr(prompts, "__len__") else [prompts]
+    odd = sorted({type(row).__name__ for row in listed if not isinstance(row, Prompts)})
+    if odd:
         raise TypeError(
-            f"prompts: expected a list of Prompts; got {type(prompts).__name__} of {type(odd).__name__}. Build them of "
-            "Problems with ContextBuilder(tokenizer).build_all(problems)."
+            f"prompts: expected a list of Prompts; got {', '.join(odd)}. Build them of Problems with "
+            "ContextBuilder(tokenizer).build_all(problems)."
         )
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one problem; got none. Build them with ContextBuilder.build_all.")
