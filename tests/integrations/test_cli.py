@@ -13,7 +13,12 @@ RESULTS = {
     "per_seed": {"opsd": [SCORE], "purified": [SCORE]},
     "style_gap": {"base": 0.8, "teacher": 0.4, "reference": 0.2, "target": 0.9},
     "steps": {"opsd": [STEPS], "purified": [STEPS]},
-    "example": None,
+    "example": {
+        "question": "x",
+        "answer": 1,
+        "wanted": True,
+        "completions": dict.fromkeys(("base", "opsd", "purified"), {"text": "ANS 1", "correct": True, "tokens": 2}),
+    },
     "config": {"steps": 1, "batch_size": 2},
     "seconds": {"warm-up": 1.0, "total": 2.0},
 }
