@@ -17,7 +17,7 @@ RESULTS = {
         "question": "x",
         "answer": 1,
         "wanted": True,
-        "completions": dict.fromkeys(("base", "opsd", "purified"), {"text": "ANS 1", "correct": True, "tokens": 2}),
+        "completions": {x: {"text": "ANS 1", "correct": True, "tokens": 2} for x in ("base", "opsd", "purified")},
     },
     "config": {"steps": 1, "batch_size": 2},
     "seconds": {"warm-up": 1.0, "total": 2.0},

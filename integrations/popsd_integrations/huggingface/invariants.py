@@ -200,7 +200,7 @@ def _check_frozen(model: nn.Module, frozen: FrozenWeights, packed: Packed, logit
         # PEFT switches the flags of its own parameters off with the adapter, so what is left is trained beside it.
         beside = [name for name, p in source.named_parameters() if id(p) in trained and p.requires_grad]
         theirs = _logits(source, packed)
-        dtype = head_from_model(source).weight.dtype
+        head = head_from_model(source)
     if beside:
         raise ValueError(
             f"model: expected that only an adapter is trained where the frozen weights are the model without it; got "
@@ -208,10 +208,15 @@ def _check_frozen(model: nn.Module, frozen: FrozenWeights, packed: Packed, logit
             "them. Use bias='none', name whole modules in modules_to_save, leave the rest frozen, or keep FrozenCopy's or "
             "teacher_model's weights apart."
         )
-    if dtype != (own := head_from_model(model).weight.dtype):
+    if any(p.data_ptr() == head.weight.data_ptr() for p in model.parameters() if id(p) in trained):
         raise ValueError(
-            f"frozen: expected weights in the student's {own}; got {dtype}. Load both in one dtype, or the student starts "
-            "away from its own base."
+            "model: expected frozen weights whose head is not trained; got the student's own. A head_fn of use_head must read "
+            "the model that it is given, not one from around it."
+        )
+    if head.weight.dtype != (own := head_from_model(model).weight.dtype):
+        raise ValueError(
+            f"frozen: expected weights in the student's {own}; got {head.weight.dtype}. Load both in one dtype, or the student "
+            "starts away from its own base."
         )
     log_p, log_q = (x[packed.completion_mask].log_softmax(-1) for x in (logits, theirs))
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1).max().item()

@@ -209,6 +209,17 @@ def test_an_unknown_head_is_refused_until_it_is_handed_over():
     assert check_model(lora(model), PROMPTS) == "left"
 
 
+def test_a_head_function_that_reads_another_model_is_refused():
+    """The frozen head would then move with the student's."""
+    model = tiny()
+    weight = model.lm_head.weight
+    use_head(model, lambda causal: Head(weight))
+    with pytest.raises(ValueError, match=r"frozen weights whose head is not trained.*head_fn of use_head must read"):
+        check_model(model, PROMPTS, frozen_weights(model))
+    use_head(model, lambda causal: Head(causal.lm_head.weight))
+    assert check_model(model, PROMPTS, frozen_weights(model)) == "left"
+
+
 def test_sixteen_bits_are_held_to_their_own_rounding():
     model = tiny().bfloat16()
     assert check_model(model, PROMPTS, frozen_weights(model)) == "left"
