@@ -38,6 +38,7 @@ def tiny(tmp_path_factory):
 def test_a_dry_run_writes_the_prompts_of_the_recipe(setting, tiny, tmp_path, capsys):
     flags = ["--model_name_or_path", tiny / "model", "--dataset_name", tiny / "data", "--output_dir", tmp_path]
     flags += ["--vocab_size", "261", "--dry_run", "true"]
+    flags += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"]
     assert cli.main(["train", "--config", str(RECIPE / f"{setting}.yaml"), *map(str, flags)]) == 0
     student, teacher, reference = capsys.readouterr().out.split("=== memory")[0].split("tokens, thinking ")[1:]
     assert student.startswith("closed") and teacher.startswith("none") and reference.startswith("none")
