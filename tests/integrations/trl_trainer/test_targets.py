@@ -388,6 +388,8 @@ def test_the_loops_loss_must_be_the_targets():
 
 def test_unknown_targets_are_refused(tmp_path):
     for make in (lambda: config(tmp_path, loss_target="sdpo"), lambda: TrainConfig(loss_target="sdpo")):
-        with pytest.raises(ValueError, match=r"loss_target: expected one of \[.*'alpha_mix', .*'purified'.*\]; got 'sdpo'"):
+        with pytest.raises(
+            ValueError, match=r"loss_target: expected one of \[.*'alpha_mix', .*'purified'.*\]; got 'sdpo'"
+        ):
             make()
     assert needed_contexts("opsd", True) == ["teacher", "reference"]
