@@ -75,8 +75,9 @@ def kernels(request, stub):
 def wheel(tmp_path_factory):
     """Built from a copy, for a build writes into its source tree."""
     folder = tmp_path_factory.mktemp("wheel")
-    skip = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, folder / "source", ignore=skip)
+    skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    results = {str(ROOT): {"runs"}}  # of experiments; a package has that name too
+    shutil.copytree(ROOT, folder / "source", ignore=lambda at, names: skip(at, names) | results.get(str(at), set()))
     command = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, folder / "source"]
     run([sys.executable, "-m", "pip", *command], cwd=folder)
     (built,) = folder.glob("*.whl")
