@@ -1,6 +1,7 @@
 """A tiny student, data and completions for the trainer's tests: everything on CPU, nothing from the Hub."""
 
 import inspect
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,6 +26,7 @@ ROWS = [
     for a in range(4)
     for b in range(2)
 ]
+PROBLEMS = [{"problem": f"{a} {b}", "answer": f"{a} WAIT {b}"} for a in range(4) for b in range(2)]
 TEMPLATES = {
     "teacher_template": "{question} R {solution} OK A",
     "reference_template": "R {solution} OK A",
@@ -35,6 +37,31 @@ LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linea
 def tiny(seed=0, tied=True, **options):
     special = {"eos_token_id": EOS, "pad_token_id": PAD, "bos_token_id": None}
     return tiny_qwen3(len(VOCABULARY), seed, tie_word_embeddings=tied, initializer_range=0.2, **special, **options)
+
+
+def files(folder, dataset):
+    """Write a tiny model and its tokenizer to ``folder / "model"`` and problems to the file ``folder / dataset``; returns the
+    options of ``popsd train`` that name them.
+    """
+    tokenizer, model = build_tokenizer(), tiny()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    model.generation_config.eos_token_id = EOS
+    for saved in (model, tokenizer):
+        saved.save_pretrained(folder / "model")
+    (folder / dataset).parent.mkdir(exist_ok=True)
+    (folder / dataset).write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    return {
+        "model_name_or_path": str(folder / "model"),
+        "dataset_name": str(folder / dataset),
+        "prompt_column": "problem",
+        "solution_column": "answer",
+        "text_as_conversation": True,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 5,
+        "report_to": "none",
+        "bf16": False,
+        **TEMPLATES,
+    }
 
 
 def config(folder, **options):

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("trl")
 
 import yaml
-from trl_helpers import CHAT_TEMPLATE, EOS, TEMPLATES, tiny
+from trl_helpers import PROBLEMS, files
 
 import popsd
 from popsd_integrations import cli
@@ -18,43 +18,26 @@ from popsd_integrations.diagnose.measure import diagnose
 from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
 from popsd_integrations.trl_trainer import command as train_command
 
-ROWS = [{"problem": f"{a} {b}", "answer": f"{a} WAIT {b}"} for a in range(4) for b in range(2)]
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model and data."""
+def shared(tmp_path_factory):
+    """A folder with a model and data, and the options that name them."""
     folder = tmp_path_factory.mktemp("run")
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
-    model = tiny()
-    model.generation_config.eos_token_id = EOS
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return folder
+    return folder, files(folder, "data.jsonl")
 
 
 @pytest.fixture
-def config(folder, tmp_path):
+def folder(shared):
+    return shared[0]
+
+
+@pytest.fixture
+def config(shared, tmp_path):
     """Writes train.yaml with further options; returns its path."""
 
     def write(**options):
-        common = {
-            "model_name_or_path": str(folder / "model"),
-            "dataset_name": str(folder / "data.jsonl"),
-            "prompt_column": "problem",
-            "solution_column": "answer",
-            "text_as_conversation": True,
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": 4,
-            "max_completion_length": 5,
-            "report_to": "none",
-            "bf16": False,
-            "markers": ["wait", "maybe", "check"],
-            "seed": 3,
-            **TEMPLATES,
-        }
+        own = {"output_dir": str(tmp_path / "out"), "markers": ["wait", "maybe", "check"], "seed": 3}
+        common = shared[1] | own
         path = tmp_path / "train.yaml"
         path.write_text(yaml.safe_dump(common | options))
         return str(path)
@@ -89,8 +72,10 @@ def test_prompts_target_and_sampling_are_those_of_training(config, tmp_path, mon
     assert (setting.config.loss_target, setting.config.max_new_tokens, setting.config.batch_size) == ("beta_opsd", 5, 4)
     assert setting.model.dtype == torch.bfloat16 and setting.folder == tmp_path / "out" / "diagnose"
     written = {tuple(build_tokenizer().decode(ids) for ids in row) for row in setting.prompts}
-    hint = f"R {ROWS[5]['answer']} OK A A CHECK"  # the template's A, the chat template's, and what enable_thinking adds
-    assert (f"Q {ROWS[5]['problem']} A", f"Q {ROWS[5]['problem']} {hint}", f"Q {hint}") in written and len(written) == 8
+    hint = f"R {PROBLEMS[5]['answer']} OK A A CHECK"  # the template's A, the chat template's, and what enable_thinking adds
+    assert (f"Q {PROBLEMS[5]['problem']} A", f"Q {PROBLEMS[5]['problem']} {hint}", f"Q {hint}") in written and len(
+        written
+    ) == 8
     assert setting.generate.keywords == {"top_p": 1.0, "top_k": 3, "repetition_penalty": 1.0}
     counted = setting.token_weights(torch.ones(1, 3, dtype=torch.bool))
     assert counted.tolist() == [[False, True, True]]
@@ -129,7 +114,7 @@ def test_rows_are_random_and_the_seed_decides(config):
 
     first = drawn()
     assert first == drawn() != drawn("--seed", "4") and len(first) == 3
-    ordered = [[VOCABULARY.index(x) for x in f"Q {row['problem']} A".split()] for row in ROWS]
+    ordered = [[VOCABULARY.index(x) for x in f"Q {row['problem']} A".split()] for row in PROBLEMS]
     assert first != ordered[:3] and all(row in ordered for row in first)
 
 

@@ -12,11 +12,10 @@ import torch
 pytest.importorskip("trl")
 
 import yaml
-from trl_helpers import CHAT_TEMPLATE, EOS, TEMPLATES, config, tiny
+from trl_helpers import config, files
 
 from popsd.engine.workspace import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB
 from popsd_integrations import cli
-from popsd_integrations.miniature.tokenizer import build_tokenizer
 from popsd_integrations.trl_trainer import command as train_command
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -25,35 +24,17 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 @pytest.fixture
 def work(tmp_path):
     """A model and a dataset in folders, and a configuration that trains on them for two steps."""
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
-    model = tiny()
-    model.generation_config.eos_token_id = EOS
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    rows = [{"problem": f"{a} {b}", "answer": f"{a} WAIT {b}"} for a in range(4) for b in range(2)]
-    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {
-        "model_name_or_path": str(tmp_path / "model"),
+    options = files(tmp_path, "data/train.jsonl") | {
         "dataset_name": str(tmp_path / "data"),
-        "prompt_column": "problem",
-        "solution_column": "answer",
-        "text_as_conversation": True,
         "output_dir": str(tmp_path / "out"),
-        "per_device_train_batch_size": 4,
-        "max_completion_length": 5,
         "max_steps": 2,
         "logging_steps": 1,
-        "report_to": "none",
         "use_cpu": True,
-        "bf16": False,
         "learning_rate": 1e-2,
         "diagnostics_steps": 0,
         "plot_metrics": False,
         "use_peft": True,
         "lora_dropout": 0.0,
-        **TEMPLATES,
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
     return tmp_path
