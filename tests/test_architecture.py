@@ -246,7 +246,7 @@ ARROWS = {
             "torch_loop": "huggingface run_folder finite_steps runs",
             "trl_trainer": "huggingface run_folder finite_steps plotting runs",
             "miniature": "huggingface torch_loop plotting pages runs",
-            "diagnose": "huggingface torch_loop miniature plotting estimates",
+            "diagnose": "huggingface torch_loop miniature plotting pages estimates",
             "diagnose.training": "huggingface trl_trainer diagnose",
             "evaluate": "huggingface run_folder plotting estimates scoring pages runs",
         }.items()

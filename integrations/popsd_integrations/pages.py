@@ -1,4 +1,4 @@
-"""Pages that load nothing: their style, tables of escaped text, and texts cut to a readable length."""
+"""Pages that load nothing: their style, tables of escaped text, and texts cut to a readable length. Tables for a terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SHOWN_CHARACTERS = 20_000
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines of text in columns, the first one to the left."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
 
 
 def html_table(rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:

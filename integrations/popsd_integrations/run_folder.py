@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 logger = logging.getLogger(__name__)
 
+ADAPTER, WHOLE = "adapter_config.json", "config.json"
+"""The file that a folder with a saved adapter has, and one with a whole model."""
 LOCK_FILE = ".popsd.lock"
 _UNFINISHED = ".popsd-tmp"
 _locks: set[int] = set()
@@ -141,3 +143,14 @@ def finishing_on_sigterm() -> Iterator[Callable[[], bool]]:
         if callable(before):
             before(signal.SIGTERM, None)
         raise SystemExit(128 + signal.SIGTERM)
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The folders checkpoint-<step> of a run, by step; whether they are whole is another question."""
+    found = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")}
+    return sorted((path for path, step in found.items() if step.isdecimal()), key=lambda path: int(found[path]))
+
+
+def saved_as(folder: Path) -> str | None:
+    """What is saved in a folder: `ADAPTER`, `WHOLE`, or None for neither."""
+    return next((name for name in (ADAPTER, WHOLE) if (folder / name).is_file()), None)

@@ -13,6 +13,7 @@ from popsd_integrations.diagnose import plots
 from popsd_integrations.diagnose.plots import SCALE, changed, colour
 from popsd_integrations.diagnose.summary import CANNOT_TELL, CONTEXTS, Diagnosis, times
 from popsd_integrations.estimates import Interval
+from popsd_integrations.pages import aligned
 from popsd_integrations.plotting import data_uri
 
 SHOWN_IN_HTML = 4
@@ -66,12 +67,7 @@ def marker_rows(diagnosis: Diagnosis) -> list[list[str]]:
 
 def table(diagnosis: Diagnosis) -> str:
     """The same as aligned text, with what is to be known of the markers."""
-    rows = marker_rows(diagnosis)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([x[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(x[1:], widths[1:], strict=True))]) for x in rows
-    ]
-    return "\n".join([*lines, *([f"* {diagnosis.note}."] if diagnosis.note else [])])
+    return "\n".join([*aligned(marker_rows(diagnosis)), *([f"* {diagnosis.note}."] if diagnosis.note else [])])
 
 
 def ranked(diagnosis: Diagnosis) -> list[list[dict[str, Any]]]:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from popsd_integrations import run_folder
 from popsd_integrations.evaluate.settings import labelled
+from popsd_integrations.run_folder import ADAPTER, WHOLE
 
-ADAPTER, MODEL = "adapter_config.json", "config.json"
 BASE = "base"
 _WEIGHTS = ("*.safetensors", "*.bin")
 _BLOCK = 1 << 20
@@ -43,12 +44,10 @@ def resolve(model: str, adapters: Sequence[str]) -> list[Checkpoint]:
     for name in adapters:
         run, path = labelled(name, name.rstrip("/"))
         folder = _folder(path)
-        steps = sorted(
-            (x for x in folder.glob("checkpoint-*") if _is_checkpoint(x)), key=lambda x: int(x.name.split("-")[1])
-        )
+        steps = [x for x in run_folder.checkpoints(folder) if run_folder.saved_as(x)]
         if not steps and not _is_checkpoint(folder):
             raise ValueError(
-                f"adapters: expected a folder with {ADAPTER}, {MODEL} or checkpoint-… in it; got {path!r}. Save the "
+                f"adapters: expected a folder with {ADAPTER}, {WHOLE} or checkpoint-… in it; got {path!r}. Save the "
                 "trained model with save_pretrained."
             )
         for step in steps or [folder]:
@@ -85,7 +84,7 @@ def weights_hash(folder: Path) -> str:
 
 def _is_checkpoint(folder: Path) -> bool:
     is_step = re.fullmatch(r"checkpoint-\d+", folder.name) or "checkpoint-" not in folder.name
-    return bool(is_step) and any((folder / name).is_file() for name in (ADAPTER, MODEL))
+    return bool(is_step) and run_folder.saved_as(folder) is not None
 
 
 def _folder(path: str) -> Path:
@@ -104,15 +103,6 @@ def _folder(path: str) -> Path:
 def _checkpoint(label: str, run: str, folder: Path) -> Checkpoint:
     adapter = json.loads((folder / ADAPTER).read_text(encoding="utf-8")) if (folder / ADAPTER).is_file() else None
     return Checkpoint(label, run, str(folder), weights_hash(folder), adapter)
-
-
-def without_weights(config: Any) -> Any:
-    """The model of a configuration, of sizes alone."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def base_config(model: str) -> Any:
@@ -149,6 +139,8 @@ def _check_adapter(checkpoint: Checkpoint, model: str, config: Any) -> None:
     if not weights.is_file():
         return
     from safetensors import safe_open
+
+    from popsd_integrations.huggingface.heads import without_weights
 
     modules = dict(without_weights(config).named_modules())
     with safe_open(weights, "pt") as file:

@@ -18,6 +18,7 @@ from popsd_integrations.evaluate.settings import labelled
 from popsd_integrations.evaluate.summary import Problems, group, lengths, marker_rates, rates, step_of
 from popsd_integrations.pages import cut, html_table, page
 from popsd_integrations.plotting import LINE, figure, legend, save, style
+from popsd_integrations.runs.held_out import read_lines
 from popsd_integrations.runs.report import CURVES, METRICS, points
 
 STATE = "trainer_state.json"
@@ -141,9 +142,8 @@ def _settings(kept: Mapping[str, Any]) -> dict[str, Any]:
 def _history(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if path.exists():
-        lines = path.read_text(encoding="utf-8").split("\n")
         try:
-            rows = [json.loads(line) for line in lines[:-1] if line]  # a last line without an end was cut off by a kill
+            rows = read_lines(path)
         except ValueError as error:
             raise ValueError(f"runs: expected a JSON object in each line of {path}; got {error}.") from error
         return [row for row in rows if "step" in row]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
-from popsd_integrations.evaluate.checkpoints import BASE, Checkpoint, base_config, without_weights
+from popsd_integrations.evaluate.checkpoints import BASE, Checkpoint, base_config
 from popsd_integrations.evaluate.settings import SamplingConfig
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -51,6 +51,7 @@ class Engine(Protocol):
 
 def check_engine(config: SamplingConfig, checkpoints: Sequence[Checkpoint], longest_prompt: int) -> None:
     """Raise ImportError where the engine is missing, and ValueError for what it cannot run. Loads no weights."""
+    from popsd_integrations.huggingface.heads import without_weights
     from popsd_integrations.huggingface.sampling import position_limit
 
     if find_spec(config.engine) is None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from popsd_integrations import pages
 from popsd_integrations.estimates import Interval
 from popsd_integrations.evaluate.checkpoints import BASE
 from popsd_integrations.evaluate.summary import DRAWN_SET, MARKER_SETS, interval, overall, step_of
@@ -63,12 +64,8 @@ def table(results: dict[str, Any]) -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows as text in columns; the first row is the header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    header, *lines = pages.aligned(rows)
+    return "\n".join([header, "-" * len(header), *lines])
 
 
 def accuracy_rows(results: dict[str, Any]) -> list[list[str]]:

@@ -347,3 +347,11 @@ def _first_position(module: nn.Module) -> int:
         if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
             return int(part.padding_idx) + 1
     return 0
+
+
+def without_weights(config: Any, **options: Any) -> Any:
+    """The causal language model of a configuration, of sizes alone. options: such as dtype, see ``from_config``."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **options)

@@ -10,6 +10,7 @@ from typing import Any
 
 from popsd_integrations.miniature.evaluate import Score
 from popsd_integrations.miniature.task import STYLES
+from popsd_integrations.pages import aligned
 from popsd_integrations.plotting import COLOURS, LINE, TEXT, data_uri, figure, legend, save, style
 
 COLUMNS = {
@@ -36,11 +37,7 @@ def table(results: dict[str, Any]) -> str:
     """The scores as aligned text, with what they do and do not show."""
     cells = [["", *COLUMNS.values()]]
     cells += [[ROWS[row], *(_number(name, results[row][name]) for name in COLUMNS)] for row in ROWS]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(line, widths, strict=True)) for line in cells)
-    ]
+    lines = aligned(cells)
     lines.insert(1, "-" * len(lines[0]))
     notes = [textwrap.fill(note, 110, initial_indent="* ", subsequent_indent="  ") for note in NOTES]
     return "\n".join([*lines, "", textwrap.fill(summary(results), 110), "", *notes])

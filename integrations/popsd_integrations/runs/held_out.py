@@ -135,7 +135,7 @@ def log(folder: Path, step: int, name: str, records: Sequence[Mapping[str, Any]]
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON objects, which a kill may have cut short. None where there is no file."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in lines if line]
 
 
 def keep(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:

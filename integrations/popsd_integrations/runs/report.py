@@ -16,11 +16,10 @@ from typing import Any
 from popsd_integrations.estimates import bootstrap
 from popsd_integrations.pages import cut, html_table, page, side_by_side
 from popsd_integrations.plotting import BLUE, VERMILLION
-from popsd_integrations.run_folder import write_whole
+from popsd_integrations.run_folder import ADAPTER, checkpoints, saved_as, write_whole
 from popsd_integrations.runs import held_out
 
 METRICS, CONFIG, PAGE, MODEL = "metrics.jsonl", "popsd_config.json", "report.html", "model"
-ADAPTER, WHOLE = "adapter_config.json", "config.json"
 CURVES = {
     "loss per token, nats": ("loss",),
     "accuracy, held-out": ("eval/accuracy", "eval_accuracy"),
@@ -88,26 +87,21 @@ def _without_secrets(value: Any) -> Any:
 def how_to_go_on(folder: Path) -> list[str]:
     """Three lines: what was saved, how to load it, how to evaluate it. Of a run that saved no model only the first."""
     written = [name for name in (METRICS, CONFIG, held_out.FILE, "metrics.png", PAGE) if (folder / name).exists()]
-    steps = sorted(folder.glob("checkpoint-*"), key=lambda path: int("0" + path.name.rpartition("-")[2]))
-    steps = [path for path in steps if _kind(path)]
-    place = next((path for path in (folder / MODEL, folder, *reversed(steps)) if _kind(path)), None)
+    steps = [path for path in checkpoints(folder) if saved_as(path)]
+    place = next((path for path in (folder / MODEL, folder, *reversed(steps)) if saved_as(path)), None)
     if place is None:
         return [f"Saved: no model yet, which the same run would go on to; {', '.join(written)} in {folder}"]
     base, options = _config(folder)["model"], _config(folder)["evaluate"]
     kept = f", and {len(steps)} checkpoints from {steps[0].name} to {steps[-1].name}" if steps else ""
     load = f"AutoModelForCausalLM.from_pretrained({str(place)!r})"
-    if _kind(place) == ADAPTER:
+    if saved_as(place) == ADAPTER:
         load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(place)!r})"
     command = ["popsd", "evaluate", "--model", base, "--adapters", str(folder if steps else place), *options]
     return [
-        f"Saved: the {'adapter' if _kind(place) == ADAPTER else 'model'} in {place}{kept}; {', '.join(written)} in {folder}",
+        f"Saved: the {'adapter' if saved_as(place) == ADAPTER else 'model'} in {place}{kept}; {', '.join(written)} in {folder}",
         f"Load: {load}",
         f"Evaluate: {shlex.join(command)} --benchmarks aime24 aime25 hmmt25",
     ]
-
-
-def _kind(folder: Path) -> str | None:
-    return next((name for name in (ADAPTER, WHOLE) if (folder / name).is_file()), None)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from popsd_integrations.huggingface.frozen import EMA
 from popsd_integrations.plotting import BLUE, VERMILLION, figure, legend, save, style
-from popsd_integrations.run_folder import write_whole
+from popsd_integrations.run_folder import checkpoints, write_whole
 from popsd_integrations.runs import held_out, report
 
 logger = logging.getLogger(__name__)
@@ -207,14 +207,11 @@ def newest_whole_checkpoint(folder: str | Path) -> str | None:
 
     A run killed while it saved leaves a folder without trainer_state.json, which is written last.
     """
-    whole = [path for path in Path(folder).glob("checkpoint-*") if _is_whole(path)]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+    return next((str(path) for path in reversed(checkpoints(folder)) if _is_whole(path)), None)
 
 
 def _is_whole(path: Path) -> bool:
     try:
-        return path.name.split("-")[1].isdigit() and bool(
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        )
+        return bool(json.loads((path / "trainer_state.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return False

@@ -16,7 +16,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -28,6 +28,7 @@ from trl import (
 )
 
 from popsd.engine.workspace import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB
+from popsd_integrations.huggingface.heads import without_weights
 from popsd_integrations.huggingface.objective import needed_contexts
 from popsd_integrations.huggingface.prompts import ContextBuilder, thinking_states
 from popsd_integrations.runs.report import how_to_go_on, write_page
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             revision=model_args.model_revision,
             trust_remote_code=args.trust_remote_code,
         )
-        student = without_weights(model_args.model_name_or_path, args)
+        student = student_without_weights(model_args.model_name_or_path, args)
         print(describe_prompts(first, tokenizer, args))
         print(memory_plan(student, args, peft_config))
         for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
@@ -279,7 +280,7 @@ def describe_rows(rows: Any, name: str, tokenizer: Any, student: Any, args: Puri
     return str(counted)
 
 
-def without_weights(model: str, args: PurifiedOPSDConfig) -> Any:
+def student_without_weights(model: str, args: PurifiedOPSDConfig) -> Any:
     """The student, of sizes alone: no weight is loaded."""
     kwargs = dict(args.model_init_kwargs or {})
     config = AutoConfig.from_pretrained(
@@ -287,8 +288,7 @@ def without_weights(model: str, args: PurifiedOPSDConfig) -> Any:
     )
     dtype = kwargs.get("dtype") or "float32"
     dtype = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return without_weights(config, dtype=dtype)
 
 
 def memory_plan(student: Any, args: PurifiedOPSDConfig, peft_config: Any) -> str:
