@@ -72,8 +72,8 @@ def test_the_lock_ends_with_a_killed_process_though_a_worker_of_it_lives(tmp_pat
         "import os, sys, time\n"
         "from popsd_integrations.run_folder import exclusive\n"
         "with exclusive(sys.argv[1]):\n"
-        "    worker = os.fork()\n"
-        "    print(worker, flush=True) if worker else None\n"
+        "    if not os.fork():\n"
+        "        print(os.getpid(), flush=True)\n"
         "    time.sleep(60)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
