@@ -35,7 +35,8 @@ class Expected(NamedTuple):
     """Per token [N]."""
     gradients: dict[str, np.ndarray]
     unsure: np.ndarray
-    """[N] bool: a token whose other policy's probability is 0 in float64 and not in mathematics."""
+    """[N] bool: a token with an entry that one policy cannot sample, and whose probability by the other is 0 in float64 and not
+    in mathematics. Under ``entry_clip`` such an entry counts from a probability of 1e-27 on, see `DivergenceConfig`."""
 
 
 def compute(call: Call, given: Inputs) -> Found:
@@ -118,7 +119,8 @@ def expect(call: Call, given: Inputs, rng=None, nudge: float = 0.0) -> Expected:
         weight = heads[0][0][: call.vocab]
         gradients = {"student": gradient @ weight, "weight": gradient.T @ hidden, "bias": gradient.sum(0)[:, None]}
     log_p, log_q = oracle.log_softmax(student / options["temperature"]), oracle.log_softmax(goal)
-    unsure = np.isneginf(log_p) & (log_q < -600) | np.isneginf(log_q) & (log_p < -600)
+    least = -600 if options["entry_clip"] is None else -60
+    unsure = np.isneginf(log_p) & (log_q < least) | np.isneginf(log_q) & (log_p < least)
     return Expected(results, gradients, unsure.any(-1) if call.vocab else unsure)
 
 
