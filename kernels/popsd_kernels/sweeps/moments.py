@@ -165,8 +165,9 @@ def row_moments_kernel(
     x_shift = (t_max - s_max) + (t_logsum - s_logsum)
     y_shift = (r_max - s_max) + (r_logsum - s_logsum)
     count, pivot = tl.sum(state.plain.weight, axis=0), state.pivot
-    x_mean = tl.sum(fma(pivot.x, state.plain.weight, state.plain.x), axis=0) / count
-    y_mean = tl.sum(fma(pivot.y, state.plain.weight, state.plain.y), axis=0) / count
+    entries = tl.where(count > 0, count, 1.0)  # of no common entry every field is 0
+    x_mean = tl.sum(fma(pivot.x, state.plain.weight, state.plain.x), axis=0) / entries
+    y_mean = tl.sum(fma(pivot.y, state.plain.weight, state.plain.y), axis=0) / entries
     out_ptr += row
     _store(out_ptr, _moved(state.plain, pivot.x - x_mean, pivot.y - y_mean, 1.0), out_row_stride)
     share = tl.exp2((state.s_top - s_max) * LOG2E - s_logsum * LOG2E)

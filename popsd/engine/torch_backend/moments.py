@@ -79,7 +79,7 @@ def _centre(x: torch.Tensor, outside: torch.Tensor | None, count: torch.Tensor, 
     """x less its mean over the entries inside, 0 outside, into ``out``, which may be x; returns the mean [C]."""
     if outside is not None:
         x = out.copy_(x).masked_fill_(outside, 0.0)
-    mean = x.sum(dim=1) / count
+    mean = x.sum(dim=1) / count.clamp_min(1.0)  # of no common entry every field is 0
     torch.sub(x, mean[:, None], out=out)
     if outside is not None:
         out.masked_fill_(outside, 0.0)
