@@ -1,0 +1,38 @@
+"""Tiny models whose linear layers bitsandbytes holds in 4 or 8 bits, and every bit of such a base."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("bitsandbytes")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
+
+QUANTISED = {
+    "4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    # with a threshold the columns of outliers are those of the batch, and a row's logits depend on the others
+    "8 bits": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
+}
+
+
+def quantisation(name, **options):
+    return BitsAndBytesConfig(**(QUANTISED[name] | options))
+
+
+def load(folder, name, dtype=torch.float32, **options):
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantisation(name, **options), device_map="cpu", dtype=dtype
+    )
+
+
+def base_bits(model):
+    """Weights and quantisation scales under the adapter, by their names without it."""
+    state = {name: x for name, x in model.state_dict().items() if "lora_" not in name}
+    return {name.replace("base_model.model.", "").replace(".base_layer", ""): x.clone() for name, x in state.items()}
+
+
+def differing(one, other):
+    assert one.keys() == other.keys()
+    return [name for name, x in one.items() if not torch.equal(x, other[name])]
