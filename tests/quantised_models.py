@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("bitsandbytes")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 QUANTISED = {
     "4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},

@@ -6,14 +6,14 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from quantised_models import QUANTISED, base_bits, differing, load  # noqa: E402
-from tiny_models import tiny_qwen3  # noqa: E402
+from peft import LoraConfig, get_peft_model
+from quantised_models import QUANTISED, base_bits, differing, load
+from tiny_models import tiny_qwen3
 
-import popsd  # noqa: E402
-from popsd import HiddenStates, oracle  # noqa: E402
-from popsd.testing import relative_l2  # noqa: E402
-from popsd_integrations.huggingface import (  # noqa: E402
+import popsd
+from popsd import HiddenStates, oracle
+from popsd.testing import relative_l2
+from popsd_integrations.huggingface import (
     Prompts,
     check_model,
     frozen_states,
@@ -22,7 +22,7 @@ from popsd_integrations.huggingface import (  # noqa: E402
     hidden_states,
     pack_contexts,
 )
-from popsd_integrations.huggingface.frozen import FrozenChecksum  # noqa: E402
+from popsd_integrations.huggingface.frozen import FrozenChecksum
 
 PROMPTS = [Prompts([1, 2, 3], [1, 2, 3, 4, 5], [4, 5]), Prompts([6, 7], [6, 7, 8, 9, 10], [8, 9])]
 COMPLETIONS = [[7, 8, 9], [11, 12]]
