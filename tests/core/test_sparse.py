@@ -262,6 +262,17 @@ def test_sampled_tokens(add_tail):
         assert relative_l2(output.target_logprob[known], target.log_probs[known, 0]) < 1e-6
 
 
+def test_the_default_dtype_has_no_say():
+    hidden, head, target = problem("scale, softcap")
+    before, default = run(hidden, head, target, torch.ones(N)), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        after = run(hidden, head, target, torch.ones(N))
+    finally:
+        torch.set_default_dtype(default)
+    assert torch.equal(after[0].loss, before[0].loss) and torch.equal(after[1], before[1])
+
+
 def test_no_tokens():
     target = SparseTarget(torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3))
     output, found = run(torch.zeros(0, D), head_of(), target, torch.ones(0))

@@ -70,7 +70,8 @@ class Buckets:
         listed = _floored(z.gather(1, self.places)).masked_fill(~self.is_listed, LOGIT_FLOOR)
         sampled = None if rows.token_ids is None else z.gather(1, rows.token_ids.clamp(0, z.shape[1] - 1)[:, None])
         # several places may name entry 0, of which the empty ones must leave it alone
-        z.scatter_reduce_(1, self.places, torch.where(self.is_listed, LOGIT_FLOOR, torch.inf), "amin")
+        removed = torch.full_like(listed, torch.inf).masked_fill_(self.is_listed, LOGIT_FLOOR)
+        z.scatter_reduce_(1, self.places, removed, "amin")
         top, self.logsum = normaliser(z, out=z)
         self.shares = z  # of the tail, times exp(logsum)
         tail = _floored(top + self.logsum)[:, None]
