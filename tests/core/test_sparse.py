@@ -128,6 +128,21 @@ def test_a_trained_head(beta, add_tail, reduction):
         assert relative_l2(found, right) < 2e-5
 
 
+@pytest.mark.parametrize(("tokens", "k", "std"), [(1, 1, 3.0), (127, 64, 20.0), (129, 3, 20.0)])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_irregular_sizes_and_large_logits(tokens, k, std, beta):
+    """V one more than a block of 1024, logits of ±80, hidden states that are not contiguous, a target that is far away."""
+    hidden, head, config = make_hidden(tokens, 2 * D, 0.4), make_head(1025, D, std), DivergenceConfig(beta=beta)
+    states = hidden.student[:, ::2]
+    top = torch.log_softmax(oracle.head_logits(hidden.teacher[:, 1::2], head), dim=-1).topk(k)
+    target, upstream = SparseTarget(top.indices, top.values.float()), torch.ones(tokens)
+    loss, dhidden, _ = truth(states, head, target, config, upstream)
+    assert tokens == 1 or oracle.head_logits(states, head).abs().max() > 80
+    output, found = run(states, head, target, upstream, config=config, workspace_mib=0.1)
+    assert relative_l2(output.loss, loss) < 1e-5
+    assert relative_l2(found, dhidden) < 2e-5
+
+
 @pytest.mark.parametrize("alpha", [0.5, 0.95])
 def test_renyi(alpha):
     config, (hidden, head, target) = DivergenceConfig(beta=0.0, renyi_alpha=alpha), problem()
