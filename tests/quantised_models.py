@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 QUANTISED = {
     "4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    # as FSDP wants it: a packed weight has a floating dtype, and some of its bits are a NaN's
+    "4 bits as float32": {"load_in_4bit": True, "bnb_4bit_quant_storage": torch.float32},
     # with a threshold the columns of outliers are those of the batch, and a row's logits depend on the others
     "8 bits": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
 }
@@ -34,5 +36,7 @@ def base_bits(model):
 
 
 def differing(one, other):
+    """Names whose bits are not the same."""
     assert one.keys() == other.keys()
-    return [name for name, x in one.items() if not torch.equal(x, other[name])]
+    pairs = {name: [x.detach().reshape(-1).view(torch.uint8) for x in (one[name], other[name])] for name in one}
+    return [name for name, (x, y) in pairs.items() if not torch.equal(x, y)]

@@ -212,10 +212,9 @@ class FrozenChecksum:
 def _scales(model: nn.Module) -> dict[str, torch.Tensor]:
     """What a quantised model's state holds beside parameters and buffers: the scales of its packed weights, without which
     the same bits are other weights."""
-    parameters = dict(model.named_parameters())
-    if all(p.is_floating_point() for p in parameters.values()):
+    if not getattr(model, "is_quantized", False):  # by transformers; packed bits may be stored in a floating dtype
         return {}
-    known = parameters.keys() | {name for name, _ in model.named_buffers()}
+    known = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     state = model.state_dict().items()
     return {name: x for name, x in state if name not in known and isinstance(x, torch.Tensor)}
 

@@ -55,7 +55,7 @@ def prepare_student(model: nn.Module, *, fsdp: bool = False) -> None:
             "model.config.output_router_logits: expected False; got True. The load-balancing loss of a mixture of experts "
             "is not added here; set it to False, and freeze the routers where they must stay balanced."
         )
-    if not fsdp and not all(p.is_floating_point() for p in model.parameters()):
+    if not fsdp and getattr(model, "is_quantized", False):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

@@ -118,7 +118,7 @@ def _touch(student, name, what):
     layer = student.get_base_model().model.layers[0].mlp.up_proj.base_layer
     if what == "weight":
         layer.weight.view(torch.uint8)[0] ^= 1
-    elif name == "4 bits":
+    elif name.startswith("4 bits"):
         layer.weight.quant_state.absmax.view(torch.uint8)[0] ^= 1
     else:
         layer.state.SCB[0] *= 2
