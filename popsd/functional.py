@@ -10,6 +10,7 @@ import torch
 from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy, TargetConfig
 from popsd.engine import validation
 from popsd.engine.backends import resolve_impl
+from popsd.engine.chunks.buckets import target_buckets
 from popsd.engine.chunks.registry import structured
 from popsd.engine.operator import divergence, divergence_by_beta
 from popsd.engine.problem import problem_of
@@ -17,7 +18,7 @@ from popsd.engine.results import columns_of, decomposition_of, loss_output
 from popsd.engine.tokens import checks
 from popsd.engine.tokens.masks import token_weights, warn_if_nothing_is_kept
 from popsd.head import Head
-from popsd.outputs import HiddenStates, LossOutput
+from popsd.outputs import HiddenStates, LossOutput, SparseTarget
 
 Reduction = Literal["none", "sum"]
 
@@ -145,6 +146,80 @@ def linear_jsd(
     )
 
 
+def linear_sparse_jsd(
+    hidden: torch.Tensor,
+    head: Head,
+    target: SparseTarget,
+    *,
+    add_tail: bool = True,
+    config: DivergenceConfig | None = None,
+    weights: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
+    masks: MaskConfig | None = None,
+    positions: torch.Tensor | None = None,
+    reduction: Reduction = "none",
+    impl: Impl | str = Impl.AUTO,
+    workspace_mib: float | None = None,
+) -> LossOutput:
+    """Generalised JSD per token to a teacher of whom only the likeliest k entries are known, from hidden states.
+
+    Student and teacher are compared over k + 1 buckets: the k entries, and all others together as the tail. That is a lower
+    bound of the divergence over the vocabulary, and equal to it at k = V. The student's tail is a sum of its own, known to
+    float32's relative accuracy however small it is. The teacher's is 1 less the sum of what is listed, taken in float64 and
+    at least 1e-7. No [N, V] tensor is ever formed.
+
+    Args:
+        hidden: the student's last hidden states [N, D] or [B, T, D], float32, bfloat16 or float16.
+        head: its language-model head; weight and bias get gradients if they require them.
+        target: see `SparseTarget`. No gradient reaches it.
+        add_tail: False leaves the tail out, and renormalises both over the k entries. Then nothing holds the student's
+            probability on them together. Either is TRL's server distillation with its option of that name.
+        config: see `DivergenceConfig`; None is beta = 0.5. ``temperature`` divides the student's logits alone: ask the server
+            for log-probabilities at that temperature. ``entry_clip`` caps buckets.
+        impl: "torch", or "auto", which is torch here on every device: no kernel has been written for it.
+        weights, beta, token_ids, masks, positions, reduction, workspace_mib: see `linear_purified_jsd`.
+
+    Returns: a `LossOutput`. Entropies, KLs, ``clip_fraction`` and ``argmax_agreement`` are those of the buckets.
+    ``token_logprob`` is the student's over its whole vocabulary, with a tail or without; ``target_logprob`` is NaN of a token
+    that the target does not list.
+
+    Raises:
+        ValueError: as `linear_purified_jsd`; and ids outside the vocabulary or probabilities that add up to more than 1, where
+            looking is free; or ``impl="triton"``.
+        TypeError: an argument of the wrong type or dtype.
+
+    >>> import torch
+    >>> import popsd
+    >>> hidden, head = torch.randn(2, 8, requires_grad=True), popsd.Head(torch.randn(100, 8))
+    >>> target = popsd.SparseTarget(torch.tensor([[7, 3], [5, -1]]), torch.tensor([[-0.5, -1.5], [-0.1, -torch.inf]]))
+    >>> popsd.linear_sparse_jsd(hidden, head, target, reduction="sum").loss.backward()
+    >>> hidden.grad.shape
+    torch.Size([2, 8])
+    """
+    if not isinstance(add_tail, bool):
+        raise TypeError(f"add_tail: expected True or False; got {add_tail!r}.")
+    if validation.checked_impl(impl, hidden.device) is Impl.TRITON:
+        raise ValueError(
+            "impl: expected 'auto' or 'torch' for a sparse target, which no Triton kernel computes; got 'triton'."
+        )
+    return _divergence(
+        HiddenStates(hidden, None, None, None),  # type: ignore[arg-type]
+        ("hidden", "", "", ""),
+        (head, head),
+        validation.two_distributions_config(config),
+        weights=weights,
+        beta=beta,
+        token_ids=token_ids,
+        masks=masks,
+        positions=positions,
+        reduction=reduction,
+        impl=Impl.TORCH,
+        workspace_mib=workspace_mib,
+        sparse=(target, add_tail),
+    )
+
+
 def purified_jsd(
     student_logits: torch.Tensor,
     base_logits: torch.Tensor,
@@ -234,10 +309,12 @@ def _divergence(
     gram: torch.Tensor | None = None,
     telemetry: bool = False,
     strategy: Strategy | str = Strategy.CHUNKED,
+    sparse: tuple[SparseTarget, bool] | None = None,
 ) -> LossOutput:
     """Validate everything, then hand flat tensors to the operator and give its results their shape.
 
     streams: hidden states or, without heads, logits; base and reference None with two distributions. names: theirs in errors.
+    sparse: a target and whether it has a tail, in place of all streams but the student.
     """
     named, device = validation.named_streams(streams, names), streams.student.device
     shape = validation.check_streams(named)
@@ -255,6 +332,11 @@ def _divergence(
     method = validation.method_for_masks(validation.checked_method(decompose, heads), masks, heads)
     if isinstance(config, TargetConfig) and heads is not None and method is None:
         streams, config = structured(streams, config)
+    target_ids = None
+    if sparse is not None:
+        target = checks.checked_sparse_target(sparse[0], shape, device, vocab_size, weights)
+        target_ids, buckets = target_buckets(*target, vocab_size, add_tail=sparse[1])
+        streams, target_ids = streams._replace(teacher=buckets), target_ids.flatten(0, -2)
     problem = problem_of(
         streams,
         heads,
@@ -262,6 +344,7 @@ def _divergence(
         weights=weights,
         token_ids=token_ids,
         gram=validation.checked_gram(gram, method, heads and heads[0]),
+        target_ids=target_ids,
         decompose=method,
         purification=telemetry,
         total=total and masks is None,  # token masks come after the operator, and with them the sum

@@ -45,6 +45,9 @@ CALLS = {
     "purified_jsd, names": lambda x: popsd.purified_jsd(*x, impl="torch", decompose="logits"),
     "linear_jsd": lambda x: popsd.linear_jsd(x[0], Head(x[1]), x[2], strategy="chunked"),
     "linear_purified_jsd": lambda x: popsd.linear_purified_jsd(HiddenStates(*x), Head(x[3]), decompose="gram"),
+    "linear_sparse_jsd": lambda x: popsd.linear_sparse_jsd(
+        x[0], Head(x[1]), popsd.SparseTarget(torch.arange(3).expand(N, 3), x[2].log_softmax(-1)[:, :3])
+    ),
     "registered target": lambda x: popsd.purified_jsd(*x, config=popsd.presets.arithmetic_mix(0.3), impl="torch"),
     "structure of a target": lambda x: popsd.linear_purified_jsd(
         HiddenStates(*x), Head(x[3]), config=popsd.presets.alpha_mix(0.3)

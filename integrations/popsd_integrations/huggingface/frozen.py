@@ -199,7 +199,7 @@ class FrozenChecksum:
 
     @torch.no_grad()
     def _sums(self) -> dict[str, int]:
-        constant = self.source.constant()
+        constant: dict[str, torch.Tensor] = {**self.source.constant(), **_scales(self.source.model)}
         sums = [_shard(p).view(_BITS[p.dtype.itemsize]).sum(dtype=torch.int64) for p in constant.values()]
         if not sums:
             return {}
@@ -207,6 +207,16 @@ class FrozenChecksum:
         if any(map(is_sharded, constant.values())) and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
         return dict(zip(constant, total.tolist(), strict=True))
+
+
+def _scales(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a quantised model's state holds beside parameters and buffers: the scales of its packed weights, without which
+    the same bits are other weights."""
+    if not getattr(model, "is_quantized", False):  # by transformers; packed bits may be stored in a floating dtype
+        return {}
+    known = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    state = model.state_dict().items()
+    return {name: x for name, x in state if name not in known and isinstance(x, torch.Tensor)}
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -65,10 +65,10 @@ from popsd_integrations.trl_trainer.dataset import (
 from popsd_integrations.trl_trainer.frozen import (
     FrozenWeightsCallback,
     agreed,
-    check_student,
-    check_teacher,
+    check_models,
     copy_of,
     exact_side,
+    prepare_student,
 )
 from popsd_integrations.trl_trainer.guards import GuardedTrainer
 
@@ -139,7 +139,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             check_columns(dataset, name, args)
         data = {name: with_other_solutions(dataset, name, args) for name, dataset in data.items()}
         args = copy.copy(args)  # TRL reads the teacher's options from it, and below they are set
-        check_teacher(teacher_model, args)
+        check_models(model, teacher_model, quantization_config, args)
         processing_class = tokenizer_of(processing_class, model, args)
         own_teacher = teacher_model is not None
         adapter = peft_config is not None or (not isinstance(model, str) and has_adapter(model))
@@ -157,7 +157,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        check_student(self.model)
+        prepare_student(self.model, fsdp=self.is_fsdp_enabled)
         self._zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
         self._loss_fn = args.loss_function(self.processing_class)
         suppress_unused_tokens(self, self._loss_fn.config.vocab_size)
