@@ -11,7 +11,7 @@ import torch.distributed as dist
 from loop_helpers import build_tokenizer, tiny
 
 LOOPS = Path(__file__).resolve().parents[3] / "examples" / "loops"
-OPTIONS = {"--steps": 2, "--batch_size": 4, "--max_new_tokens": 5, "--temperature": 0.0, "--learning_rate": 1e-2}
+OPTIONS = {"--steps": 2, "--batch_size": 4, "--max_new_tokens": 5, "--temperature": 0.0, "--learning_rate": 1e-3}
 OWN = {"plain": {"--micro_batch_size": 1}, "torchrun": {"--micro_batch_size": 1}, "accelerate": {"--micro_batches": 2}}
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -15,11 +16,12 @@ from wrapper_checks import told
 import popsd
 from popsd_integrations.huggingface.distributed import join_processes, rank
 from popsd_integrations.huggingface.sampling import hf_generate
+from popsd_integrations.run_folder import exclusive
 from popsd_integrations.torch_loop import HeldOut
 from popsd_integrations.torch_loop.checkpoint import checksum
 from popsd_integrations.torch_loop.processes import check_same
 
-SHARED = replace(CONFIG, steps=3, decompose_every=1, evaluate_every=2, checkpoint_every=0, max_grad_norm=1e9)
+SHARED = replace(CONFIG, steps=3, learning_rate=1e-3, decompose_every=1, evaluate_every=2, checkpoint_every=0)
 KINDS = {"full": SHARED, "lora": replace(SHARED, lora_rank=4, micro_batch_size=1)}
 HELD_OUT = HeldOut(prompts=PROMPTS[:5], answers=["0", "1", "1", "2", "2"], scorer="loop_checks:begins")
 
@@ -110,6 +112,8 @@ def refused(folder):
     wrapped = torch.nn.parallel.DistributedDataParallel(tiny())
     found["wrapped"] = told(lambda: no_work(folder / "d", model=wrapped))
     found["places"] = told(lambda: check_same({"seed": 0}, step=3 * rank()))
+    with exclusive(folder / "held") if rank() == 0 else nullcontext():
+        found["held"] = told(lambda: no_work(folder / "held"))
     (folder / "file").touch()
     found["folder"] = told(lambda: no_work(folder / "file" / "runs"))
     found["processes"] = told(lambda: no_work(folder.parent / "of_one", SAMPLED, resume=True))

@@ -17,6 +17,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 HERE = Path(__file__).parent
+NEAR = 1e-6
+"""Of parameters after two or three steps of 1e-3. Adam divides a gradient by its own size, so an entry whose gradient is of
+the size of its rounding, 1e-8, is off by a share of the step."""
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +86,9 @@ def test_the_plain_loop_on_two_processes_is_that_on_one(results, folder, tmp_pat
     alone, *ranks = (torch.load(x) for x in (tmp_path / "parameters-alone.pt", *sorted(two.glob("parameters-[01].pt"))))
     for name, parameter in alone.items():
         assert torch.equal(ranks[0][name], ranks[1][name])
-        torch.testing.assert_close(ranks[0][name], parameter, rtol=0, atol=1e-6)
-    completions = [
-        [{key: x for key, x in json.loads(line).items() if x["kind"] == "greedy"} for line in text.splitlines()]
-        for text in ((place / "eval_completions.jsonl").read_text() for place in (two, tmp_path))
-    ]
-    assert completions[0] == completions[1] and len(completions[0]) == 2 * 2 * 5
+        torch.testing.assert_close(ranks[0][name], parameter, rtol=0, atol=NEAR)
+    judged = [(place / "eval_completions.jsonl").read_text().splitlines() for place in (two, tmp_path)]
+    assert judged[0] == judged[1] and len(judged[0]) == 2 * 2 * len(loop_checks.HELD_OUT.answers)
 
 
 @pytest.mark.parametrize("how", ["the_kill", "the_end"])
@@ -119,6 +119,7 @@ def test_rows_that_are_not_finite_are_named_wherever_they_are(results):
         ("weights", "process 1 differs from process 0 in initial weights"),
         ("wrapped", "model: expected the whole model, unwrapped, on each process; got DistributedDataParallel"),
         ("places", "process 0 finds a checkpoint of step 0 there, process 1 of step 3"),
+        ("held", "output_dir: expected a folder that no other run writes to"),
         ("folder", "output_dir: expected a folder that can be written to"),
         ("processes", "got one that differs in processes"),
     ],
@@ -137,6 +138,7 @@ def test_the_examples_on_two_processes_are_those_on_one(results, folder, loop):
 
     names = [next(folder.glob(f"{loop}_example{end}/run/**/adapter_model.safetensors")) for end in ("", "_alone")]
     weights = [load_file(name) for name in names]
-    assert weights[0].keys() == weights[1].keys() and max(x.abs().max() for x in weights[0].values()) > 1e-2
+    assert weights[0].keys() == weights[1].keys()
+    assert max(x.abs().max() for name, x in weights[0].items() if "lora_B" in name) > 1e-3, "they begin at 0"
     for name, weight in weights[0].items():
-        torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=NEAR)
