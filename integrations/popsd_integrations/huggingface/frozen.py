@@ -13,10 +13,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from popsd import Head
-from popsd_integrations.huggingface.heads import eval_mode, hidden_states, is_sharded, local_head, unwrapped
+from popsd_integrations.huggingface.distributed import check_seen, unwrapped
+from popsd_integrations.huggingface.heads import eval_mode, hidden_states, is_sharded, local_head
 from popsd_integrations.huggingface.packing import CONTEXT_OF, Packed, joined
 
 
@@ -39,20 +41,28 @@ class AdapterOff:
                 f"model: expected a PEFT model; got {type(model).__name__}, which has no adapter to disable. "
                 "Use FrozenCopy under full fine-tuning."
             )
-        self.model = unwrapped(model)
+        self._given, self.model = model, unwrapped(model)
 
     @contextmanager
     def weights(self) -> Iterator[nn.Module]:
         """The student's own model with its adapter off, in eval mode. On leaving, flags and modes are as before."""
+        check_seen(self._given)
         # On leaving, disable_adapter() sets requires_grad also on adapter parameters that the user had frozen.
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+
+        def restore() -> None:
+            for parameter, requires_grad in flags:
+                parameter.requires_grad_(requires_grad)
+
         with eval_mode(self.model):
             try:
                 with self._off():
+                    # FSDP1 forgets what a unit has accumulated once nothing in it requires a gradient.
+                    if any(isinstance(module, FullyShardedDataParallel) for module in self.model.modules()):
+                        restore()
                     yield self.model
             finally:
-                for parameter, requires_grad in flags:
-                    parameter.requires_grad_(requires_grad)
+                restore()
 
     @contextmanager
     def _off(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from popsd import head_logits
+from popsd_integrations.huggingface.distributed import run_in_forward, unwrapped
 from popsd_integrations.huggingface.frozen import FrozenWeights
 from popsd_integrations.huggingface.heads import (
     causal_model,
@@ -25,8 +26,6 @@ from popsd_integrations.huggingface.heads import (
     head_from_model,
     hidden_states,
     is_sharded,
-    run_in_forward,
-    unwrapped,
 )
 from popsd_integrations.huggingface.packing import Packed, pack
 from popsd_integrations.huggingface.prompts import Prompts
@@ -252,7 +251,7 @@ def _bad_gradients(model: nn.Module, packed: Packed) -> list[str]:
         return []
     with torch.enable_grad():
         # As a forward of its own, because hidden_states asks for the DDP wrapper, and this gradient must not reach it.
-        states = run_in_forward(model, model, lambda: _states(model, packed))
+        states = run_in_forward(model, lambda: _states(model, packed))
         states = packed.predicting(states)[packed.completion_mask]
         if not states.requires_grad:  # only the head is trained
             return []

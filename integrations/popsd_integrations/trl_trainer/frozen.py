@@ -6,10 +6,9 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback
 
@@ -19,8 +18,6 @@ from popsd_integrations.huggingface.invariants import check_model
 from popsd_integrations.huggingface.prompts import Prompts
 from popsd_integrations.run_folder import write_whole
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
-
-T = TypeVar("T")
 
 FROZEN_FILE = "popsd_frozen.json"
 
@@ -98,23 +95,6 @@ def exact_side(
     if whole and given:
         check_model(source.model, prompts, pad_token_id=pad_token_id, sides=[side])
     return side
-
-
-def agreed(accelerator: Any, function: Callable[[], T]) -> T:
-    """What ``function`` returns or raises on the main process, on all of them: others may not hold the weights yet."""
-    if accelerator.num_processes == 1:
-        return function()
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function()
-        except Exception as error:
-            outcome[1] = error
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: T = outcome[0]
-    return result
 
 
 class FrozenWeightsCallback(TrainerCallback):

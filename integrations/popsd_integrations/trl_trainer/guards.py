@@ -15,7 +15,8 @@ import torch
 from transformers import TrainerCallback
 
 from popsd_integrations.finite_steps import PATIENCE, FiniteSteps
-from popsd_integrations.huggingface.heads import is_sharded, run_in_forward
+from popsd_integrations.huggingface.distributed import run_in_forward
+from popsd_integrations.huggingface.heads import is_sharded
 from popsd_integrations.huggingface.packing import unpad
 from popsd_integrations.run_folder import exclusive, finishing_on_sigterm
 from popsd_integrations.trl_trainer.callbacks import EMACallback, SameRun, newest_whole_checkpoint
@@ -93,9 +94,7 @@ class GuardedTrainer(DistillationTrainer):
             for index, question in enumerate(questions):
                 row = {name: _row(value, index, len(questions)) for name, value in inputs.items()}
                 with torch.no_grad():
-                    loss, _ = run_in_forward(
-                        self.model_wrapped, student, partial(self._loss, student, row, None, False)
-                    )
+                    loss, _ = run_in_forward(self.model_wrapped, partial(self._loss, student, row, None, False))
                 if not loss.isfinite():
                     names.append(repr(self.processing_class.decode(question)[:80]))
         return names

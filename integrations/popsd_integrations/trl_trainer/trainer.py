@@ -20,8 +20,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
+from popsd_integrations.huggingface.distributed import agreed, run_in_forward
 from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states, has_adapter
-from popsd_integrations.huggingface.heads import held, local_head, run_in_forward
+from popsd_integrations.huggingface.heads import held, local_head
 from popsd_integrations.huggingface.objective import measures_decomposition, needed_contexts, student_loss
 from popsd_integrations.huggingface.packing import Packed, pack_padded, padded, unpad
 from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts
@@ -64,7 +65,6 @@ from popsd_integrations.trl_trainer.dataset import (
 )
 from popsd_integrations.trl_trainer.frozen import (
     FrozenWeightsCallback,
-    agreed,
     check_models,
     copy_of,
     exact_side,
@@ -193,7 +193,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         built = [prompts for name, dataset in data.items() for prompts in self._rows.first(dataset, name, 2)][:2]
         self.model.train()  # as it will be
         source, pad = self._frozen_source(), self.processing_class.pad_token_id
-        return agreed(self.accelerator, lambda: exact_side(self.model, source, built, pad, own_teacher))
+        return agreed(lambda: exact_side(self.model, source, built, pad, own_teacher))
 
     def _frozen_source(self) -> AdapterOff | FrozenModel:
         if self.teacher_model is not None:
@@ -270,7 +270,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         if not self.model.training:
             total = torch.ones_like(total)  # the sum: its mean is taken over the whole set, in `evaluation_loop`
         student = self.accelerator.unwrap_model(model)
-        loss, metrics = run_in_forward(model, student, lambda: self._loss(student, inputs, total, decompose))
+        loss, metrics = run_in_forward(model, lambda: self._loss(student, inputs, total, decompose))
         if self.model.training:
             self._record_loss(metrics)
             # DDP and FSDP average the gradients.
@@ -337,7 +337,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             return states._replace(head=held(states.head))
 
         with torch.no_grad():
-            states = run_in_forward(self.teacher_model, inner, run_and_hold)
+            states = run_in_forward(self.teacher_model, run_and_hold)
         # FSDP2 may have sharded the head again on leaving, which empties the one that was seen inside.
         return states if self._zero3 else states._replace(head=local_head(inner))
 

@@ -13,7 +13,7 @@ from trl_helpers import EOS, LORA, PAD, VOCABULARY, build, logs, tiny
 
 from popsd_integrations.huggingface.frozen import AdapterOff
 from popsd_integrations.miniature.tokenizer import build_tokenizer
-from popsd_integrations.trl_trainer.frozen import FROZEN_FILE, agreed
+from popsd_integrations.trl_trainer.frozen import FROZEN_FILE
 
 
 def saved(folder, model):
@@ -117,26 +117,3 @@ def test_the_trainer_pads_where_check_model_says(tmp_path):
     trainer.train()
     assert len(seen) == 3 and {batch.side for batch in seen} == {"right"}
     assert all(batch.attention_mask[:, 0].all() for batch in seen)
-
-
-def test_all_processes_do_what_the_main_one_finds(monkeypatch):
-    from popsd_integrations.trl_trainer import frozen
-
-    class Two:
-        num_processes, is_main_process = 2, True
-
-    sent = []
-    monkeypatch.setattr(frozen, "broadcast_object_list", sent.append)
-
-    def fail():
-        raise ValueError("no")
-
-    assert agreed(Two(), lambda: "right") == "right"
-    with pytest.raises(ValueError, match="no"):
-        agreed(Two(), fail)
-    main = [list(outcome) for outcome in sent]
-    Two.is_main_process = False
-    monkeypatch.setattr(frozen, "broadcast_object_list", lambda outcome: outcome.__setitem__(slice(None), main.pop(0)))
-    assert agreed(Two(), fail) == "right", "it does not look for itself"
-    with pytest.raises(ValueError, match="no"):
-        agreed(Two(), lambda: "left")
