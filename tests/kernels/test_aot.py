@@ -28,7 +28,7 @@ DROPS_NAN = {
     "lse_fold": "the exponential of the same entry makes the sum NaN",
     "lse_fold_sum": "as lse_fold",
     "lse_finish": "tops are finite where lse_fold made them, and the sums beside them hold the NaN",
-    "_store_normaliser": "single read: as lse_fold",
+    "_store_normalisers": "single read: as lse_fold",
     "accumulate": "largest log p + log q, compared with the NaN normalisers of the same row",
     "finish_row": "the same over the row",
     "_add_tile": "the same over a tile",
