@@ -26,9 +26,9 @@ from popsd_kernels.device.primitives import (
     LOG2E,
     NOTHING,
     fma,
+    lse_accumulate,
+    lse_accumulate_sum,
     lse_finish,
-    lse_fold,
-    lse_fold_sum,
     negative,
     rounded_product,
 )
@@ -214,15 +214,15 @@ def _streams(
 @triton.jit
 def _accumulate(state, s, r, t, inside, VEC: tl.constexpr, PARTIAL: tl.constexpr, MINUS_STUDENT: tl.constexpr):
     """The state with a block more. PARTIAL: whether an entry may not be ``inside``."""
-    s_top, s_total = lse_fold(s, state.s_top, state.s_total, VEC)
+    s_top, s_total = lse_accumulate(s, state.s_top, state.s_total, VEC)
     if MINUS_STUDENT:
         x, y = t, r
-        r_top, r_total = lse_fold_sum(s, r, state.r_top, state.r_total, VEC, 1.0, 1.0)
-        t_top, t_total = lse_fold_sum(s, t, state.t_top, state.t_total, VEC, 1.0, 1.0)
+        r_top, r_total = lse_accumulate_sum(s, r, state.r_top, state.r_total, VEC, 1.0, 1.0)
+        t_top, t_total = lse_accumulate_sum(s, t, state.t_top, state.t_total, VEC, 1.0, 1.0)
     else:
         x, y = t - s, r - s
-        r_top, r_total = lse_fold(r, state.r_top, state.r_total, VEC)
-        t_top, t_total = lse_fold(t, state.t_top, state.t_total, VEC)
+        r_top, r_total = lse_accumulate(r, state.r_top, state.r_total, VEC)
+        t_top, t_total = lse_accumulate(t, state.t_top, state.t_total, VEC)
     shape: tl.constexpr = [s.shape[0] // VEC, VEC]
     s, x, y = tl.reshape(s, shape), tl.reshape(x, shape), tl.reshape(y, shape)
     origin = rounded_product(s_top, LOG2E)
