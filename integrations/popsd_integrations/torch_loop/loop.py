@@ -38,6 +38,7 @@ from popsd_integrations.huggingface.objective import (
     measures_decomposition,
     needed_contexts,
     student_loss,
+    target_code,
     target_config,
 )
 from popsd_integrations.huggingface.packing import pack_contexts
@@ -235,7 +236,7 @@ def _train(
     judged = None if held_out is None else Judged(held_out, model, tokenizer, sampling, config.batch_size)
     check_positions(model, prompts, config.max_new_tokens)
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
-    fingerprint = run_fingerprint(options, model, prompts)
+    fingerprint = run_fingerprint(options | target_code(config.loss_target), model, prompts)
     checkpoint = read_checkpoint(output / CHECKPOINT, fingerprint, resume, config.steps)
     seed_everything(config.seed)
     if config.lora_rank is not None:
