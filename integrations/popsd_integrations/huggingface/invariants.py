@@ -71,7 +71,7 @@ def check_model(
     rows = _rows(model, prompts)
     with _no_trace(model):
         with eval_mode(model), torch.no_grad():
-            own = [_own_logits(model, *row) for row in rows]
+            own = [own_logits(model, *row) for row in rows]
             side, logits = _exact_side(model, rows, own, pad_token_id, sides)
             packed = _packed(model, rows, pad_token_id, side)
             _check_causality(model, packed, logits)
@@ -280,7 +280,7 @@ def _packed(model: nn.Module, rows: list[Any], pad_token_id: int, side: str) -> 
     return pack([p for p, _ in rows], [c for _, c in rows], pad_token_id=pad_token_id, side=side, device=device)
 
 
-def _own_logits(model: nn.Module, prompt: list[int], completion: list[int]) -> torch.Tensor:
+def own_logits(model: nn.Module, prompt: list[int], completion: list[int]) -> torch.Tensor:
     """The model's own logits [T, V] at the completion of a row alone."""
     device = causal_model(model).get_input_embeddings().weight.device
     ids = torch.tensor([[*prompt, *completion]], device=device)
