@@ -330,8 +330,9 @@ def table(results: dict[str, Result]) -> str:
         f"{transformers.__version__} registers was built tiny with random weights and trained for two steps with LoRA by the "
         f"TRL trainer in float32. The loss of each step was compared with the loss of the model's own logits, row by row and "
         f"without padding; at most {TOLERANCE:g} apart counts as exact. So were greedy completions of prompts of different "
-        "lengths: each token is the likeliest by its row's own logits. What is padded on the right is sampled one length of "
-        "prompts at a time. Made by `python tests/architectures.py`.",
+        "lengths: each token is the likeliest by its row's own logits. Where padding on the left "
+        "is seen, they are sampled one length of prompts at a time, and by RWKV one prompt at a time. "
+        "Made by `python tests/architectures.py`.",
         "",
         "Sparse attention with an indexer (DeepSeek V3.2 and others) is tried with an `index_topk` above the prompts' length. "
         "Below it, equal scores of the indexer are told apart by their position, which padding moves.",

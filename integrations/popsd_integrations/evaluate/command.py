@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # the command line reads its options before it imports torch
 
 BATCH_SIZES = {"transformers": 8, "vllm": 384}
 _PLAIN = ("model", "engine", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "question_template")
-_WITH_NEW_COMPLETIONS = ("adapters", "benchmarks", "samples", "batch_size", "engine_kwargs")
+_WITH_NEW_COMPLETIONS = ("adapters", "benchmarks", "samples", "batch_size", "engine_kwargs", "split")
+_WITH_NEW_COMPLETIONS += ("question_column", "answer_column")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +198,7 @@ def _again(options: argparse.Namespace) -> Outcome:
     """Judge completions that are there."""
     from popsd_integrations.evaluate import generations
     from popsd_integrations.evaluate.summary import group
-    from popsd_integrations.scoring import check_answer, scorer
+    from popsd_integrations.scoring import check_answer, scorer, scorer_code
 
     unused = [name for name in _WITH_NEW_COMPLETIONS if getattr(options, name) is not None]
     if unused:
@@ -230,7 +231,9 @@ def _again(options: argparse.Namespace) -> Outcome:
                 judged.append(record | score(record["text"], record["expected"])._asdict())
                 bar.update()
         generations.write(path, judged)
-        generations.write_settings(folder, kept | {"scorer": options.scorer})
+        generations.write_settings(
+            folder, kept | {"scorer": options.scorer, "scorer_code": scorer_code(options.scorer)}
+        )
     checkpoints = kept["checkpoints"]
     about = {
         "settings": kept["settings"],
