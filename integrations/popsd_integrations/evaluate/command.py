@@ -22,8 +22,10 @@ if TYPE_CHECKING:  # the command line reads its options before it imports torch
 
 BATCH_SIZES = {"transformers": 8, "vllm": 384}
 _PLAIN = ("model", "engine", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "question_template")
-_WITH_NEW_COMPLETIONS = ("adapters", "benchmarks", "samples", "batch_size", "engine_kwargs", "split")
-_WITH_NEW_COMPLETIONS += ("question_column", "answer_column")
+_WITH_NEW_COMPLETIONS = (
+    *("adapters", "benchmarks", "question_column", "answer_column", "split"),
+    *("samples", "batch_size", "engine_kwargs"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +128,10 @@ def _checked(options: argparse.Namespace) -> Job:
         except ValueError as error:
             raise ValueError(f"benchmarks: problem {task.problem} of {task.benchmark}: {error}") from error
     found = checkpoints.resolve(config.model, options.adapters or [])
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    same = {
+        name: config.engine_kwargs[name] for name in ("revision", "trust_remote_code") if name in config.engine_kwargs
+    }
+    tokenizer = AutoTokenizer.from_pretrained(config.model, **same)
     builder, prompts = ContextBuilder(tokenizer, config.contexts()), {}
     for task in (task for problems in tasks.values() for task in problems):
         built = builder.build(Problem(task.question, task.answer))

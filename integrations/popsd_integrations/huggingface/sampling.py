@@ -146,7 +146,10 @@ def grouped(
         groups.setdefault(keys[grouping](place), []).append(place)
     completions: dict[int, list[int]] = {}
     for places in groups.values():
-        completions |= zip(places, generate([prompts[place] for place in places]), strict=True)
+        made = generate([prompts[place] for place in places])
+        if len(made) != len(places):
+            raise ValueError(f"generate: expected {len(places)} completions, one per prompt; got {len(made)}.")
+        completions |= zip(places, made, strict=True)
     return [completions[place] for place in range(len(prompts))]
 
 

@@ -33,6 +33,7 @@ class GuardedTrainer(DistillationTrainer):
 
     _same_run: SameRun
     _grouping: str
+    pad_to_multiple_of: int | None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """``transformers.Trainer.train``, alone in ``output_dir``.
@@ -88,11 +89,11 @@ class GuardedTrainer(DistillationTrainer):
             self._inputs_of_step.append(inputs)
         return inputs
 
-    def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, *options: Any) -> Any:
+    def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
         """TRL's, of as many prompts at a time as the model completes as it does each alone."""
 
         def generate(prompts: list[Any]) -> Any:
-            return super(GuardedTrainer, self)._generate_single_turn(prompts, images, multimodal_fields, *options)
+            return super(GuardedTrainer, self)._generate_single_turn(prompts, *rest, **options)
 
         if self._grouping == TOGETHER:
             return generate(prompt_ids)

@@ -357,7 +357,7 @@ def test_two_settings_never_mix_in_one_folder(case, files, finished, tmp_path, m
 FROM = {
     "another setting": (["--temperature", "0.5"], None, "different are temperature"),
     "another model": (["--model", "other"], None, "different are model"),
-    "adapters": (["--adapters", "x"], None, "--from: expected no adapters"),
+    "adapters": (["--adapters", "x", "--answer_column", "y"], None, "--from: expected no adapters, answer_column"),
     "no settings": (
         [],
         lambda folder: (folder / "settings.json").unlink(),
