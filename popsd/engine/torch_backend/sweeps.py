@@ -212,6 +212,8 @@ def _divergence(
         slopes = (p * log_m_over_p).mul_(beta - 1.0)
         entries = (q * log_q_over_m).mul_(beta).add_(slopes)
     capped = entries > options.entry_clip
+    if beta in (0.0, 1.0):  # the rounded normaliser moves no entry that is capped
+        excess *= (q if beta == 0.0 else p).masked_fill(capped, 0.0).sum(dim=1)
     divergence = entries.clamp_max_(options.entry_clip).sum(dim=1) + excess
     slopes.masked_fill_(capped, 0.0)
     clip_fraction = capped.sum(dim=1, dtype=torch.float32) / capped.shape[1]
