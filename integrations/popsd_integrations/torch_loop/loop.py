@@ -43,7 +43,7 @@ from popsd_integrations.huggingface.distributed import (
 from popsd_integrations.huggingface.frozen import FrozenChecksum, FrozenWeights, frozen_states, frozen_weights
 from popsd_integrations.huggingface.heads import causal_model
 from popsd_integrations.huggingface.invariants import check_model
-from popsd_integrations.huggingface.objective import measures_decomposition, needed_contexts, student_loss
+from popsd_integrations.huggingface.objective import measures_decomposition, needed_contexts, student_loss, target_code
 from popsd_integrations.huggingface.packing import pack_contexts
 from popsd_integrations.huggingface.prompts import Prompts
 from popsd_integrations.huggingface.sampling import Generate, Sampler, check_positions, random_state, seed_everything
@@ -183,7 +183,8 @@ def _train(
     )
     check_positions(model, prompts, config.max_new_tokens)
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
-    fingerprint = run_fingerprint(options | {"processes": processes()}, model, prompts)
+    given = options | target_code(config.loss_target) | {"processes": processes()}
+    fingerprint = run_fingerprint(given, model, prompts)
     checkpoint = read_checkpoint(output / CHECKPOINT, fingerprint, resume, config.steps)
     check_same(fingerprint, 0 if checkpoint is None else checkpoint["step"])
     seed_everything(config.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from popsd_integrations.huggingface.frozen import AdapterOff, FrozenChecksum, Fr
 from popsd_integrations.huggingface.heads import is_sharded
 from popsd_integrations.huggingface.invariants import check_model
 from popsd_integrations.huggingface.prompts import Prompts
+from popsd_integrations.huggingface.sampling import TOGETHER, exact_grouping
 from popsd_integrations.run_folder import write_whole
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
+
+logger = logging.getLogger(__name__)
 
 FROZEN_FILE = "popsd_frozen.json"
 
@@ -81,20 +85,41 @@ def copy_of(model: Any, args: PurifiedOPSDConfig) -> Any:
         ) from error
 
 
-def exact_side(
-    model: nn.Module, source: AdapterOff | FrozenModel, prompts: Sequence[Prompts], pad_token_id: int, given: bool
-) -> str:
-    """`check_model` of student and frozen weights. given: these are not the student's own, and may diverge from it.
+def exact_ways(
+    trainer: Any, source: AdapterOff | FrozenModel, prompts: Sequence[Prompts], given: bool
+) -> tuple[str, str]:
+    """The padding side by `check_model` of student and frozen weights, and the grouping of prompts by `exact_grouping`.
 
-    Nothing can be run here of sharded weights. Left padding is then taken to be exact.
+    given: the frozen weights are not the student's own, and may diverge from it. Nothing can be run here of sharded weights;
+    left padding is then taken to be exact, which a warning says. Nor can samples of vLLM, which pads nothing.
+    Raises ValueError, beside `check_model`'s, where processes that share weights would generate in unlike numbers of calls.
     """
+    model, pad = trainer.model, trainer.processing_class.pad_token_id
     if any(map(is_sharded, model.parameters())):
-        return "left"
+        logger.warning(
+            f"The weights of {type(model).__name__} are sharded already, so nothing was run to prove that popsd computes this "
+            "model's distributions: head, padding on the left, causality, dropout and frozen weights are not checked. Call "
+            "huggingface.check_model where the model is whole, or look for its architecture in docs/architectures.md."
+        )
+        return "left", TOGETHER
     whole = not any(map(is_sharded, source.model.parameters()))
-    side = check_model(model, prompts, source if whole and not given else None, pad_token_id=pad_token_id)
+    side = check_model(model, prompts, source if whole and not given else None, pad_token_id=pad)
     if whole and given:
-        check_model(source.model, prompts, pad_token_id=pad_token_id, sides=[side])
-    return side
+        check_model(source.model, prompts, pad_token_id=pad, sides=[side])
+    if not whole:
+        logger.warning(
+            f"The weights of the teacher_model, {type(source.model).__name__}, are sharded already and are not checked. They "
+            f"are padded on the {side}, as the student's rows are."
+        )
+    questions = [row.question for row in prompts]
+    grouping = TOGETHER if trainer.use_vllm else exact_grouping(model, questions, pad)
+    if grouping != TOGETHER and (trainer.is_fsdp_enabled or trainer._zero3):
+        raise ValueError(
+            f"model: expected an architecture that generates in padded batches under FSDP and ZeRO-3; "
+            f"{type(model).__name__} must sample prompts {grouping}, in another number of calls on each process. Train it on "
+            "one device or under DDP, or sample with use_vllm."
+        )
+    return side, grouping
 
 
 class FrozenWeightsCallback(TrainerCallback):

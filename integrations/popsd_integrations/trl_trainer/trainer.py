@@ -67,7 +67,7 @@ from popsd_integrations.trl_trainer.frozen import (
     FrozenWeightsCallback,
     check_models,
     copy_of,
-    exact_side,
+    exact_ways,
     prepare_student,
 )
 from popsd_integrations.trl_trainer.guards import GuardedTrainer
@@ -179,21 +179,21 @@ class PurifiedOPSDTrainer(GuardedTrainer):
                 )
             self._ema = EMA(self.model, args.ema_decay)
             self.add_callback(EMACallback(self._ema))
-        self._side = self._checked_model(data, own_teacher)
+        self._side, self._grouping = self._checked_model(data, own_teacher)
         self.add_callback(FrozenWeightsCallback(self._frozen_source))
         if args.plot_metrics:
             self.add_callback(PlotMetrics())
         self.add_callback(RunFiles(self.model.config._name_or_path, sizes(data), args.evaluate_options()))
 
-    def _checked_model(self, data: Mapping[str, Any], own_teacher: bool) -> str:
-        """The padding side that `check_model` finds exact. data: as given; a stream that drops rows would count them here.
+    def _checked_model(self, data: Mapping[str, Any], own_teacher: bool) -> tuple[str, str]:
+        """What `exact_ways` finds. data: as given; a stream that drops rows would count them here.
 
         own_teacher: of frozen weights that are not the student's.
         """
         built = [prompts for name, dataset in data.items() for prompts in self._rows.first(dataset, name, 2)][:2]
         self.model.train()  # as it will be
-        source, pad = self._frozen_source(), self.processing_class.pad_token_id
-        return agreed(lambda: exact_side(self.model, source, built, pad, own_teacher))
+        source = self._frozen_source()
+        return agreed(lambda: exact_ways(self, source, built, own_teacher))
 
     def _frozen_source(self) -> AdapterOff | FrozenModel:
         if self.teacher_model is not None:

@@ -56,7 +56,7 @@ def test_the_trainer_overrides_nothing_else():
     expected = {"__init__", "_set_signature_columns_if_needed", "_generate_and_score_completions", "compute_loss"}
     assert overridden == expected | {"_get_train_sampler", "_tokenize_prompts", "evaluation_loop"}
     guarded = {name for name, value in vars(GuardedTrainer).items() if callable(value) and name in theirs}
-    assert guarded == {"train", "save_model", "_prepare_inputs"}
+    assert guarded == {"train", "save_model", "_prepare_inputs", "_generate_single_turn"}
 
 
 def test_what_generation_returns(tmp_path):
