@@ -258,7 +258,8 @@ def position_limit(model: Any) -> int | None:
     scaled (YaRN), the limit is the scaled one.
     """
     config = causal_model(model).config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or None
+    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest if longest and longest > 0 else None  # XLNet says -1
     rope = getattr(config, "rope_parameters", None) or {}
     original, factor = (rope.get(name) for name in ("original_max_position_embeddings", "factor"))
     if longest is not None and original and factor:
