@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy, TargetConfig
 from popsd.engine import validation
 from popsd.engine.backends import resolve_impl
-from popsd.engine.chunks.registry import structured
+from popsd.engine.chunks.registry import check_entrywise, structured
 from popsd.engine.operator import divergence, divergence_by_beta
+from popsd.engine.precision import eager
 from popsd.engine.problem import problem_of
 from popsd.engine.results import columns_of, decomposition_of, loss_output
 from popsd.engine.tokens import checks
 from popsd.engine.tokens.masks import token_weights, warn_if_nothing_is_kept
+from popsd.engine.vocabulary import shards
+from popsd.engine.vocabulary.reduce import WHOLE
 from popsd.head import Head
 from popsd.outputs import HiddenStates, LossOutput
 
@@ -40,6 +44,7 @@ def linear_purified_jsd(
     impl: Impl | str = Impl.AUTO,
     workspace_mib: float | None = None,
     strategy: Strategy | str = Strategy.CHUNKED,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> LossOutput:
     """Purified OPSD loss per token from last hidden states and the LM head, Eq. 12-18 of arXiv 2607.02234.
 
@@ -75,13 +80,19 @@ def linear_purified_jsd(
         workspace_mib: memory for a chunk's logits and gradients; None: 72 on CPU, 2048 on a GPU, a third more
             with ``decompose=True``.
         strategy: "chunked", "single_read" or "streaming", see `popsd.Strategy`.
+        vocab_group: ranks that share the vocabulary, as under tensor parallelism: each passes the same hidden states and
+            its rows [V_r, D] of each head, in the order of the ranks, and gets the whole loss, the whole gradient of the hidden
+            states and its rows' own of the head. ``config.vocab_size`` and token ids count all rows. Heads of DTensors with
+            Shard(0) bring their mesh's group. Only "chunked"; torch.compile leaves the call out of its graph. On CPU it is
+            looked whether the ranks hold the same, on a GPU at the first call with these options and where
+            ``config.check_finite`` is True. docs/vocabulary_parallel.md has the bytes that the ranks exchange.
 
     Returns: a `LossOutput`.
 
     Raises:
         ValueError: shapes, devices, vocabularies or widths that do not match, a non-finite input (see
-            ``DivergenceConfig.check_finite``), a mask or a method that lacks what it reads, or ``impl="triton"`` without a
-            usable device.
+            ``DivergenceConfig.check_finite``), a mask or a method that lacks what it reads, ``impl="triton"`` without a
+            usable device, or ranks of a ``vocab_group`` that do not fit together.
         TypeError: an argument of the wrong type or dtype.
     """
     validation.check_hidden(hidden)
@@ -102,6 +113,7 @@ def linear_purified_jsd(
         impl=impl,
         workspace_mib=workspace_mib,
         strategy=strategy,
+        vocab_group=vocab_group,
     )
 
 
@@ -121,6 +133,7 @@ def linear_jsd(
     impl: Impl | str = Impl.AUTO,
     workspace_mib: float | None = None,
     strategy: Strategy | str = Strategy.CHUNKED,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> LossOutput:
     """Generalised JSD per token between two models' next-token distributions, from hidden states (arXiv 2306.13649).
 
@@ -142,6 +155,7 @@ def linear_jsd(
         impl=impl,
         workspace_mib=workspace_mib,
         strategy=strategy,
+        vocab_group=vocab_group,
     )
 
 
@@ -222,6 +236,21 @@ def _divergence(
     heads: tuple[Head, Head] | None,
     config: DivergenceConfig,
     *,
+    vocab_group: dist.ProcessGroup | None = None,
+    **arguments: Any,
+) -> LossOutput:
+    """`_loss`, which torch.compile leaves out of its graph where ranks share the vocabulary: no graph can let them agree."""
+    of_shards = heads is not None and shards.are_sharded(heads, vocab_group)
+    return (eager(_loss) if of_shards else _loss)(streams, names, heads, config, vocab_group, **arguments)
+
+
+def _loss(
+    streams: HiddenStates,
+    names: Sequence[str],
+    heads: tuple[Head, Head] | None,
+    config: DivergenceConfig,
+    vocab_group: dist.ProcessGroup | None,
+    *,
     weights: torch.Tensor | None,
     beta: torch.Tensor | None,
     token_ids: torch.Tensor | None,
@@ -240,8 +269,18 @@ def _divergence(
     streams: hidden states or, without heads, logits; base and reference None with two distributions. names: theirs in errors.
     """
     named, device = validation.named_streams(streams, names), streams.student.device
-    shape = validation.check_streams(named)
-    vocab_size = validation.check_vocabulary(named, heads, config)
+    shape, vocabulary = validation.check_streams(named), WHOLE
+    if heads is not None and shards.are_sharded(heads, vocab_group):
+        given = (decompose, telemetry, reduction, impl, workspace_mib, strategy, masks, torch.is_grad_enabled())
+        tensors = (weights, beta, token_ids, positions, gram, *(head.bias for head in heads))
+        needs = [x.requires_grad for x in (streams.student, heads[0].weight)]
+        heads, config, vocabulary = shards.local_shards(
+            heads, named, config, vocab_group, weights=weights,
+            arguments=(config, *given, needs, [x is None for x in tensors]),
+            look=checks.may_look(streams.student) or bool(config.check_finite),
+        )  # fmt: skip
+    held = validation.check_vocabulary(named, heads, config)
+    vocab_size = vocabulary.entries(held)
     validation.check_transforms(named, heads)
     total = validation.checked_reduction(reduction) == "sum"
     validation.check_workspace(workspace_mib)
@@ -251,10 +290,12 @@ def _divergence(
     token_ids = checks.checked_token_ids(token_ids, shape, device, vocab_size)
     positions = checks.checked_positions(positions, shape, device)
     masks = checks.checked_masks(masks, purified=streams.base is not None, token_ids=token_ids, positions=positions)
-    validation.check_finite(named, weights, config, heads=heads, vocab_size=vocab_size)
+    validation.check_finite(named, weights, config, heads=heads, vocab_size=held)
     method = validation.method_for_masks(validation.checked_method(decompose, heads), masks, heads)
     if isinstance(config, TargetConfig) and heads is not None and method is None:
         streams, config = structured(streams, config)
+    if vocabulary.group is not None:
+        check_entrywise(config)
     problem = problem_of(
         streams,
         heads,
@@ -268,6 +309,7 @@ def _divergence(
         impl=impl,
         strategy=validation.checked_strategy(strategy),
         workspace_mib=workspace_mib,
+        vocabulary=vocabulary,
     )
     validation.check_strategy(problem, resolve_impl(impl, device))
     betas = checks.checked_betas(beta, shape, device, config)

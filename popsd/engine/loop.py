@@ -43,11 +43,11 @@ def compute(problem: Problem, source: Source) -> torch.Tensor:
 
 def _run(problem: Problem, source: Source, results: Results) -> None:
     tokens, options, device = problem.tokens, problem.options, problem.tensors.student.device
-    backend = backend_for(Impl(options.impl), device, Strategy(options.strategy))
+    backend = backend_for(Impl(options.impl), device, Strategy(options.strategy), problem.vocabulary)
     chunk_rows, gradient_rows = plan_rows(
         tokens, source.work, device, options.workspace_mib, decompose=results.moments is not None
     )
-    block_rows = backend.block_rows(chunk_rows, problem.vocab_size)
+    block_rows = backend.block_rows(chunk_rows, problem.planned_vocab_size)
     source.allocate(min(chunk_rows, tokens), min(gradient_rows, tokens) if source.work.gradient_bytes else 0)
     for buffer in slices(slice(0, tokens), gradient_rows):
         for chunk in slices(buffer, chunk_rows):
@@ -61,7 +61,9 @@ def _run(problem: Problem, source: Source, results: Results) -> None:
                 rows = with_target(problem, source, backend, rows)
                 wanted = None if gradient is None else gradient[block]
                 # before a gradient takes the place of a stream
-                disjoint = disjoint_rows(rows, problem.row_options) if problem.is_disjoint_by_rows else None
+                disjoint = None
+                if problem.is_disjoint_by_rows:
+                    disjoint = disjoint_rows(rows, problem.row_options, problem.vocabulary)
                 losses, results.target_logprob[place] = backend.sweeps(rows, problem.row_options, gradient=wanted)
                 results.losses[:, place] = torch.stack(losses)
                 if disjoint is not None:
