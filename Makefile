@@ -18,7 +18,7 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
 endif
 
-.PHONY: demo test test-all lint hooks bench report clean
+.PHONY: demo test test-all lint docs hooks bench report clean
 
 demo: $(VENV)/.installed
 	$(BIN)/popsd demo $(ARGS)
@@ -33,6 +33,9 @@ lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m mkdocs build --strict
 
 hooks: $(VENV)/.installed
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev]'
@@ -65,5 +68,5 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	    $(PYTHON) -c '$(PATHS)' > "$$($(BIN)/python -c '$(PURELIB)')/present.pth"; \
 	    awk -F== '!seen[$$1]++' <($(PYTHON) -c '$(PINS)') $(CONSTRAINTS) > $(VENV)/constraints.txt; \
 	else cp $(CONSTRAINTS) $(VENV)/constraints.txt; fi
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[triton,trl,eval,bench,test]'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[triton,trl,eval,bench,test,docs]'
 	@touch $@

@@ -59,7 +59,8 @@ class DivergenceConfig:
     temperature: > 0; divides every stream's logits. No temperature² factor is applied.
     token_clip: > 0 or None; caps the token's loss. A capped token has zero gradient.
     entry_clip: > 0 or None; caps each vocabulary entry's contribution (OPSD's stabiliser, arXiv 2601.18734). A capped entry
-        has zero derivative, and the loss may be negative.
+        has zero derivative, and the loss may be negative. An entry of infinite contribution, which one policy cannot sample, is
+        capped from a probability of about 1e-30 by the other on; below that it counts as 0, for float32 ends there.
     vocab_size: >= 1 or None; the number of leading vocabulary rows in use. Padding rows beyond it leave every softmax,
         mean and norm.
     check_finite: look for NaN and inf in the inputs before any work. None: only on CPU and uncompiled, where looking is free,

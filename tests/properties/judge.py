@@ -35,7 +35,10 @@ class Expected(NamedTuple):
     """Per token [N]."""
     gradients: dict[str, np.ndarray]
     unsure: np.ndarray
-    """[N] bool: a token whose other policy's probability is 0 in float64 and not in mathematics."""
+    """[N] bool: a token with an entry that one policy cannot sample, and whose probability by the other is 0 in float64 and not
+    in mathematics. Under ``entry_clip`` such an entry counts from a probability of 1e-27 on, see `DivergenceConfig`."""
+    largest: float
+    """Of the logits over the temperature."""
 
 
 def compute(call: Call, given: Inputs) -> Found:
@@ -118,8 +121,10 @@ def expect(call: Call, given: Inputs, rng=None, nudge: float = 0.0) -> Expected:
         weight = heads[0][0][: call.vocab]
         gradients = {"student": gradient @ weight, "weight": gradient.T @ hidden, "bias": gradient.sum(0)[:, None]}
     log_p, log_q = oracle.log_softmax(student / options["temperature"]), oracle.log_softmax(goal)
-    unsure = np.isneginf(log_p) & (log_q < -600) | np.isneginf(log_q) & (log_p < -600)
-    return Expected(results, gradients, unsure.any(-1) if call.vocab else unsure)
+    least = -600 if options["entry_clip"] is None else -60
+    unsure = np.isneginf(log_p) & (log_q < least) | np.isneginf(log_q) & (log_p < least)
+    finite = [np.abs(x[np.isfinite(x)]).max(initial=0.0) for x in logits.values()]
+    return Expected(results, gradients, unsure.any(-1) if call.vocab else unsure, max(finite) / options["temperature"])
 
 
 def judge(call: Call) -> None:
@@ -148,9 +153,8 @@ def _judge(call: Call) -> None:
             continue
         value = value.detach().double().numpy().ravel()
         off = np.max([np.abs(x.results[name] - expected) for x in near], axis=0)
-        slack = (
-            TIMES * np.nan_to_num(off, nan=np.inf) + relative(call) * np.abs(expected) + FLOOR * scale_of(call, name)
-        )
+        floor = FLOOR * scale_of(call, name, exact.largest)
+        slack = TIMES * np.nan_to_num(off, nan=np.inf) + relative(call) * np.abs(expected) + floor
         if call.decompose == "gram" and name.startswith("centred"):
             slack = slack + 2e-3 * gram_scale(call, given)
         same(name, value[keep], expected[keep], slack[keep])
@@ -217,8 +221,14 @@ def same(name: str, value: np.ndarray, expected: np.ndarray, slack: np.ndarray) 
     assert right.all(), f"{name}: {value[~right][:3]} for {expected[~right][:3]}, allowed {slack[~right][:3]}"
 
 
-def scale_of(call: Call, name: str) -> float:
-    """Of the floor: a log-ratio rounds at the size of a logit, of which it is the difference, and so does a norm of many."""
+def scale_of(call: Call, name: str, largest: float) -> float:
+    """Of the floor: a log-ratio rounds at the size of a logit, of which it is the difference, and so does a norm of many.
+
+    So does the ratio of two normalisers. It moves the KL of student and of target to the mixture apart, and cancels in the
+    divergence.
+    """
+    if name in ("student_kl", "target_kl"):
+        return max(1.0, largest / 15)
     size = max(1.0, call.size) / call.full["temperature"]
     if name.endswith("norm"):
         return 3.0 * size * np.sqrt(call.vocab)

@@ -38,6 +38,14 @@ purified = dict.fromkeys(["function"], "purified_jsd")
         APART, seed=128, size=30.0, spread=0.3, telemetry=True, options={"beta": 0.5, "temperature": 0.5}, **purified
     )
 )
+# 1e-5 of a rounded normaliser, added to a row whose one likely entry is capped
+@example(
+    replace(
+        PLAIN, seed=3476221970, shape=(6,), vocab=21, width=2, student_width=2, dtype="float16", size=30.0, spread=3.0,
+        layout="expanded", own=Head(forbidden=True), frozen=Head(scale=1.7), function="linear_purified_jsd", telemetry=True,
+        options={"beta": 0.0, "entry_clip": 0.001, "pmi_clip": 1e4},
+    )
+)  # fmt: skip
 def test_torch_agrees_with_the_oracle(call):
     judge(call)
 

@@ -227,11 +227,16 @@ def _divergence(
         slopes = (p * log_m_over_p).mul_(beta - 1.0)
         entries = (q * log_q_over_m).mul_(beta).add_(slopes)
     capped = entries > options.entry_clip
+    uncapped = []
+    if beta in (0.0, 1.0):  # the rounded normaliser moves no entry that is capped
+        uncapped = [(q if beta == 0.0 else p).masked_fill(capped, 0.0).sum(dim=1)]
     divergence = entries.clamp_max_(options.entry_clip).sum(dim=1)
     slopes.masked_fill_(capped, 0.0)
-    divergence, clipped, total = over.sums(divergence, capped.sum(dim=1, dtype=torch.float32), slopes.sum(dim=1))
+    divergence, clipped, total, *uncapped = over.sums(
+        divergence, capped.sum(dim=1, dtype=torch.float32), slopes.sum(dim=1), *uncapped
+    )
     return (
-        divergence + excess,
+        divergence + excess * uncapped[0] if uncapped else divergence,
         student_kl,
         target_kl,
         clipped / over.entries(capped.shape[1]),

@@ -43,13 +43,15 @@ def between_launches(over: Vocabulary, options: RowOptions, held: int) -> Callab
 
 
 def used_sums(options: RowOptions) -> list[str]:
-    """Of the sums that slices leave, those that add up and are not 0."""
-    used = ["student_kl", "target_kl", "student_entropy", "target_entropy"]
-    if options.renyi is not None:
-        return [*used, "slope"]
-    if options.beta in (0.0, 1.0):
-        del used[0 if options.beta == 0.0 else 1]
-    return [*used, "clipped_divergence", "capped", "slope"] if options.entry_clip is not None else used
+    """Of the sums that slices leave, those that add up and may be other than 0."""
+    from popsd_kernels.device.row_loss import Sums
+
+    unused = {"top"}  # no sum
+    if options.renyi is None and options.beta in (0.0, 1.0):
+        unused.add("student_kl" if options.beta == 0.0 else "target_kl")
+    if options.entry_clip is None:
+        unused |= {"clipped_divergence", "capped"} | ({"slope"} if options.renyi is None else set())
+    return [name for name in Sums._fields if name not in unused]
 
 
 def whole_statistics(statistics: RowStatistics, over: Vocabulary) -> RowStatistics:

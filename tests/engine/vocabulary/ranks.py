@@ -108,7 +108,17 @@ def call(case, heads, impl, group=None, hidden=None):
         "token_ids": torch.tensor([0, 63, -1, 21, 40]),
         "weights": torch.tensor([1.0, 0.5, 2.0, 1.0, 0.0]),
     }
-    passed = ("token_ids", "decompose", "telemetry", "reduction", "workspace_mib", "beta", "masks", "vocab_group", "strategy")
+    passed = (
+        "token_ids",
+        "decompose",
+        "telemetry",
+        "reduction",
+        "workspace_mib",
+        "beta",
+        "masks",
+        "vocab_group",
+        "strategy",
+    )
     options |= {name: case[name] for name in passed if name in case}
     if case.get("teacher"):
         output = popsd.linear_jsd(leaf, heads[0], hidden.teacher, heads[1], **options)
@@ -154,7 +164,9 @@ def of_dtensors(group):
     """Heads of DTensors: no group is named, and the gradient is a DTensor as well."""
     mesh, case = init_device_mesh("cpu", (WORLD,)), {"train": True, "bias": True}
     whole = heads_of(case)[0]
-    parts = [x.detach().tensor_split([17, 34, 51])[dist.get_rank()] for x in (whole.weight, whole.bias)]  # as DTensor cuts 67
+    parts = [
+        x.detach().tensor_split([17, 34, 51])[dist.get_rank()] for x in (whole.weight, whole.bias)
+    ]  # as DTensor cuts 67
     shapes = (torch.Size([V, D]), (D, 1)), (torch.Size([V]), (1,))
     weight, bias = (
         DTensor.from_local(x.clone(), mesh, [Shard(0)], shape=shape, stride=stride).requires_grad_()

@@ -93,6 +93,11 @@ def test_the_bytes_are_those_of_the_page(ranks):
                 rest = found["bytes"] - 4 * TOKENS * WIDTH
                 per_token, per_call = divmod(rest, TOKENS)
                 seen.add((case, impl))
-                assert rest - stated[case, impl] * TOKENS in (0, 4 * WIDTH, 4 * WIDTH + 4), (case, impl, per_token, per_call)
+                assert rest - stated[case, impl] * TOKENS in (0, 4 * WIDTH, 4 * WIDTH + 4), (
+                    case,
+                    impl,
+                    per_token,
+                    per_call,
+                )
     assert seen >= {(case, "torch") for case, _ in stated}
     assert stated["JSD, no ids", "torch"] <= 40
