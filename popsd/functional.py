@@ -271,6 +271,8 @@ def _loss(
     named, device = validation.named_streams(streams, names), streams.student.device
     shape, vocabulary = validation.check_streams(named), WHOLE
     if heads is not None and shards.are_sharded(heads, vocab_group):
+        for label, head in zip(("student_head", "frozen_head"), heads, strict=True):
+            validation.check_head(label, head)
         given = (decompose, telemetry, reduction, impl, workspace_mib, strategy, masks, torch.is_grad_enabled())
         tensors = (weights, beta, token_ids, positions, gram, *(head.bias for head in heads))
         needs = [x.requires_grad for x in (streams.student, heads[0].weight)]

@@ -28,6 +28,7 @@ from popsd_kernels import launch
 N, D, V, WORLD = 5, 12, 67, 4
 CUTS = {4: (0, 20, 40, 60, V), 2: (0, 41, V)}
 PARTED = {"center": False, "plausibility": 0.1, "tail_floor": 0.01, "tail_cap": 0.1}
+ALL = {"decompose": True, "telemetry": True}
 CASES = {
     "JSD": {},
     "JSD, no ids": {"token_ids": None},
@@ -36,7 +37,7 @@ CASES = {
     "JSD, entry clip": {"config": {"entry_clip": 0.01}},
     "linear target": {"config": {"pmi_clip": None}},
     "uncentred, masks on entries": {"config": PARTED, "bias": True},
-    "everything, impossible entries": {"bias": True, "impossible": True, "decompose": True, "telemetry": True, "train": True},
+    "everything, impossible entries": {"bias": True, "impossible": True, "train": True, **ALL},
     "Rényi": {"config": {"beta": 0.0, "renyi_alpha": 0.9}},
     "soft cap": {"softcap": 5.0, "bias": True, "decompose": True},
     "mix": {"config": popsd.presets.arithmetic_mix(0.3, beta=0.0), "bias": True},
@@ -45,10 +46,12 @@ CASES = {
     "two heads": {"frozen": 5, "bias": True},
     "two distributions": {"frozen": 5, "teacher": True, "train": True},
     "coefficients": {"beta": torch.tensor([0.0, 0.5, 1.0, 0.5, 0.0])},
-    "masks": {"masks": MaskConfig(max_reference_fraction=1.0, top_student_entropy=0.6, floor=0.1, signal="weighted")},
+    "masks": {"masks": MaskConfig(max_reference_fraction=1.0, top_student_entropy=0.6, floor=0.1, signal="raw")},
 }  # fmt: skip
+OF_HEADS = ("train", "bias", "impossible", "softcap", "frozen", "teacher")
 KERNELS = (
-    "JSD", "reverse KL, both clips", "uncentred, masks on entries", "everything, impossible entries", "Rényi", "soft cap", "mix",
+    "JSD", "reverse KL, both clips", "uncentred, masks on entries", "everything, impossible entries", "Rényi", "soft cap",
+    "mix",
 )  # fmt: skip
 """Cases that the Triton kernels compute too."""
 
@@ -138,6 +141,7 @@ def tensors_of(output):
 
 def distance(found, expected, scale=None):
     """‖found − expected‖ relative to ‖expected‖; inf where they are NaN or infinite in other places."""
+    found, expected = found.detach(), expected.detach()
     finite = torch.isfinite(expected)
     if not torch.equal(finite, torch.isfinite(found)) or found.shape != expected.shape:
         return float("inf")
