@@ -15,7 +15,7 @@ import pytest
 HERE = Path(__file__).parent
 PAGE = HERE.parents[2] / "docs" / "vocabulary_parallel.md"
 TOLERANCE = 1e-5
-TOKENS, WIDTH = 5, 12
+WIDTH = 12
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_shards_give_what_the_whole_head_gives(ranks, group):
         for case, found in rank[group].items():
             assert max(found["errors"].values()) < TOLERANCE, (case, found["errors"])
             compared += len(found["errors"])
-    assert compared > {"torch 4": 800, "torch 2": 400, "triton 2": 200}[group]
+    assert compared > {"torch 4": 800, "torch 2": 400, "triton 2": 180}[group]
 
 
 def test_heads_of_dtensors_bring_their_group(ranks):
@@ -90,8 +90,8 @@ def test_the_bytes_are_those_of_the_page(ranks):
             for case, found in rank[group].items():
                 if (case, impl) not in stated:
                     continue
-                rest = found["bytes"] - 4 * TOKENS * WIDTH
+                rest = found["bytes"] - stated[case, impl] * found["tokens"]
                 seen.add((case, impl))
-                assert rest - stated[case, impl] * TOKENS in (0, 4 * WIDTH, 4 * WIDTH + 4), (case, impl, rest)
+                assert rest in (0, 4 * WIDTH, 4 * WIDTH + 4), (case, impl, rest)
     assert seen >= {(case, "torch") for case, _ in stated}
     assert stated["JSD, no ids", "torch"] <= 40

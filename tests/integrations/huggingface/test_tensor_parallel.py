@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_two_ranks_of_a_tensor_parallel_plan_train_as_one(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(HERE / "tensor_parallel_ranks.py"), str(tmp_path)]
