@@ -24,6 +24,8 @@ class Tensors(NamedTuple):
     ``student_weight``, logits [N, V].
 
     base, reference: None with two distributions, where the teacher is the target.
+    target_ids: [N, k] int64 or None; of a sparse target, whose log-probabilities [N, k] or [N, k + 1] are the teacher, see
+    `popsd.engine.chunks.buckets`.
     frozen_weight, frozen_bias: None where the student's head serves all streams.
     weights: [N] float32. token_ids: [N] int64. gram: [D, D] float32, see `popsd.gram_matrix`.
     """
@@ -39,6 +41,7 @@ class Tensors(NamedTuple):
     weights: torch.Tensor | None
     token_ids: torch.Tensor | None
     gram: torch.Tensor | None
+    target_ids: torch.Tensor | None
 
 
 class Options(NamedTuple):
@@ -128,6 +131,11 @@ class Problem:
         return self.tensors.base is not None
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether the target is known at a few entries of the vocabulary, and the sweeps see these and the others as one."""
+        return self.tensors.target_ids is not None
+
+    @property
     def masks_entries(self) -> bool:
         """Whether some vocabulary entries of the target keep less than their Δ̃."""
         return self.is_purified and (self.options.plausibility is not None or self.options.tail_floor is not None)
@@ -185,7 +193,7 @@ class Problem:
             return False
         if tensors.student_weight is None or tensors.frozen_weight is not None or options.student_softcap is not None:
             return False
-        if self.needs_separate_logits or self.masks_entries:
+        if self.is_sparse or self.needs_separate_logits or self.masks_entries:
             return False
         return options.strategy == Strategy.CHUNKED.value and self.student_dtype == torch.float32
 
@@ -205,8 +213,10 @@ class Problem:
 
     @property
     def is_disjoint_by_rows(self) -> bool:
-        """Whether some tokens' KL may be infinite: of given logits, and of a registered target. To a mixture it never is."""
-        return self._is_one_sided and (self.tensors.student_weight is None or self.options.target is not None)
+        """Whether some tokens' KL may be infinite: of given logits, and of a sparse or a registered target. To a mixture it
+        never is."""
+        is_given = self.tensors.student_weight is None or self.is_sparse
+        return self._is_one_sided and (is_given or self.options.target is not None)
 
     @property
     def is_disjoint_by_heads(self) -> bool:
@@ -260,8 +270,13 @@ class Problem:
 
     @cached_property
     def row_options(self) -> RowOptions:
-        """The same for the sweeps."""
+        """The same for the sweeps. Those of a sparse target see logits as `buckets` makes them, tempered already."""
         options = self.options
+        if self.is_sparse:
+            entry_clip, token_clip = options.entry_clip, options.token_clip
+            return RowOptions(
+                beta=options.beta, renyi=options.renyi_alpha, entry_clip=entry_clip, token_clip=token_clip
+            )
         result = RowOptions(
             beta=options.beta,
             renyi=options.renyi_alpha,
@@ -287,6 +302,7 @@ def problem_of(
     weights: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     gram: torch.Tensor | None = None,
+    target_ids: torch.Tensor | None = None,
     decompose: Method | None = None,
     purification: bool = False,
     total: bool = False,
@@ -314,6 +330,7 @@ def problem_of(
         weights=weights,
         token_ids=token_ids,
         gram=gram,
+        target_ids=target_ids,
     )
     trained = (tensors.student, tensors.student_weight, tensors.student_bias)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in trained]

@@ -213,6 +213,32 @@ class ProjectedStreams:
         return high, (difference - high.float()).to(dtype)
 
 
+class SparseStreams(ProjectedStreams):
+    """The student's hidden states and head, beside a sparse target that needs no projection."""
+
+    streams = 1
+
+    @property
+    def work(self) -> Work:
+        """`Buckets` keeps the slope of a soft cap beside the logits."""
+        work = super().work
+        has_slope = self.problem.options.student_softcap is not None and self.with_gradient
+        return work._replace(logit_bytes=work.logit_bytes * (2 if has_slope else 1))
+
+    def load(self, tokens: slice) -> Rows:
+        n, tensors = tokens.stop - tokens.start, self.problem.tensors
+        student = self._rows(tensors.student, tokens.start, tokens.stop).to(self.student_weight.dtype)
+        project(student, self.student_weight, self.logits[:n])
+        return _rows_of(self.problem, tokens, self.logits[:n, : self.vocab], self.row_scale)._replace(
+            student_bias=self.student_bias, target=self._rows(tensors.teacher, tokens.start, tokens.stop)
+        )
+
+    def gradient(self, first: int, start: int, stop: int) -> torch.Tensor | None:
+        if not self.with_gradient or self.gradients is not None:
+            return super().gradient(first, start, stop)
+        return self.logits[: stop - start, : self.vocab]  # `Buckets` has no more use for them
+
+
 class GivenLogits:
     """Logits [N, V] of any floating dtype. After the loop: dhidden [N, V], here the logits' own gradient, in their dtype."""
 
@@ -262,6 +288,8 @@ Source = ProjectedStreams | GivenLogits
 
 
 def source_of(problem: Problem) -> Source:
+    if problem.is_sparse:
+        return SparseStreams(problem)
     return GivenLogits(problem) if problem.tensors.student_weight is None else ProjectedStreams(problem)
 
 

@@ -26,9 +26,9 @@ from popsd_kernels.device.primitives import (
     LOG2E,
     NOTHING,
     fma,
+    lse_accumulate,
+    lse_accumulate_sum,
     lse_finish,
-    lse_fold,
-    lse_fold_sum,
     negative,
     rounded_product,
 )
@@ -174,8 +174,9 @@ def row_moments_kernel(
     x_shift = (t_max - s_max) + (t_logsum - s_logsum)
     y_shift = (r_max - s_max) + (r_logsum - s_logsum)
     count, pivot = tl.sum(state.plain.weight, axis=0), state.pivot
-    x_mean = tl.sum(fma(pivot.x, state.plain.weight, state.plain.x), axis=0) / count
-    y_mean = tl.sum(fma(pivot.y, state.plain.weight, state.plain.y), axis=0) / count
+    entries = tl.where(count > 0, count, 1.0)  # of no common entry every field is 0
+    x_mean = tl.sum(fma(pivot.x, state.plain.weight, state.plain.x), axis=0) / entries
+    y_mean = tl.sum(fma(pivot.y, state.plain.weight, state.plain.y), axis=0) / entries
     out_ptr += row
     _store(out_ptr, _moved(state.plain, pivot.x - x_mean, pivot.y - y_mean, 1.0), out_row_stride)
     share = tl.exp2((state.s_top - s_max) * LOG2E - s_logsum * LOG2E)
@@ -233,15 +234,15 @@ def _streams(
 @triton.jit
 def _accumulate(state, s, r, t, inside, VEC: tl.constexpr, PARTIAL: tl.constexpr, MINUS_STUDENT: tl.constexpr):
     """The state with a block more. PARTIAL: whether an entry may not be ``inside``."""
-    s_top, s_total = lse_fold(s, state.s_top, state.s_total, VEC)
+    s_top, s_total = lse_accumulate(s, state.s_top, state.s_total, VEC)
     if MINUS_STUDENT:
         x, y = t, r
-        r_top, r_total = lse_fold_sum(s, r, state.r_top, state.r_total, VEC, 1.0, 1.0)
-        t_top, t_total = lse_fold_sum(s, t, state.t_top, state.t_total, VEC, 1.0, 1.0)
+        r_top, r_total = lse_accumulate_sum(s, r, state.r_top, state.r_total, VEC, 1.0, 1.0)
+        t_top, t_total = lse_accumulate_sum(s, t, state.t_top, state.t_total, VEC, 1.0, 1.0)
     else:
         x, y = t - s, r - s
-        r_top, r_total = lse_fold(r, state.r_top, state.r_total, VEC)
-        t_top, t_total = lse_fold(t, state.t_top, state.t_total, VEC)
+        r_top, r_total = lse_accumulate(r, state.r_top, state.r_total, VEC)
+        t_top, t_total = lse_accumulate(t, state.t_top, state.t_total, VEC)
     shape: tl.constexpr = [s.shape[0] // VEC, VEC]
     s, x, y = tl.reshape(s, shape), tl.reshape(x, shape), tl.reshape(y, shape)
     origin = rounded_product(s_top, LOG2E)

@@ -207,7 +207,7 @@ def composed_rows(problem: Problem, rows: Rows, place: torch.Tensor) -> Rows | N
         return None
     normalisers = _log_normalisers(problem, rows, "reference" in target.contexts)
     return rows._replace(
-        composed=Composed(_imported(target.device_function), problem.options.numbers, normalisers, place)
+        composed=Composed(imported(target.device_function), problem.options.numbers, normalisers, place)
     )
 
 
@@ -227,7 +227,8 @@ def _log_normalisers(problem: Problem, rows: Rows, of_reference: bool) -> torch.
     return problem.vocabulary.logsumexp(found)
 
 
-def _imported(function: Any) -> Any:
+def imported(function: Any) -> Any:
+    """A device function, or what "module:name" of one names."""
     if not isinstance(function, str):
         return function
     module, _, name = function.partition(":")

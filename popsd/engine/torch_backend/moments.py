@@ -55,7 +55,8 @@ def row_moments(
         own, other = torch.sub(own, student.logits, out=total), torch.sub(other, student.logits, out=induced)
     own, other = (_inside(x, outside, out) for x, out in ((own, total), (other, induced)))
     of_own, of_other, count = over.sums(own.sum(dim=1), other.sum(dim=1), count)
-    means = of_own / count, of_other / count
+    inside = count.clamp_min(1.0)  # of no common entry every field is 0
+    means = of_own / inside, of_other / inside
     for x, mean, out in ((own, means[0], total), (other, means[1], induced)):
         _inside(torch.sub(x, mean[:, None], out=out), outside, out)
     a, b = (mean - shift for mean, shift in zip(means, shifts, strict=True))

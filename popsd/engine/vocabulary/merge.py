@@ -82,7 +82,8 @@ def whole_moments(shard: torch.Tensor, over: Vocabulary) -> torch.Tensor:
     shift = [(tops[k] - tops[0]) + (logsums[k] - logsums[0]) for k in (2, 1)]
     means = [mean + own for mean, own in zip((a, b), shift, strict=True)]
     x_sum, y_sum, entries = over.sums(*(torch.where(held, count * mean, 0.0) for mean in means), count)
-    whole_means = x_sum / entries, y_sum / entries
+    inside = entries.clamp_min(1.0)  # of no common entry every field is 0
+    whole_means = x_sum / inside, y_sum / inside
     whole_shift = [(most[k] - most[0]) + (total[k] / total[0]).log() for k in (2, 1)]
     zero = torch.zeros_like(count)
     moved = _moved(centred, (zero, zero), count, [own - whole for own, whole in zip(means, whole_means, strict=True)])

@@ -152,7 +152,7 @@ def _rows_in_use(rows: list[int], vocab_size: int | None, group: dist.ProcessGro
 def _fingerprint(stream: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """The norm of the tokens that count, and of what is left if each is weighed by its place: [2] float64."""
     rows = stream.detach().flatten(0, -2).float().square().sum(dim=1, dtype=torch.float64)
-    if weights is not None:
+    if isinstance(weights, torch.Tensor) and weights.numel() == len(rows):  # whose shape is checked later
         rows = torch.where(weights.reshape(-1) != 0, rows, 0.0)
     places = torch.arange(1, len(rows) + 1, dtype=torch.float64, device=rows.device)
     return torch.stack([rows.sum(), (rows * places).sum()])

@@ -15,8 +15,10 @@ import popsd
 from popsd_integrations import cli
 from popsd_integrations.diagnose import training
 from popsd_integrations.diagnose.measure import diagnose
+from popsd_integrations.huggingface.prompts import ContextBuilder
 from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
 from popsd_integrations.trl_trainer import command as train_command
+from popsd_integrations.trl_trainer.dataset import problem_of, with_other_solutions
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,16 @@ def test_rows_are_random_and_the_seed_decides(config):
     assert first == drawn() != drawn("--seed", "4") and len(first) == 3
     ordered = [[VOCABULARY.index(x) for x in f"Q {row['problem']} A".split()] for row in PROBLEMS]
     assert first != ordered[:3] and all(row in ordered for row in first)
+
+
+def test_controls_are_measured_as_they_are_trained(config):
+    """The trainer draws the other problem's solution by the same seed, from all rows."""
+    path = config(reference="other_problem")
+    script, args, _, mixture = train_command.read_options(["--config", path], trains=False)
+    rows = with_other_solutions(train_command.load_data(script, mixture)["train"], "train_dataset", args)
+    setting = read(path)
+    builder = ContextBuilder(setting.tokenizer, args.context_config(), text_as_chat=False)
+    assert sorted(setting.prompts) == sorted(builder.build_all([problem_of(row) for row in rows]))
 
 
 def test_rows_that_training_drops_are_passed_over_and_counted(config, folder, tmp_path):

@@ -8,7 +8,7 @@ from kernel_helpers import small_blocks  # noqa: F401
 
 import triton.language as tl  # isort: skip
 
-from popsd_kernels.device.primitives import log2, lse_finish, lse_fold, reciprocal, soft_clip  # isort: skip
+from popsd_kernels.device.primitives import log2, lse_accumulate, lse_finish, reciprocal, soft_clip  # isort: skip
 from kernel_helpers import interpreted
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -26,7 +26,7 @@ def _lse_probe(x_ptr, out_ptr, N: tl.constexpr, VEC: tl.constexpr):
     top = tl.full([N // VEC], -1.0e30, tl.float32)
     total = tl.zeros([N // VEC], tl.float32)
     for block in range(3):
-        top, total = lse_fold(tl.load(x_ptr + block * N + tl.arange(0, N)), top, total, VEC)
+        top, total = lse_accumulate(tl.load(x_ptr + block * N + tl.arange(0, N)), top, total, VEC)
     row_max, logsum = lse_finish(top, total, 3 * N)
     tl.store(out_ptr, row_max)
     tl.store(out_ptr + 1, logsum)
