@@ -179,7 +179,13 @@ def of_dtensors(group):
         "gram": distance(matrix, popsd.gram_matrix(whole)),
     }
     replicated = DTensor.from_local(whole.weight.detach(), mesh, [Replicate()])
-    return {"errors": result}, message(lambda: call({}, (Head(replicated), None), "torch"))
+    sparse = popsd.SparseTarget(torch.zeros(N, 1, dtype=torch.int64), torch.full((N, 1), -0.1))
+    student = make_hidden(N, D, 0.4).student
+    refused = {
+        "replicated": message(lambda: call({}, (Head(replicated), None), "torch")),
+        "sparse": message(lambda: popsd.linear_sparse_jsd(student, Head(weight, bias), sparse)),
+    }
+    return {"errors": result, **refused}
 
 
 def message(function):
@@ -234,7 +240,7 @@ def run(rank, folder):
             result["torch 2"][name] = errors(case, "torch", pair)
             if name in KERNELS:
                 result["triton 2"][name] = errors(case, "triton", pair)
-    result["DTensor"], result["replicated"] = of_dtensors(four)
+    result["DTensor"] = of_dtensors(four)
     result["refusals"] = refusals(rank, four, pair)
     dist.barrier()
     if rank < 3:  # the last has gone

@@ -43,7 +43,8 @@ def test_shards_give_what_the_whole_head_gives(ranks, group):
 def test_heads_of_dtensors_bring_their_group(ranks):
     for rank in ranks:
         assert max(rank["DTensor"]["errors"].values()) < TOLERANCE
-        assert "expected a DTensor with Shard(0)" in rank["replicated"]
+        assert "expected a DTensor with Shard(0)" in rank["DTensor"]["replicated"]
+        assert "head: expected plain tensors for a sparse target" in rank["DTensor"]["sparse"]
 
 
 REFUSED = {
