@@ -44,11 +44,11 @@ def compute(problem: Problem, source: Source) -> torch.Tensor:
 
 def _run(problem: Problem, source: Source, results: Results) -> None:
     tokens, options, device = problem.tokens, problem.options, problem.tensors.student.device
-    backend = backend_for(Impl(options.impl), device, Strategy(options.strategy))
+    backend = backend_for(Impl(options.impl), device, Strategy(options.strategy), problem.vocabulary)
     chunk_rows, gradient_rows = plan_rows(
         tokens, source.work, device, options.workspace_mib, decompose=results.moments is not None
     )
-    block_rows = backend.block_rows(chunk_rows, problem.vocab_size)
+    block_rows = backend.block_rows(chunk_rows, problem.planned_vocab_size)
     if problem.is_sparse and device.type != "cpu":  # in place: no temporaries that a cache should hold
         block_rows = chunk_rows
     source.allocate(min(chunk_rows, tokens), min(gradient_rows, tokens) if source.work.gradient_bytes else 0)
@@ -68,7 +68,9 @@ def _run(problem: Problem, source: Source, results: Results) -> None:
                     buckets = Buckets(problem, rows, place, with_gradient=dense is not None)
                     rows, wanted = buckets.rows, buckets.gradient
                 # before a gradient takes the place of a stream
-                disjoint = disjoint_rows(rows, problem.row_options) if problem.is_disjoint_by_rows else None
+                disjoint = None
+                if problem.is_disjoint_by_rows:
+                    disjoint = disjoint_rows(rows, problem.row_options, problem.vocabulary)
                 losses, results.target_logprob[place] = backend.sweeps(rows, problem.row_options, gradient=wanted)
                 results.losses[:, place] = torch.stack(losses)
                 if disjoint is not None:

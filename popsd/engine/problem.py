@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from popsd.config import DivergenceConfig, Impl, Method, PurifiedConfig, Strategy, TargetConfig
+from popsd.engine.vocabulary.reduce import WHOLE, Vocabulary
 from popsd.head import Head, is_shared
 from popsd.outputs import HiddenStates
 from popsd_kernels.rows import LogitTransform, RowOptions
@@ -82,6 +83,11 @@ class Options(NamedTuple):
     workspace_mib: float | None
     autocast: str | None
     """The dtype's name inside a caller's autocast region."""
+    vocab_group: str | None
+    """The name of the ranks that share the vocabulary, see `Vocabulary`; then ``vocab_size`` is what this rank holds."""
+    vocab_first: int
+    vocab_total: int
+    vocab_widest: int
 
 
 OF_DIVERGENCE = tuple(field.name for field in fields(DivergenceConfig) if field.name in Options._fields)
@@ -107,6 +113,17 @@ class Problem:
         tensors = self.tensors
         rows = tensors.student.shape[-1] if tensors.student_weight is None else tensors.student_weight.shape[0]
         return self.options.vocab_size or rows
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Which ranks hold the other entries. ``vocab_size`` is how many this one holds."""
+        options = self.options
+        return Vocabulary(options.vocab_group, options.vocab_first, options.vocab_total, options.vocab_widest)
+
+    @property
+    def planned_vocab_size(self) -> int:
+        """By which work is cut into pieces."""
+        return self.vocab_size if self.options.vocab_group is None else self.options.vocab_widest
 
     @property
     def is_purified(self) -> bool:
@@ -168,9 +185,12 @@ class Problem:
 
         A matmul rounds at the size of its result: of logits, 1e-6, or of what student and target differ by, where a KL of
         1e-3 means 0.04. Float32 operands only: rounded to 16 bits the difference would be off by 2⁻⁹ of itself, the logits
-        are not. Masks on entries and `Purification` want the base itself.
+        are not. Masks on entries and `Purification` want the base itself. The kernels that take a row in slices, as shards
+        are, take logits.
         """
         tensors, options = self.tensors, self.options
+        if options.vocab_group is not None:
+            return False
         if tensors.student_weight is None or tensors.frozen_weight is not None or options.student_softcap is not None:
             return False
         if self.is_sparse or self.needs_separate_logits or self.masks_entries:
@@ -213,8 +233,11 @@ class Problem:
     @property
     def dhidden_dtype(self) -> torch.dtype:
         """In which d loss / d hidden waits for the upstream gradient. float16 has no digits left below 6e-5, where a gradient
-        is before a loss scale of 65536 reaches it."""
+        is before a loss scale of 65536 reaches it. What shards of a vocabulary add to it may cancel: it is rounded once, when
+        it is whole."""
         dtype = self.tensors.student.dtype
+        if self.options.vocab_group is not None:
+            return torch.float32
         return torch.float32 if dtype == torch.float16 and self.tensors.student_weight is not None else dtype
 
     @property
@@ -286,11 +309,13 @@ def problem_of(
     impl: Impl = Impl.AUTO,
     strategy: Strategy = Strategy.CHUNKED,
     workspace_mib: float | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> Problem:
     """Validated arguments as the operator takes them.
 
     streams: [..., D], base and reference None with two distributions.
-    heads: student's and frozen one; None for logits.
+    heads: student's and frozen one; None for logits. vocabulary: which of its entries their rows are; then
+        ``config.vocab_size`` is how many.
     """
     own, frozen = heads or (None, None)
     separate = None if own is None or frozen is None or is_shared(own, frozen) else frozen
@@ -331,6 +356,10 @@ def problem_of(
         strategy=strategy.value,
         workspace_mib=workspace_mib,
         autocast=str(torch.get_autocast_dtype(device)).split(".")[1] if torch.is_autocast_enabled(device) else None,
+        vocab_group=vocabulary.group,
+        vocab_first=vocabulary.first,
+        vocab_total=vocabulary.total,
+        vocab_widest=vocabulary.widest,
     )
     return Problem(tensors, options)
 

@@ -5,6 +5,7 @@ import torch
 
 import popsd
 from popsd import Head, HiddenStates, PurifiedConfig
+from popsd.engine import losses
 from popsd.testing import make_head, make_hidden, relative_l2
 
 V, D, N = 53, 12, 10
@@ -77,13 +78,13 @@ def test_logit_losses_compile_as_one_graph():
 def test_registration_is_sound(trainable, monkeypatch):
     """torch's own checks of schema, fake tensors and autograd registration, on the arguments a real call makes."""
     calls = []
-    original = popsd.functional.divergence
+    original = losses.divergence
 
     def spy(problem):
         calls.append((*problem.tensors, *problem.options))
         return original(problem)
 
-    monkeypatch.setattr(popsd.functional, "divergence", spy)
+    monkeypatch.setattr(losses, "divergence", spy)
     step(*arguments(trainable, "sum"))
     popsd.purified_jsd(*(torch.randn(N, V) for _ in range(4)), decompose=True)
     assert len(calls) == 2

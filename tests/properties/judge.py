@@ -182,7 +182,8 @@ def judge_gradient(call, given, name, value, exact, near) -> None:
     expected = exact.gradients[name]
     rows = np.abs(given.upstream.double().numpy()).max(initial=0.0) * (call.tokens if name != "student" else 1)
     steep = (call.own.scale if call.linear else 1.0) / call.full["temperature"]
-    floor = GRADIENT_FLOOR * rows * steep * max(1.0, call.size / 10)
+    kl = exact.results["student_kl"]  # of which p·(log-ratio − KL) is the difference in reverse KL
+    floor = GRADIENT_FLOOR * rows * steep * max(1.0, call.size / 10, kl[np.isfinite(kl)].max(initial=0.0))
     if call.linear and name == "student":
         floor *= np.linalg.norm(given.heads[0][0].double().numpy())
     if name == "weight":

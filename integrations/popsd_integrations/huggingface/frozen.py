@@ -18,7 +18,13 @@ from torch.distributed.tensor import DTensor
 
 from popsd import Head
 from popsd_integrations.huggingface.distributed import check_seen, unwrapped
-from popsd_integrations.huggingface.heads import eval_mode, hidden_states, is_sharded, local_head
+from popsd_integrations.huggingface.heads import (
+    eval_mode,
+    hidden_states,
+    is_sharded,
+    is_tensor_parallel,
+    local_head,
+)
 from popsd_integrations.huggingface.packing import CONTEXT_OF, Packed, joined
 
 
@@ -111,6 +117,11 @@ class FrozenCopy(FrozenModel):
         if has_adapter(model):
             raise ValueError(
                 f"model: expected a model without adapters; got {type(model).__name__}. AdapterOff needs no copy."
+            )
+        if is_tensor_parallel(model):  # transformers puts forwards on the modules that hold on to their weights
+            raise ValueError(
+                f"model: expected one that no tensor-parallel plan shares out, whose copy would compute with the trained "
+                f"weights; got {type(model).__name__}. Load the initial weights once more and pass FrozenModel(them)."
             )
         super().__init__(copy.deepcopy(unwrapped(model)).requires_grad_(False))
 

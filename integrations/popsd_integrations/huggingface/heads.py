@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from popsd import Head
 from popsd_integrations.huggingface.distributed import (
@@ -218,6 +218,22 @@ def _full(parameter: torch.Tensor) -> torch.Tensor:
     if full.requires_grad:
         full.register_hook(lambda gradient: gradient / mesh.size())
     return full
+
+
+def for_loss(model: nn.Module, head: Head, dtype: torch.dtype) -> Head:
+    """The head of a model, or of its frozen weights, as a loss takes it, in ``dtype``.
+
+    Where a tensor-parallel plan shares its rows out, it stays shared out, see docs/vocabulary_parallel.md; else `gathered`.
+    """
+    if not (isinstance(head.weight, DTensor) and is_tensor_parallel(model) and head.weight.placements == (Shard(0),)):
+        return gathered(head, dtype)
+    return Head(head.weight.to(dtype), head.bias, head.logit_scale, head.softcap)
+
+
+def is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether ranks share the weights for the same tokens. FSDP2 shards them too, but there each rank has tokens of its own."""
+    sharded = any(isinstance(x, DTensor) for x in model.parameters())
+    return sharded and not any(isinstance(x, FSDPModule) for x in model.modules())
 
 
 def held(head: Head) -> Head:

@@ -160,12 +160,15 @@ def exact_grouping(model: Any, prompts: Sequence[Sequence[int]], pad_token_id: i
     which mixes their cached states. It is measured on two short prompts, which takes little beside a batch of completions.
     Raises ValueError where not even one is, as by CamemBERT, whose positions ``generate`` counts from another number.
     """
+    if not prompts:  # a stream that gives no row ends in an error of its own
+        return TOGETHER
+    length = max(2, min(_PROBE, (position_limit(model) or 2 * _PROBE) - _STEPS))
     first, *_, last = sorted([*prompts, prompts[0]], key=len)
     # In a batch of one prompt twice it would not show that rows are mixed, so one of them is turned.
-    one, other = ((list(ids[-_PROBE:]) * _PROBE)[:_PROBE] for ids in (first, [*last[1:], last[0]]))
+    one, other = ((list(ids[-length:]) * length)[:length] for ids in (first, [*last[1:], last[0]]))
     name = type(causal_model(model)).__name__
     errors: dict[str, float] = {}
-    for grouping, rows in {TOGETHER: [one[: _PROBE // 2], other], BY_LENGTH: [one, other], ALONE: [one]}.items():
+    for grouping, rows in {TOGETHER: [one[: length // 2], other], BY_LENGTH: [one, other], ALONE: [one]}.items():
         errors[grouping] = _generation_error(model, rows, pad_token_id)
         if errors[grouping] <= 1:
             break
@@ -193,7 +196,7 @@ def _generation_error(model: Any, prompts: list[list[int]], pad_token_id: int) -
 
     from popsd_integrations.huggingface.invariants import own_logits, tolerance
 
-    forced = prompts[0][:_STEPS]
+    forced = (prompts[0] * _STEPS)[:_STEPS]
     settings: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True}
     config = GenerationConfig(max_new_tokens=_STEPS, pad_token_id=pad_token_id, **settings)
     # Padding with an ordinary token, because a padding token's embedding may be zero and hide that it is seen.

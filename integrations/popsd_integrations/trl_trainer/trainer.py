@@ -39,6 +39,7 @@ from popsd_integrations.trl_trainer.callbacks import (
 from popsd_integrations.trl_trainer.compat import (
     EpochSampler,
     accumulation_factor,
+    ends_of,
     generating,
     record,
     record_extreme,
@@ -163,7 +164,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         suppress_unused_tokens(self, self._loss_fn.config.vocab_size)
         self._markers = args.epistemic_markers()
         self._contexts = ContextBuilder(self.processing_class, args.context_config(), text_as_chat=False)
-        scorer, ends = args.eval_scorer, self.eos_token_ids
+        scorer, ends = args.eval_scorer, ends_of(self)
         self._judge = None if scorer is None else Judge(scorer, self.processing_class, ends)
         self._rows = RowCheck(self._contexts, self.model, args, self._judge)
         for name, dataset in data.items():
@@ -354,7 +355,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
     def _record_completions(self, completions: list[list[int]]) -> None:
         completions = completions[: rows_of_data(self, len(completions))]
         counts = self._markers.count_ids(completions, self.processing_class)
-        ends = {*self.eos_token_ids, self.processing_class.pad_token_id}
+        ends = {*ends_of(self), self.processing_class.pad_token_id}
         lengths = {"": list(map(len, completions)), "terminated_": [len(ids) for ids in completions if ids[-1] in ends]}
         local = [*counts.counts.values(), counts.total]
         local += [number for some in lengths.values() for number in (sum(some), len(some))]

@@ -33,7 +33,7 @@ from popsd_kernels.device.primitives import (
     rounded_product,
 )
 from popsd_kernels.launch import Launch, LaunchConfig, Outputs, fast_instructions, result_rows
-from popsd_kernels.rows import MOMENTS, RowOptions, Rows
+from popsd_kernels.rows import MOMENTS, SHARD_MOMENTS, RowOptions, Rows
 
 _NAME = "row_moments"
 WEIGHTED, MEAN_TOTAL, MEAN_REFERENCE, ENTRIES = (tl.constexpr(row) for row in (5, 10, 11, 12))
@@ -52,6 +52,15 @@ def row_moments(rows: Rows, options: RowOptions, *, masked: bool = True) -> torc
     over the vocabulary; the same five of the log-ratios themselves, each entry weighted by π_θ; mean Δ_total, mean Δ_ref;
     the number of entries. Raises ValueError, TypeError or RuntimeError before any launch. Not yet run on a GPU.
     """
+    return shard_moments(rows, options, masked=masked)[:MOMENTS]
+
+
+def shard_moments(rows: Rows, options: RowOptions, *, masked: bool = True) -> torch.Tensor:
+    """The moments of `row_moments` over some of the vocabulary's entries, and what it takes to merge them with others'.
+
+    Returns [21, C] float32: those 13; Σ Δ_total and Σ Δ_ref, each entry weighted by π_θ; and of student, reference and teacher
+    each the largest logit and log Σ exp(z − max).
+    """
     check_rows(_NAME, rows, needed=("reference",))
     if (rows.teacher is None) == (rows.difference is None):
         given = "both" if rows.teacher is not None else "neither"
@@ -64,7 +73,7 @@ def row_moments(rows: Rows, options: RowOptions, *, masked: bool = True) -> torc
             "pass their difference"
         )
     tokens, device = rows.student.shape[0], rows.student.device
-    out = result_rows(MOMENTS, tokens, device)
+    out = result_rows(SHARD_MOMENTS, tokens, device)
     if tokens:
         config = launch.shipped_config("moments", device)
         plan(rows, options, masked, Outputs(out), config, fast_instructions(device)).run(device)
@@ -72,7 +81,7 @@ def row_moments(rows: Rows, options: RowOptions, *, masked: bool = True) -> torc
 
 
 def plan(rows: Rows, options: RowOptions, masked: bool, outputs: Outputs, config: LaunchConfig, fast: bool) -> Launch:
-    """The launch that `row_moments` makes, unchecked. outputs: [13, C]."""
+    """The launch that `row_moments` makes, unchecked. outputs: [21, C]."""
     assert rows.reference is not None
     return Launch(
         row_moments_kernel,
@@ -176,6 +185,17 @@ def row_moments_kernel(
     tl.store(out_ptr + MEAN_TOTAL * out_row_stride, x_mean - x_shift)
     tl.store(out_ptr + MEAN_REFERENCE * out_row_stride, y_mean - y_shift)
     tl.store(out_ptr + ENTRIES * out_row_stride, count)
+    _store_normalisers(
+        out_ptr + (ENTRIES + 1) * out_row_stride,
+        weighted,
+        s_max,
+        s_logsum,
+        r_max,
+        r_logsum,
+        t_max,
+        t_logsum,
+        out_row_stride,
+    )
 
 
 @triton.jit
@@ -292,3 +312,16 @@ def _store(pointer, sums, stride):
     tl.store(pointer + 2 * stride, tl.sum(sums.zz, axis=0))
     tl.store(pointer + 3 * stride, total - with_transferable)
     tl.store(pointer + 4 * stride, with_transferable)
+
+
+@triton.jit
+def _store_normalisers(pointer, weighted, s_max, s_logsum, r_max, r_logsum, t_max, t_logsum, stride):
+    """What `shard_moments` has more: weighted sums of the log-ratios, and three normalisers."""
+    tl.store(pointer, tl.sum(weighted.x, axis=0))
+    tl.store(pointer + stride, tl.sum(weighted.y, axis=0))
+    tl.store(pointer + 2 * stride, s_max)
+    tl.store(pointer + 3 * stride, s_logsum)
+    tl.store(pointer + 4 * stride, r_max)
+    tl.store(pointer + 5 * stride, r_logsum)
+    tl.store(pointer + 6 * stride, t_max)
+    tl.store(pointer + 7 * stride, t_logsum)

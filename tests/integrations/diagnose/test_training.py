@@ -170,7 +170,10 @@ def test_the_command(config, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--pmi_bta", "1"], "pmi_bta"),
-        (["--prompt_column", "question"], "expected columns of ['problem', 'answer']; got ['question']"),
+        (
+            ["--prompt_column", "question"],
+            "prompt_column: expected one of the columns ['problem', 'answer'] of the split",
+        ),
         (["--markers", "zebra"], "markers: expected a marker that this tokenizer can write; got ['zebra']"),
         (
             ["--model_name_or_path", "/nowhere"],
