@@ -34,7 +34,7 @@ def logit_difference(
     difference = z_teacher.sub_(z_reference).masked_fill_(outside, 0.0)
     if offset is None:
         total, inside = over.sums(difference.sum(dim=1), outside.shape[1] - outside.sum(dim=1))
-        offset = total / inside
+        offset = total / inside.clamp_min(1)  # without a common entry there is no signal, and the target is the base
     torch.where(outside, offset[:, None], difference, out=difference)
     torch.mul(difference, 1.0 / options.inv_temperature, out=out)
     return offset

@@ -67,7 +67,7 @@ def whole_offset(mean: torch.Tensor, impossible: torch.Tensor | None, held: int,
     if impossible is not None:
         count -= impossible.sum()
     total, count = over.sums(torch.where(count > 0, mean * count, 0.0), count)
-    return total / count
+    return total / count.clamp_min(1)
 
 
 def whole_moments(shard: torch.Tensor, over: Vocabulary) -> torch.Tensor:
