@@ -230,7 +230,7 @@ def scale_of(call: Call, name: str, largest: float) -> float:
     """
     if name in ("student_kl", "target_kl"):
         return max(1.0, largest / 15)
-    size = max(1.0, call.size) / call.full["temperature"]
+    size = max(1.0, call.size / call.full["temperature"])  # log-probabilities are of the order of 1 at any temperature
     if name.endswith("norm"):
         return 3.0 * size * np.sqrt(call.vocab)
     if call.impl == "triton" and name.endswith("entropy"):  # Σ p·log p of log p that round at the size of a logit
