@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 CUDA_FAILED = pytest.StashKey[bool]()
 RESULTS = pytest.StashKey["Results"]()
@@ -38,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("device") == "cuda":
+        import torch  # not above: the processes that test this file start sooner without
+
         if not torch.cuda.is_available():
             raise pytest.UsageError("--device cuda: torch sees no CUDA device")
     elif hasattr(config, "workerinput") or not config.getoption(
@@ -183,6 +184,8 @@ def judged(pytestconfig: pytest.Config) -> Callable[..., None]:
             "passed": False,
         }
         if results.device == "cuda":
+            import torch
+
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         try:
