@@ -22,7 +22,7 @@ endif
 # Of each package, not of both together.
 COVERED = $(BIN)/python -m coverage report --include='$(1)/*' --show-missing --skip-covered --fail-under=95
 
-.PHONY: demo test test-all lint hooks bench report clean
+.PHONY: demo test test-all lint docs fresh hooks bench report clean
 
 demo: $(VENV)/.installed
 	$(BIN)/popsd demo $(ARGS)
@@ -36,6 +36,12 @@ lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m mkdocs build --strict
+
+fresh:
+	PYTHON="$(PYTHON)" tests/fresh.sh $(ARGS)
 
 hooks: $(VENV)/.installed
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev]'
@@ -68,5 +74,5 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	    $(PYTHON) -c '$(PATHS)' > "$$($(BIN)/python -c '$(PURELIB)')/present.pth"; \
 	    awk -F== '!seen[$$1]++' <($(PYTHON) -c '$(PINS)') $(CONSTRAINTS) > $(VENV)/constraints.txt; \
 	else cp $(CONSTRAINTS) $(VENV)/constraints.txt; fi
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[triton,trl,eval,bench,test]'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[triton,trl,eval,bench,test,docs]'
 	@touch $@

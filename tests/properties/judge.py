@@ -37,6 +37,8 @@ class Expected(NamedTuple):
     unsure: np.ndarray
     """[N] bool: a token with an entry that one policy cannot sample, and whose probability by the other is 0 in float64 and not
     in mathematics. Under ``entry_clip`` such an entry counts from a probability of 1e-27 on, see `DivergenceConfig`."""
+    largest: float
+    """Of the logits over the temperature."""
 
 
 def compute(call: Call, given: Inputs) -> Found:
@@ -121,7 +123,8 @@ def expect(call: Call, given: Inputs, rng=None, nudge: float = 0.0) -> Expected:
     log_p, log_q = oracle.log_softmax(student / options["temperature"]), oracle.log_softmax(goal)
     least = -600 if options["entry_clip"] is None else -60
     unsure = np.isneginf(log_p) & (log_q < least) | np.isneginf(log_q) & (log_p < least)
-    return Expected(results, gradients, unsure.any(-1) if call.vocab else unsure)
+    finite = [np.abs(x[np.isfinite(x)]).max(initial=0.0) for x in logits.values()]
+    return Expected(results, gradients, unsure.any(-1) if call.vocab else unsure, max(finite) / options["temperature"])
 
 
 def judge(call: Call) -> None:
@@ -150,9 +153,8 @@ def _judge(call: Call) -> None:
             continue
         value = value.detach().double().numpy().ravel()
         off = np.max([np.abs(x.results[name] - expected) for x in near], axis=0)
-        slack = (
-            TIMES * np.nan_to_num(off, nan=np.inf) + relative(call) * np.abs(expected) + FLOOR * scale_of(call, name)
-        )
+        floor = FLOOR * scale_of(call, name, exact.largest)
+        slack = TIMES * np.nan_to_num(off, nan=np.inf) + relative(call) * np.abs(expected) + floor
         if call.decompose == "gram" and name.startswith("centred"):
             slack = slack + 2e-3 * gram_scale(call, given)
         same(name, value[keep], expected[keep], slack[keep])
@@ -180,7 +182,8 @@ def judge_gradient(call, given, name, value, exact, near) -> None:
     expected = exact.gradients[name]
     rows = np.abs(given.upstream.double().numpy()).max(initial=0.0) * (call.tokens if name != "student" else 1)
     steep = (call.own.scale if call.linear else 1.0) / call.full["temperature"]
-    floor = GRADIENT_FLOOR * rows * steep * max(1.0, call.size / 10)
+    kl = exact.results["student_kl"]  # of which p·(log-ratio − KL) is the difference in reverse KL
+    floor = GRADIENT_FLOOR * rows * steep * max(1.0, call.size / 10, kl[np.isfinite(kl)].max(initial=0.0))
     if call.linear and name == "student":
         floor *= np.linalg.norm(given.heads[0][0].double().numpy())
     if name == "weight":
@@ -219,8 +222,14 @@ def same(name: str, value: np.ndarray, expected: np.ndarray, slack: np.ndarray) 
     assert right.all(), f"{name}: {value[~right][:3]} for {expected[~right][:3]}, allowed {slack[~right][:3]}"
 
 
-def scale_of(call: Call, name: str) -> float:
-    """Of the floor: a log-ratio rounds at the size of a logit, of which it is the difference, and so does a norm of many."""
+def scale_of(call: Call, name: str, largest: float) -> float:
+    """Of the floor: a log-ratio rounds at the size of a logit, of which it is the difference, and so does a norm of many.
+
+    So does the ratio of two normalisers. It moves the KL of student and of target to the mixture apart, and cancels in the
+    divergence.
+    """
+    if name in ("student_kl", "target_kl"):
+        return max(1.0, largest / 15)
     size = max(1.0, call.size) / call.full["temperature"]
     if name.endswith("norm"):
         return 3.0 * size * np.sqrt(call.vocab)
