@@ -117,7 +117,7 @@ def run(modules, monkeypatch, capsys):
             "second.py",
             ["planning", "forward-kl", "width-2560", "accuracy", "dram", "memcheck", "streaming", "single-read", "compiled"],
         ),
-        pytest.param("second.py", ["step"], marks=pytest.mark.slow),  # whole trainers
+        ("second.py", ["step"]),
     ],
 )  # fmt: skip
 def test_every_part_runs_dry(script, parts, run, tmp_path, monkeypatch):
