@@ -244,7 +244,7 @@ ARROWS = {
             "huggingface": "",
             "runs": "huggingface run_folder plotting estimates scoring pages",
             "torch_loop": "huggingface run_folder finite_steps runs",
-            "commandline": "",
+            "commandline": "huggingface",
             "trl_trainer": "commandline huggingface run_folder finite_steps plotting runs",
             "miniature": "huggingface torch_loop plotting pages runs",
             "diagnose": "huggingface torch_loop miniature plotting pages estimates",
