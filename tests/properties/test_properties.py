@@ -38,6 +38,9 @@ purified = dict.fromkeys(["function"], "purified_jsd")
         APART, seed=128, size=30.0, spread=0.3, telemetry=True, options={"beta": 0.5, "temperature": 0.5}, **purified
     )
 )
+# NaN of a mean over no entry
+@example(replace(APART, seed=2886323998, vocab=2, shape=(3, 3), size=1000.0, spread=0.02, layout="strided", **purified))
+@example(replace(APART, seed=2946389400, vocab=2, shape=(7,), spread=0.3, decompose=True, total=True, **purified))
 # 1e-5 of a rounded normaliser, added to a row whose one likely entry is capped
 @example(
     replace(

@@ -30,7 +30,7 @@ from popsd_integrations.trl_trainer.dataset import (
     tokenizer_of,
     with_other_solutions,
 )
-from popsd_integrations.trl_trainer.frozen import check_student
+from popsd_integrations.trl_trainer.frozen import prepare_student
 
 
 def dry_run(
@@ -47,7 +47,7 @@ def dry_run(
         check_columns(rows, name, args)
     given = {name: with_other_solutions(rows, name, args) for name, rows in given.items()}
     student = student_without_weights(model, args)
-    check_student(student)
+    prepare_student(student)
     tokenizer = tokenizer_of(None, model, args)
     check_ends([tokenizer.eos_token_id], args.vocab_size)
     args.loss_function(tokenizer)  # the tokens of protect_markers
