@@ -6,14 +6,20 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+
+from popsd_integrations.commandline.suggest import Parser, did_you_mean
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 for a problem that `doctor` found, 2 for bad input or a missing
     extra, 130 after an interrupt.
     """
-    parser = argparse.ArgumentParser(prog="popsd", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(
+        prog="popsd", description="Purified on-policy self-distillation: train, look before and after, measure."
+    )
+    parser.add_argument("--version", action="version", version=f"popsd {_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands.add_parser("demo", help="watch OPSD destroy a small reasoner and the purified loss keep it"))
     _add_diagnose(
@@ -33,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.set_defaults(run=_doctor)
     options, rest = parser.parse_known_args(underscored(sys.argv[1:] if arguments is None else arguments))
     if rest and options.run not in (_train, _bench, _diagnose):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        known = commands.choices[options.command]._option_string_actions
+        parser.error((text := f"unrecognized arguments: {' '.join(rest)}.") + did_you_mean(text, known))
     options.rest = rest
     try:
         return int(options.run(options))
@@ -63,6 +70,15 @@ def underscored(arguments: Sequence[str]) -> list[str]:
         return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
     return [spelt(argument) for argument in arguments]
+
+
+def _version() -> str:
+    try:
+        return metadata.version("popsd")
+    except metadata.PackageNotFoundError:  # run from its sources
+        from popsd import __version__
+
+        return __version__
 
 
 _TRAINING = ("transformers", "tokenizers", "peft", "trl", "accelerate", "datasets", "tqdm")

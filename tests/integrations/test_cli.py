@@ -1,4 +1,7 @@
 import builtins
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -254,3 +257,28 @@ def test_dashes_and_underscores_are_one_spelling_of_options_alone():
     given = ["evaluate", "--max-new-tokens", "8", "--output-dir=runs/my-run", "--adapters", "my-run=a-b", "--", "-x-y"]
     wanted = ["evaluate", "--max_new_tokens", "8", "--output_dir=runs/my-run", "--adapters", "my-run=a-b", "--", "-x-y"]
     assert cli.underscored(given) == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "invalid choice: 'trian'.* Did you mean train?"),
+        (
+            ["evaluate", "--model", "x", "--smaples", "1"],
+            "unrecognized arguments: --smaples 1. Did you mean --samples?",
+        ),
+        (["compare", "a", "--outputdir", "b"], "Did you mean --output_dir?"),
+        (["demo", "--zebra"], "unrecognized arguments: --zebra."),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_what_was_meant(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert re.search(message.replace("?", r"\?"), capsys.readouterr().err)
+
+
+def test_the_version_is_said_without_importing_torch():
+    script = "import sys; from popsd_integrations import cli\n"
+    script += "try: cli.main(['--version'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"popsd \d+\.\d+\.\d+\nFalse\n", done.stdout)

@@ -26,6 +26,7 @@ from trl import (
 )
 
 from popsd_integrations.commandline.options import ANSWER_COLUMN, SOLUTION_COLUMNS, WRONG_COLUMN, DataOptions
+from popsd_integrations.commandline.suggest import did_you_mean
 from popsd_integrations.runs.report import how_to_go_on, write_page
 from popsd_integrations.trl_trainer.callbacks import newest_whole_checkpoint
 from popsd_integrations.trl_trainer.dry_run import dry_run
@@ -92,7 +93,10 @@ def read_options(
             "--use_cpu",
             "true",
         ]  # transformers refuses bf16 without a GPU, and nothing will be trained here
-    script, args, model_args, mixture = parser.parse_args_and_config(list(given))
+    try:
+        script, args, model_args, mixture = parser.parse_args_and_config(list(given))
+    except ValueError as error:
+        raise ValueError(f"{error}{did_you_mean(str(error), parser._option_string_actions)}") from error
     if not model_args.model_name_or_path:
         raise ValueError(
             "model_name_or_path: expected a model; got none. Pass --model_name_or_path or set it in --config."

@@ -142,7 +142,7 @@ def test_flags_override_the_file_and_the_run_is_saved(work, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--pmi_bta", "1"], "pmi_bta"),
+        (["--pmi_bta", "1"], r"pmi_bta.* Did you mean --pmi_beta\?"),
         (
             ["--prompt_column", "question"],
             r"prompt_column: expected one of the columns \['problem', 'answer'\] of the split 'train'; got 'question'",
