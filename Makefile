@@ -18,7 +18,7 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
 endif
 
-.PHONY: demo test test-all lint docs hooks bench report clean
+.PHONY: demo test test-all lint docs fresh hooks bench report clean
 
 demo: $(VENV)/.installed
 	$(BIN)/popsd demo $(ARGS)
@@ -36,6 +36,9 @@ lint: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m mkdocs build --strict
+
+fresh:
+	PYTHON="$(PYTHON)" tests/fresh.sh $(ARGS)
 
 hooks: $(VENV)/.installed
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev]'

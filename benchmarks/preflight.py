@@ -126,18 +126,21 @@ def _after(values: list[float]) -> float:
 
 def agreement(rows: list[dict[str, Any]]) -> str:
     """Spearman's rank correlation over the cases of each measure with what training did, as a table."""
-    lines = ["| measure | with the change of markers | with the change of accuracy |", "|---|---|---|"]
+    styles = len({row["style"] for row in rows})
+    lines = [f"Spearman's rank correlation over n = {len(rows)} cases on {styles} warm-ups:", ""]
+    lines += ["| measure | with the change of markers | with the change of accuracy |", "|---|---|---|"]
     done = [[_after(row[name]) for row in rows] for name in ("markers", "accuracy")]
     for name in rows[0]["measures"]:
         values = [row["measures"][name][0] for row in rows]
-        lines.append(f"| {name} | " + " | ".join(f"{spearman(values, outcome):+.2f}" for outcome in done) + " |")
+        found = [spearman(values, outcome) for outcome in done]
+        lines.append(f"| {name} | " + " | ".join("–" if x is None else f"{x:+.2f}" for x in found) + " |")
     return "\n".join(lines) + "\n"
 
 
-def spearman(a: list[float], b: list[float]) -> float:
-    """Correlation of ranks; equal values share their mean rank."""
-    ranks = [[(np.less(x, y).sum() + np.less_equal(x, y).sum()) / 2 for y in x] for x in (a, b)]
-    return float(np.corrcoef(ranks)[0, 1])
+def spearman(a: list[float], b: list[float]) -> float | None:
+    """Correlation of ranks; equal values share their mean rank. None of fewer than three, or where one has no order."""
+    ranks = np.array([[(np.less(x, y).sum() + np.less_equal(x, y).sum()) / 2 for y in x] for x in (a, b)])
+    return float(np.corrcoef(ranks)[0, 1]) if len(a) > 2 and ranks.std(axis=1).min() > 0 else None
 
 
 def as_row(found: dict[str, Any]) -> str:

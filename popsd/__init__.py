@@ -4,11 +4,11 @@ from popsd import oracle, presets
 from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy, TargetConfig
 from popsd.engine.chunks.registry import register_target
 from popsd.engine.tokens.masks import token_weights
-from popsd.functional import jsd, linear_jsd, linear_purified_jsd, purified_jsd
+from popsd.functional import jsd, linear_jsd, linear_purified_jsd, linear_sparse_jsd, purified_jsd
 from popsd.head import Head
 from popsd.inspection import decompose, gram_matrix, head_logits, purified_target_logits
 from popsd.modules import PurifiedOPSDLoss
-from popsd.outputs import Decomposition, HiddenStates, LossOutput, Purification
+from popsd.outputs import Decomposition, HiddenStates, LossOutput, Purification, SparseTarget
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "Purification",
     "PurifiedConfig",
     "PurifiedOPSDLoss",
+    "SparseTarget",
     "Strategy",
     "TargetConfig",
     "decompose",
@@ -32,6 +33,7 @@ __all__ = [
     "jsd",
     "linear_jsd",
     "linear_purified_jsd",
+    "linear_sparse_jsd",
     "oracle",
     "presets",
     "purified_jsd",

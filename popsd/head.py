@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from popsd.engine.vocabulary.reduce import WHOLE, Vocabulary
+
 
 @dataclass(frozen=True)
 class Head:
@@ -50,7 +52,9 @@ class Head:
             )
 
 
-def mean_row(weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
+def mean_row(
+    weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: int, over: Vocabulary = WHOLE
+) -> torch.Tensor:
     """Mean of a head's first ``vocab_size`` rows [V, D], [D] float32, leaving out rows masked by a bias of -inf.
 
     Centring (Eq. 14) needs the mean logit over the vocabulary, and the mean of projections is the projection onto the mean row.
@@ -58,22 +62,25 @@ def mean_row(weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: int) -
     It reads V·D entries once, where a call's matmuls multiply 4·N times as many.
     """
     if bias is None:
-        return weight.detach()[:vocab_size].mean(dim=0, dtype=torch.float32)
+        total = weight.detach()[:vocab_size].sum(dim=0, dtype=torch.float32)
+        return over.sum(total) / over.entries(vocab_size)
     total = weight.new_zeros(weight.shape[1], dtype=torch.float32)
     kept = torch.isfinite(bias.detach()[:vocab_size])
     for start in range(0, vocab_size, BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, vocab_size)
         rows = torch.where(kept[start:stop, None], weight.detach()[start:stop], 0.0)
         total += rows.sum(dim=0, dtype=torch.float32)
-    return total / kept.sum()
+    return over.sum(total) / over.sum(kept.sum())
 
 
-def centred_gram(weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
+def centred_gram(
+    weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: int, over: Vocabulary = WHOLE
+) -> torch.Tensor:
     """G = W_cᵀ·W_c of the same rows less their mean, [D, D] float32: Σ_v ((x·W_v) − x·w̄)² = xᵀGx.
 
     It costs V·D² multiplications, D/(4·N) of a call's four matmuls, so a caller whose head is frozen may keep it.
     """
-    mean, width = mean_row(weight, bias, vocab_size), weight.shape[1]
+    mean, width = mean_row(weight, bias, vocab_size, over), weight.shape[1]
     gram = torch.zeros(width, width, dtype=torch.float32, device=weight.device)
     kept = None if bias is None else torch.isfinite(bias.detach()[:vocab_size])
     for start in range(0, vocab_size, BLOCK_ROWS):  # centred before it is squared: a common row would cost its digits
@@ -82,7 +89,7 @@ def centred_gram(weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: in
         if kept is not None:
             rows = torch.where(kept[start:stop, None], rows, 0.0)
         gram.addmm_(rows.t(), rows)
-    return gram
+    return over.sum(gram)
 
 
 BLOCK_ROWS = 8192

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from popsd.config import Impl, MaskConfig, Method, PurifiedConfig, Strategy, TargetConfig
 from popsd.engine import validation
@@ -72,12 +73,14 @@ class PurifiedOPSDLoss(torch.nn.Module):
         decompose: bool | Method | str = False,
         gram: torch.Tensor | None = None,
         telemetry: bool = False,
+        vocab_group: dist.ProcessGroup | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss over the tokens of ``mask``.
 
         Args:
             hidden: streams [B, T, D] or [N, D], at the positions that predict each completion token.
-            student_head, frozen_head, token_ids, beta, decompose, gram, telemetry: see `popsd.linear_purified_jsd`.
+            student_head, frozen_head, token_ids, beta, decompose, gram, telemetry, vocab_group: see
+                `popsd.linear_purified_jsd`.
             mask: [B, T] or [N], where a token counts: bool, 0 and 1, or weights of at least 0; None: everywhere. Masked tokens
                 are dropped before any projection, at the price of a host synchronisation, and one more where the mask is not
                 bool. Under torch.compile they are projected too and get weight 0, since a graph has one shape.
@@ -123,6 +126,7 @@ class PurifiedOPSDLoss(torch.nn.Module):
             positions = None if positions is None else positions.flatten()[index]
             beta = None if beta is None else beta.flatten()[index]
         common: dict[str, Any] = {"weights": weights, "token_ids": token_ids, "positions": positions, "beta": beta}
+        common["vocab_group"] = vocab_group
         output = self._divergence(hidden, student_head, frozen_head, common, decompose, gram, telemetry)
         divisor = items if num_items is None else num_items
         if isinstance(divisor, torch.Tensor):
@@ -170,6 +174,7 @@ class PurifiedOPSDLoss(torch.nn.Module):
             gram=gram,
             impl=self.impl,
             workspace_mib=self.workspace_mib,
+            vocab_group=common["vocab_group"],
         )
         return output._replace(decomposition=parts)
 

@@ -13,7 +13,7 @@ import torch
 
 from popsd.config import DivergenceConfig, PurifiedConfig
 from popsd.head import Head
-from popsd.outputs import Decomposition, Purification
+from popsd.outputs import Decomposition, Purification, SparseTarget
 
 
 def head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
@@ -134,6 +134,31 @@ def purified_jsd(
     """The purified loss per token from four sets of raw logits [..., V], Eq. 12-18."""
     target = torch.log_softmax(purified_target_logits(base, teacher, reference, config), dim=-1)
     return divergence(log_probs(student, config), target, config)
+
+
+def sparse_jsd(
+    student: torch.Tensor, target: SparseTarget, config: DivergenceConfig, *, add_tail: bool = True
+) -> torch.Tensor:
+    """Divergence per token of raw logits [..., V] to a target known at k entries, over these and all others as one (the tail).
+
+    Without the tail both are renormalised over the k entries. The target's temperature is its own.
+    """
+    ids, log_q = target.ids, target.log_probs.double()
+    log_p = log_probs(student, config)
+    listed = (ids >= 0) & (log_q > -math.inf)
+    earlier = torch.ones(ids.shape[-1], ids.shape[-1], dtype=torch.bool, device=ids.device).tril(-1)
+    same = (ids[..., :, None] == ids[..., None, :]) & listed[..., None, :] & earlier
+    listed = listed & ~same.any(-1)  # an id's first place counts
+    is_listed = torch.zeros_like(log_p, dtype=torch.long).scatter_add_(-1, ids.clamp_min(0), listed.long()) > 0
+    log_p_tail = torch.logsumexp(log_p.masked_fill(is_listed, -math.inf), dim=-1, keepdim=True)
+    log_p = log_p.gather(-1, ids.clamp_min(0)).masked_fill(~listed, -math.inf)
+    log_q = log_q.masked_fill(~listed, -math.inf)
+    if add_tail:
+        mass = torch.logsumexp(log_q, dim=-1, keepdim=True).clamp(max=-1e-7)
+        log_q_tail = torch.log(-torch.expm1(mass)).masked_fill(is_listed.all(-1, keepdim=True), -math.inf)
+        log_p, log_q = torch.cat([log_p, log_p_tail], dim=-1), torch.cat([log_q, log_q_tail], dim=-1)
+    log_p, log_q = (x - torch.logsumexp(x, dim=-1, keepdim=True).clamp_min(-1e300) for x in (log_p, log_q))
+    return divergence(log_p, log_q, config)
 
 
 def sampled(log_p: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,18 @@ class HiddenStates(NamedTuple):
     reference: torch.Tensor | None
 
 
+class SparseTarget(NamedTuple):
+    """A target known at k entries of the vocabulary for each token, as teacher servers send it.
+
+    ids: [N, k] or [B, T, k] int64, -1 in an empty place. log_probs: of the same shape, floating, the teacher's natural
+    log-probabilities over its whole vocabulary, so that what is listed adds up to less than 1; -inf in an empty place. An id
+    that stands twice in a row counts once, at its first place: the sampled token may be put behind the likeliest ones.
+    """
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+
+
 class Decomposition(NamedTuple):
     """Eq. 4 per token over the full vocabulary, each [N] float32: Δ_total = Δ_ref + Δ_it.
 

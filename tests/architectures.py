@@ -5,6 +5,8 @@
 Each is given random weights, LoRA, and two steps through the trainer on prompts of different lengths. At both steps the
 trainer's loss is compared with the loss of the model's own logits, of which each row is run alone and without padding, and
 which are composed here in float64. What the trainer accepts must agree; everything else must be refused with a reason.
+Then completions of prompts of different lengths are sampled greedily in one call. Each of their tokens must be the likeliest
+by the model's own logits of that row alone.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from trl_helpers import EOS, PAD, FixedTrainer, build
 
 from popsd_integrations.huggingface.packing import unpad
+from popsd_integrations.huggingface.sampling import hf_generate
+from popsd_integrations.trl_trainer.dataset import problem_of
 
 TOLERANCE = 2e-3  # of the loss; float32 rounding in a product of two tails reaches 1e-4
 FLOOR = 1e-4  # nats: below it the 2e-8 that float32 logits leave in any loss would count as a share of nothing
@@ -222,15 +226,30 @@ def truth(student: Any, rows: dict[str, list[list[int]]], args: Any) -> float:
     return total / tokens
 
 
+@torch.no_grad()
+def sampling_error(model: Any, prompts: list[list[int]]) -> float:
+    """How far below the largest logit, relative to it, a greedily sampled token is by its row's own logits; the worst one."""
+    model.eval()
+    options = {"max_new_tokens": 6, "temperature": 0.0, "eos_token_id": [EOS], "pad_token_id": PAD}
+    worst = 0.0
+    for prompt, completion in zip(prompts, hf_generate(model, prompts, **options), strict=True):
+        logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(completion)[:, None])[:, 0]
+        worst = max(worst, ((logits.amax(1) - chosen) / logits.abs().amax(1)).max().item())
+    return worst
+
+
 def with_lora(model: Any) -> Any:
-    """LoRA on every plain linear layer but the head. Routers return tuples, and PEFT refuses some layers of Mamba."""
+    """LoRA on every plain linear layer but the head. Routers return tuples, grouped layers are no plain ones, and PEFT refuses
+    some layers of Mamba.
+    """
     head = model.get_output_embeddings()
     linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     modules = dict(model.named_modules())
     names = [
         name
         for name, x in modules.items()
-        if isinstance(x, linear) and x is not head and "outer" not in type(x).__name__
+        if isinstance(x, linear) and x is not head and not re.search("Router|Grouped", type(x).__name__)
     ]
     if any(name.endswith("conv1d") for name in modules):
         names = [name for name in names if not name.endswith("out_proj")]
@@ -265,7 +284,15 @@ def judge(model_type: str, folder: str, overrides: dict[str, Any] | None = None)
     worst = max(trainer.errors)
     if not worst <= TOLERANCE or len(trainer.errors) != 2:
         return Result("silent", f"loss off by {worst:.2g} on the {trainer._side}")
-    return Result(trainer._side, f"loss within {worst:.0e}")
+    try:
+        error = sampling_error(trainer.model, [trainer._prompts(problem_of(row)).question for row in ROWS])
+    except TimeoutError:
+        raise
+    except Exception as error:
+        return Result("refused", "in generation: " + _short(error))
+    if not error <= TOLERANCE:
+        return Result("silent", f"sampled tokens off by {error:.2g} of the largest logit")
+    return Result(trainer._side, f"loss within {worst:.0e}, samples within {error:.0e}")
 
 
 def _short(error: BaseException) -> str:
@@ -302,8 +329,10 @@ def table(results: dict[str, Result]) -> str:
         "Every causal language model that transformers "
         f"{transformers.__version__} registers was built tiny with random weights and trained for two steps with LoRA by the "
         f"TRL trainer in float32. The loss of each step was compared with the loss of the model's own logits, row by row and "
-        f"without padding; at most {TOLERANCE:g} apart counts as exact. Made by "
-        "`python tests/architectures.py`.",
+        f"without padding; at most {TOLERANCE:g} apart counts as exact. So were greedy completions of prompts of different "
+        "lengths: each token is the likeliest by its row's own logits. Where padding on the left "
+        "is seen, they are sampled one length of prompts at a time, and by RWKV one prompt at a time. "
+        "Made by `python tests/architectures.py`.",
         "",
         "Sparse attention with an indexer (DeepSeek V3.2 and others) is tried with an `index_topk` above the prompts' length. "
         "Below it, equal scores of the indexer are told apart by their position, which padding moves.",

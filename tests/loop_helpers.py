@@ -5,7 +5,7 @@ from tiny_models import tiny_qwen3
 import popsd
 from popsd_integrations.huggingface.prompts import Prompts
 from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
-from popsd_integrations.torch_loop.loop import TrainConfig, train
+from popsd_integrations.torch_loop import TrainConfig, train
 
 EOS = VOCABULARY.index("EOS")
 PROMPTS = [Prompts([11, a, 13], [11, a, 20, b, 17, 13], [12, b, 17, 13]) for a in range(5) for b in range(2)]
@@ -22,10 +22,8 @@ CONFIG = TrainConfig(
 
 
 def tiny(seed=0, **options):
-    special = {"eos_token_id": EOS, "pad_token_id": 10, "bos_token_id": None}
-    return tiny_qwen3(
-        len(VOCABULARY), seed, tie_word_embeddings=True, initializer_range=0.2, **special, **options
-    ).eval()
+    special = {"eos_token_id": EOS, "pad_token_id": 10, "bos_token_id": None, "tie_word_embeddings": True}
+    return tiny_qwen3(len(VOCABULARY), seed, initializer_range=0.2, **special | options).eval()
 
 
 def run(folder, config=CONFIG, model=None, prompts=PROMPTS, **options):

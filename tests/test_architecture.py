@@ -234,14 +234,16 @@ ARROWS = {
     "popsd_kernels.launch": of("popsd_kernels", "rows device"),
     "popsd_kernels.checks": of("popsd_kernels", "rows device launch"),
     **{f"popsd_kernels.{x}": _LAUNCHERS | {f"popsd_kernels.{x}"} for x in ("sweeps", "streaming")},
-    "popsd.engine.torch_backend": of("popsd", "config head outputs engine.torch_backend"),
+    "popsd.engine.vocabulary.reduce": set(),
+    "popsd.engine.torch_backend": of("popsd", "config head outputs engine.torch_backend engine.vocabulary.reduce"),
     "popsd.engine": of("popsd", "config head outputs engine"),
     "popsd.functional": of("popsd", "config head outputs engine"),
-    **{x: set() for x in of("popsd_integrations", "run_folder finite_steps plotting estimates scoring pages")},
+    **{x: set() for x in of("popsd_integrations", "run_folder finite_steps plotting estimates pages own_code")},
     **{
         f"popsd_integrations.{name}": of("popsd_integrations", f"{name} {others}")
         for name, others in {
-            "huggingface": "",
+            "scoring": "own_code",
+            "huggingface": "own_code",
             "runs": "huggingface run_folder plotting estimates scoring pages",
             "torch_loop": "huggingface run_folder finite_steps runs",
             "trl_trainer": "huggingface run_folder finite_steps plotting runs",

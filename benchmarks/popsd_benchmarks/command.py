@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     for name, valid in (("providers", PROVIDERS), ("shapes", SHAPES), ("parts", PARTS)):
         shown = f"some of {', '.join(valid)}"
         parser.add_argument(f"--{name}", nargs="+", choices=list(valid), metavar=name[:-1].upper(), help=shown)
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/bench"), help="where results go (%(default)s)")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/bench"), help="where results go (%(default)s)")
     options = parser.parse_args(arguments)
     folder: Path = options.output_dir
     folder.mkdir(parents=True, exist_ok=True)

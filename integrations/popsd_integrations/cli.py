@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.set_defaults(run=_bench)
     doctor = commands.add_parser("doctor", help="what is installed, who would compute, and whether it is right")
     doctor.set_defaults(run=_doctor)
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(underscored(sys.argv[1:] if arguments is None else arguments))
     if rest and options.run not in (_train, _bench, _diagnose):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
@@ -51,15 +51,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
+def underscored(arguments: Sequence[str]) -> list[str]:
+    """Options in the spelling of all sub-commands, so that ``--output-dir`` is ``--output_dir``. Their values stay.
+
+    >>> underscored(["demo", "--output-dir=runs/my-run", "--seeds", "-1", "my-name"])
+    ['demo', '--output_dir=runs/my-run', '--seeds', '-1', 'my-name']
+    """
+
+    def spelt(argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+
+    return [spelt(argument) for argument in arguments]
+
+
 _TRAINING = ("transformers", "tokenizers", "peft", "trl", "accelerate", "datasets", "tqdm")
 _EXTRA_OF = dict.fromkeys(_TRAINING, "trl") | {"matplotlib": "plots", "math_verify": "eval"}
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="where results go (%(default)s)")
-    parser.add_argument("--cache-dir", type=Path, default=None, help="where warm-ups are kept (XDG cache, popsd/)")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where results go (%(default)s)")
+    parser.add_argument("--cache_dir", type=Path, default=None, help="where warm-ups are kept (XDG cache, popsd/)")
     parser.add_argument("--seeds", type=int, default=1, help="runs per target (%(default)s)")
-    parser.add_argument("--warmup-seed", type=int, default=0, help="seed of the base model (%(default)s)")
+    parser.add_argument("--warmup_seed", type=int, default=0, help="seed of the base model (%(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="distillation steps (%(default)s)")
     parser.add_argument("--lora", action="store_true", help="LoRA of rank 8 instead of full fine-tuning")
     parser.add_argument("--processes", type=int, default=None, help="runs at a time (one per core)")

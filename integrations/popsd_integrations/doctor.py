@@ -75,8 +75,12 @@ def _platform() -> list[Line]:
     ]
 
 
+_OF_DEVELOPERS = ("test", "docs", "dev")
+"""Extras that nobody needs to use popsd."""
+
+
 def packages() -> list[Line]:
-    """The installed versions of what popsd and its extras require, then of the peers it is compared with."""
+    """The installed versions of what popsd and its extras for users require, then of the peers it is compared with."""
     try:
         wanted = metadata.requires("popsd") or []
     except metadata.PackageNotFoundError:
@@ -87,6 +91,8 @@ def packages() -> list[Line]:
         requirement, _, marker = text.partition(";")
         name = re.split(r"[^\w.-]", requirement.strip())[0]
         extra, version = re.search(r"extra == ['\"](\w+)", marker), _version(name)
+        if extra and extra[1] in _OF_DEVELOPERS:
+            continue
         if version is not None:
             fits = within(version, requirement)
             lines[name] = Line(name, version if fits else f"{version}; popsd needs {requirement.strip()}", not fits)

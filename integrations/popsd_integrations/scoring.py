@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from popsd_integrations.own_code import code_fingerprint, is_own
+
 TAIL = 20_000
 """Characters at the end of a completion in which math-verify looks. Its patterns take seconds over a whole chain of thought."""
 
@@ -38,16 +40,7 @@ def scorer(name: str = "math") -> Scorer:
     if name == "math":
         _math_verify()
         return math_verdict
-    module, colon, function = name.partition(":")
-    try:
-        if not colon:
-            raise ImportError("it has no colon")
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"scorer: expected 'math' or an importable module:function; got {name!r} ({error}). "
-            "A module in the current folder needs PYTHONPATH=."
-        ) from error
+    found = _imported(name)
 
     def verdict(completion: str, answer: str) -> Verdict:
         returned = found(completion, answer)
@@ -58,6 +51,26 @@ def scorer(name: str = "math") -> Scorer:
         raise ValueError(f"scorer: expected {name} to return True, False or (True or False, answer); got {returned!r}.")
 
     return verdict
+
+
+def _imported(name: str) -> Callable[[str, str], Any]:
+    module, colon, function = name.partition(":")
+    try:
+        if not colon:
+            raise ImportError("it has no colon")
+        found: Callable[[str, str], Any] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"scorer: expected 'math' or an importable module:function; got {name!r} ({error}). "
+            "A module in the current folder needs PYTHONPATH=."
+        ) from error
+    return found
+
+
+def scorer_code(name: str) -> str | None:
+    """Fingerprint of a scorer of one's own, which may be edited between two runs. None for popsd's."""
+    found = None if name == "math" else _imported(name)
+    return code_fingerprint(found) if is_own(found) else None
 
 
 def check_answer(score: Scorer, answer: str) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "row_single_read",
     "row_split_sweeps",
     "row_statistics",
+    "shard_moments",
     "stream_divergence",
 ]
 
@@ -47,6 +48,7 @@ _LAUNCHERS = {
     "row_statistics": "popsd_kernels.sweeps.statistics",
     "row_loss_gradient": "popsd_kernels.sweeps.loss_gradient",
     "row_moments": "popsd_kernels.sweeps.moments",
+    "shard_moments": "popsd_kernels.sweeps.moments",
     "row_single_read": "popsd_kernels.sweeps.single_read",
     "row_split_sweeps": "popsd_kernels.sweeps.few_rows",
     "stream_divergence": "popsd_kernels.streaming.loss",

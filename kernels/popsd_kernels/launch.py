@@ -39,7 +39,7 @@ class LaunchConfig:
 # 2,048 entries over 8 warps are two 128-bit fp32 loads per thread and stream: 64 KiB in flight per SM at the 4 to 6
 # programs that fit. 1,024 entries cost 2-3 more SASS instructions per entry (loop bookkeeping), 4,096 leave 2 programs
 # (sm_90, Triton 3.7.1). gfx942 has 64-lane waves: 4 of them are the same 256 threads.
-# The single read keeps its block, a slice of the row, in registers: 64 of them, 4 programs, 7 rows of 151,936 in flight
+# The single read keeps its block, a slice of the row, in registers: 80 of them, 3 programs, 5 rows of 151,936 in flight
 # on an H200; 4,096 over 16 warps take 77 and leave 1. With entry_clip sweep 2 has three more accumulators: 2,048
 # entries leave 2 or 3 programs, 1,024 over 8 warps spill (2 instructions, sm_90), over 4 warps 5 to 8 programs fit.
 # The moments have 22 accumulators to a lane: 1,024 entries over 4 warps are two lanes per thread and 48 KiB in flight at the

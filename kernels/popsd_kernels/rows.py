@@ -224,3 +224,5 @@ class RowLoss(NamedTuple):
 
 MOMENTS = 13
 """Sums per token that `row_moments` returns."""
+SHARD_MOMENTS = 21
+"""Those that `shard_moments` returns."""

@@ -5,6 +5,7 @@ Both backends take `Rows` and `RowOptions`, as the launchers of ``popsd_kernels`
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -12,6 +13,9 @@ import torch
 
 from popsd.config import Impl, Strategy
 from popsd.engine.torch_backend import entry_masks, moments, sweeps, targets
+from popsd.engine.torch_backend.supports import FLOORED
+from popsd.engine.vocabulary import merge
+from popsd.engine.vocabulary.reduce import WHOLE, Vocabulary
 from popsd_kernels.rows import EntryMasks, RowLoss, RowOptions, Rows, RowStatistics
 
 SWEEP_ELEMENTS = 2 << 17
@@ -50,33 +54,34 @@ class Backend(Protocol):
 class TorchBackend:
     """Plain torch, a few rows at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, over: Vocabulary = WHOLE) -> None:
+        self.over = over
         self._left: tuple[torch.Tensor, sweeps.StudentRows] | None = None
 
     def block_rows(self, rows: int, vocabulary: int) -> int:
         return max(1, min(rows, SWEEP_ELEMENTS // vocabulary))
 
     def statistics(self, rows: Rows, options: RowOptions, *, target_out: torch.Tensor | None = None) -> RowStatistics:
-        return sweeps.row_statistics(rows, options, target_out=target_out)
+        return sweeps.row_statistics(rows, options, target_out=target_out, over=self.over)
 
     def sweeps(
         self, rows: Rows, options: RowOptions, *, gradient: torch.Tensor | None = None
     ) -> tuple[RowLoss, torch.Tensor]:
         left, self._left = self._left, None
         student = left[1] if left is not None and left[0] is rows.student else None
-        return sweeps.row_sweeps(rows, options, gradient=gradient, student=student)
+        return sweeps.row_sweeps(rows, options, gradient=gradient, student=student, over=self.over)
 
     def logit_difference(self, rows: Rows, options: RowOptions, *, center: bool, out: torch.Tensor) -> torch.Tensor:
-        return targets.logit_difference(rows, options, center=center, out=out)
+        return targets.logit_difference(rows, options, center=center, out=out, over=self.over)
 
     def moments(self, rows: Rows, options: RowOptions, *, masked: bool) -> torch.Tensor:
         """Leaves what it derived from the student for `sweeps` of the very same tensor: a third of the work of either."""
-        student = sweeps.student_rows(rows, options)
+        student = sweeps.student_rows(rows, options, self.over)
         self._left = (rows.student, student)
-        return moments.row_moments(rows, options, masked=masked, student=student)
+        return moments.row_moments(rows, options, masked=masked, student=student, over=self.over)
 
     def entry_thresholds(self, rows: Rows, masks: EntryMasks, options: RowOptions) -> torch.Tensor:
-        return entry_masks.entry_thresholds(rows, masks, options)
+        return entry_masks.entry_thresholds(rows, masks, options, self.over)
 
     def mask_entries(self, rows: Rows, thresholds: torch.Tensor, masks: EntryMasks, options: RowOptions) -> None:
         entry_masks.mask_entries(rows, thresholds, masks, options)
@@ -85,8 +90,8 @@ class TorchBackend:
 class TritonBackend:
     """The kernels, a whole chunk at a time. single_read: gradients come from the kernel that reads each row once."""
 
-    def __init__(self, *, single_read: bool = False) -> None:
-        self.single_read = single_read
+    def __init__(self, over: Vocabulary = WHOLE, *, single_read: bool = False) -> None:
+        self.over, self.single_read = over, single_read
 
     def block_rows(self, rows: int, vocabulary: int) -> int:
         return rows
@@ -94,7 +99,8 @@ class TritonBackend:
     def statistics(self, rows: Rows, options: RowOptions, *, target_out: torch.Tensor | None = None) -> RowStatistics:
         from popsd_kernels import row_statistics
 
-        return row_statistics(rows, options, target_out=target_out)
+        statistics = row_statistics(rows, options, target_out=target_out)
+        return statistics if self.over.group is None else merge.whole_statistics(statistics, self.over)
 
     def sweeps(
         self, rows: Rows, options: RowOptions, *, gradient: torch.Tensor | None = None
@@ -106,15 +112,20 @@ class TritonBackend:
         statistics, losses = self._sweeps(rows, options, gradient)
         if ids is None or columns is None:
             return losses, torch.full_like(losses.divergence, float("nan"))
-        return losses, sampled_logprob(columns, ids, rows.student.shape[1], statistics, options)
+        of_target = sampled_logprob(columns, ids, rows.student.shape[1], statistics, options)
+        own, of_target = self.over.of_tokens(ids, losses.token_logprob, of_target)
+        return losses._replace(token_logprob=own), of_target
 
     def _sweeps(self, rows: Rows, options: RowOptions, gradient: torch.Tensor | None) -> tuple[RowStatistics, RowLoss]:
-        """Few rows take several programs each, in launches that compose the target anew."""
+        """Few rows take several programs each, in launches that compose the target anew; and so do shards of rows."""
         import popsd_kernels
         from popsd_kernels import launch
 
         if self.single_read and gradient is not None:
             return popsd_kernels.row_single_read(rows, options, gradient=gradient)
+        if self.over.group is not None:
+            between = merge.between_launches(self.over, options, rows.student.shape[1])
+            return popsd_kernels.row_split_sweeps(rows, options, gradient=gradient, between=between)
         place = rows.target_place
         moved = launch.sweep_bytes(options, place is not None, gradient is not None)
         tokens, device = rows.student.shape[0], rows.student.device
@@ -128,17 +139,41 @@ class TritonBackend:
     def logit_difference(self, rows: Rows, options: RowOptions, *, center: bool, out: torch.Tensor) -> torch.Tensor:
         from popsd_kernels import logit_difference
 
-        return logit_difference(rows, options, center=center, out=out)
+        if self.over.group is None:
+            return logit_difference(rows, options, center=center, out=out)
+        bias = rows.frozen_bias if options.target.softcap is None else None
+        impossible = None if bias is None else bias <= FLOORED
+        offset = None
+        if not center:
+            assert rows.teacher is not None  # whose place the difference may take
+            both = Rows(
+                rows.teacher, target=rows.reference, student_bias=rows.frozen_bias, frozen_bias=rows.frozen_bias
+            )
+            of = self.statistics(both, replace(options, student=options.target))
+            offset = (of.student_max - of.target_max) + (of.student_logsum - of.target_logsum)
+        mean = logit_difference(rows, options, center=True, out=out)
+        if offset is None:
+            offset = merge.whole_offset(mean, impossible, rows.student.shape[1], self.over)
+        if impossible is not None:  # there the kernel has put the shard's own
+            torch.where(impossible, (offset / options.inv_temperature)[:, None], out, out=out)
+        return offset
 
     def moments(self, rows: Rows, options: RowOptions, *, masked: bool) -> torch.Tensor:
-        from popsd_kernels import row_moments
+        from popsd_kernels import row_moments, shard_moments
 
-        return row_moments(rows, options, masked=masked)
+        if self.over.group is None:
+            return row_moments(rows, options, masked=masked)
+        return merge.whole_moments(shard_moments(rows, options, masked=masked), self.over)
 
     def entry_thresholds(self, rows: Rows, masks: EntryMasks, options: RowOptions) -> torch.Tensor:
         from popsd_kernels import entry_thresholds
 
-        return entry_thresholds(rows, masks, options)
+        found = entry_thresholds(rows, masks, options)
+        if self.over.group is not None and masks.plausibility is not None:
+            found[0] = self.over.max(found[0])
+        if self.over.group is not None and masks.tail_floor is not None:
+            found[1:] = self.over.logsumexp(found[1:])
+        return found
 
     def mask_entries(self, rows: Rows, thresholds: torch.Tensor, masks: EntryMasks, options: RowOptions) -> None:
         from popsd_kernels import mask_entries
@@ -169,8 +204,10 @@ def resolve_impl(impl: Impl, device: torch.device) -> Impl:
     return Impl.TRITON if device.type == "cuda" and find_spec("triton") is not None else Impl.TORCH
 
 
-def backend_for(impl: Impl, device: torch.device, strategy: Strategy = Strategy.CHUNKED) -> Backend:
+def backend_for(
+    impl: Impl, device: torch.device, strategy: Strategy = Strategy.CHUNKED, over: Vocabulary = WHOLE
+) -> Backend:
     """A backend for one run on ``device``."""
     if resolve_impl(impl, device) is Impl.TORCH:
-        return TorchBackend()
-    return TritonBackend(single_read=strategy is Strategy.SINGLE_READ)
+        return TorchBackend(over)
+    return TritonBackend(over, single_read=strategy is Strategy.SINGLE_READ)

@@ -6,6 +6,7 @@ import torch
 
 from popsd.config import Impl, Method, Strategy
 from popsd.engine.backends import backend_for
+from popsd.engine.chunks.buckets import Buckets
 from popsd.engine.chunks.decomposition import by_gram, fields_of, moment_rows
 from popsd.engine.chunks.purification import purification_rows
 from popsd.engine.chunks.streaming import stream
@@ -43,11 +44,13 @@ def compute(problem: Problem, source: Source) -> torch.Tensor:
 
 def _run(problem: Problem, source: Source, results: Results) -> None:
     tokens, options, device = problem.tokens, problem.options, problem.tensors.student.device
-    backend = backend_for(Impl(options.impl), device, Strategy(options.strategy))
+    backend = backend_for(Impl(options.impl), device, Strategy(options.strategy), problem.vocabulary)
     chunk_rows, gradient_rows = plan_rows(
         tokens, source.work, device, options.workspace_mib, decompose=results.moments is not None
     )
-    block_rows = backend.block_rows(chunk_rows, problem.vocab_size)
+    block_rows = backend.block_rows(chunk_rows, problem.planned_vocab_size)
+    if problem.is_sparse and device.type != "cpu":  # in place: no temporaries that a cache should hold
+        block_rows = chunk_rows
     source.allocate(min(chunk_rows, tokens), min(gradient_rows, tokens) if source.work.gradient_bytes else 0)
     for buffer in slices(slice(0, tokens), gradient_rows):
         for chunk in slices(buffer, chunk_rows):
@@ -59,13 +62,21 @@ def _run(problem: Problem, source: Source, results: Results) -> None:
                 if options.purification:
                     results.purification[:, place] = purification_rows(problem, rows)
                 rows = with_target(problem, source, backend, rows)
-                wanted = None if gradient is None else gradient[block]
+                wanted = dense = None if gradient is None else gradient[block]
+                buckets = None
+                if problem.is_sparse:
+                    buckets = Buckets(problem, rows, place, with_gradient=dense is not None)
+                    rows, wanted = buckets.rows, buckets.gradient
                 # before a gradient takes the place of a stream
-                disjoint = disjoint_rows(rows, problem.row_options) if problem.is_disjoint_by_rows else None
+                disjoint = None
+                if problem.is_disjoint_by_rows:
+                    disjoint = disjoint_rows(rows, problem.row_options, problem.vocabulary)
                 losses, results.target_logprob[place] = backend.sweeps(rows, problem.row_options, gradient=wanted)
                 results.losses[:, place] = torch.stack(losses)
                 if disjoint is not None:
                     if rows.row_scale is not None:  # whatever a masked row holds
                         disjoint &= rows.row_scale != 0
                     mark_disjoint(results.losses[:, place], disjoint, problem.row_options, wanted)
+                if buckets is not None:
+                    buckets.finish(results.losses[:, place], dense)
         source.accumulate(buffer.start, buffer.stop)

@@ -20,7 +20,7 @@ from popsd.engine.results import OF_SAMPLED, result_names
 from popsd.engine.sources import source_of
 from popsd.outputs import HiddenStates
 
-OF_TOKENS = (*HiddenStates._fields, "weights", "token_ids")
+OF_TOKENS = (*HiddenStates._fields, "weights", "token_ids", "target_ids")
 """Of `Tensors`, those with a row per token."""
 TRAINED = ("student", "student_weight", "student_bias")
 """What may receive a gradient."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from popsd.config import DivergenceConfig, Impl, Method, PurifiedConfig, Strategy, TargetConfig
+from popsd.engine.vocabulary.reduce import WHOLE, Vocabulary
 from popsd.head import Head, is_shared
 from popsd.outputs import HiddenStates
 from popsd_kernels.rows import LogitTransform, RowOptions
@@ -23,6 +24,8 @@ class Tensors(NamedTuple):
     ``student_weight``, logits [N, V].
 
     base, reference: None with two distributions, where the teacher is the target.
+    target_ids: [N, k] int64 or None; of a sparse target, whose log-probabilities [N, k] or [N, k + 1] are the teacher, see
+    `popsd.engine.chunks.buckets`.
     frozen_weight, frozen_bias: None where the student's head serves all streams.
     weights: [N] float32. token_ids: [N] int64. gram: [D, D] float32, see `popsd.gram_matrix`.
     """
@@ -38,6 +41,7 @@ class Tensors(NamedTuple):
     weights: torch.Tensor | None
     token_ids: torch.Tensor | None
     gram: torch.Tensor | None
+    target_ids: torch.Tensor | None
 
 
 class Options(NamedTuple):
@@ -79,6 +83,11 @@ class Options(NamedTuple):
     workspace_mib: float | None
     autocast: str | None
     """The dtype's name inside a caller's autocast region."""
+    vocab_group: str | None
+    """The name of the ranks that share the vocabulary, see `Vocabulary`; then ``vocab_size`` is what this rank holds."""
+    vocab_first: int
+    vocab_total: int
+    vocab_widest: int
 
 
 OF_DIVERGENCE = tuple(field.name for field in fields(DivergenceConfig) if field.name in Options._fields)
@@ -106,9 +115,25 @@ class Problem:
         return self.options.vocab_size or rows
 
     @property
+    def vocabulary(self) -> Vocabulary:
+        """Which ranks hold the other entries. ``vocab_size`` is how many this one holds."""
+        options = self.options
+        return Vocabulary(options.vocab_group, options.vocab_first, options.vocab_total, options.vocab_widest)
+
+    @property
+    def planned_vocab_size(self) -> int:
+        """By which work is cut into pieces."""
+        return self.vocab_size if self.options.vocab_group is None else self.options.vocab_widest
+
+    @property
     def is_purified(self) -> bool:
         """Whether the target is composed of base, teacher and reference; otherwise it is the teacher."""
         return self.tensors.base is not None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the target is known at a few entries of the vocabulary, and the sweeps see these and the others as one."""
+        return self.tensors.target_ids is not None
 
     @property
     def masks_entries(self) -> bool:
@@ -160,12 +185,15 @@ class Problem:
 
         A matmul rounds at the size of its result: of logits, 1e-6, or of what student and target differ by, where a KL of
         1e-3 means 0.04. Float32 operands only: rounded to 16 bits the difference would be off by 2⁻⁹ of itself, the logits
-        are not. Masks on entries and `Purification` want the base itself.
+        are not. Masks on entries and `Purification` want the base itself. The kernels that take a row in slices, as shards
+        are, take logits.
         """
         tensors, options = self.tensors, self.options
+        if options.vocab_group is not None:
+            return False
         if tensors.student_weight is None or tensors.frozen_weight is not None or options.student_softcap is not None:
             return False
-        if self.needs_separate_logits or self.masks_entries:
+        if self.is_sparse or self.needs_separate_logits or self.masks_entries:
             return False
         return options.strategy == Strategy.CHUNKED.value and self.student_dtype == torch.float32
 
@@ -185,8 +213,10 @@ class Problem:
 
     @property
     def is_disjoint_by_rows(self) -> bool:
-        """Whether some tokens' KL may be infinite: of given logits, and of a registered target. To a mixture it never is."""
-        return self._is_one_sided and (self.tensors.student_weight is None or self.options.target is not None)
+        """Whether some tokens' KL may be infinite: of given logits, and of a sparse or a registered target. To a mixture it
+        never is."""
+        is_given = self.tensors.student_weight is None or self.is_sparse
+        return self._is_one_sided and (is_given or self.options.target is not None)
 
     @property
     def is_disjoint_by_heads(self) -> bool:
@@ -203,8 +233,11 @@ class Problem:
     @property
     def dhidden_dtype(self) -> torch.dtype:
         """In which d loss / d hidden waits for the upstream gradient. float16 has no digits left below 6e-5, where a gradient
-        is before a loss scale of 65536 reaches it."""
+        is before a loss scale of 65536 reaches it. What shards of a vocabulary add to it may cancel: it is rounded once, when
+        it is whole."""
         dtype = self.tensors.student.dtype
+        if self.options.vocab_group is not None:
+            return torch.float32
         return torch.float32 if dtype == torch.float16 and self.tensors.student_weight is not None else dtype
 
     @property
@@ -237,8 +270,13 @@ class Problem:
 
     @cached_property
     def row_options(self) -> RowOptions:
-        """The same for the sweeps."""
+        """The same for the sweeps. Those of a sparse target see logits as `buckets` makes them, tempered already."""
         options = self.options
+        if self.is_sparse:
+            entry_clip, token_clip = options.entry_clip, options.token_clip
+            return RowOptions(
+                beta=options.beta, renyi=options.renyi_alpha, entry_clip=entry_clip, token_clip=token_clip
+            )
         result = RowOptions(
             beta=options.beta,
             renyi=options.renyi_alpha,
@@ -264,17 +302,20 @@ def problem_of(
     weights: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     gram: torch.Tensor | None = None,
+    target_ids: torch.Tensor | None = None,
     decompose: Method | None = None,
     purification: bool = False,
     total: bool = False,
     impl: Impl = Impl.AUTO,
     strategy: Strategy = Strategy.CHUNKED,
     workspace_mib: float | None = None,
+    vocabulary: Vocabulary = WHOLE,
 ) -> Problem:
     """Validated arguments as the operator takes them.
 
     streams: [..., D], base and reference None with two distributions.
-    heads: student's and frozen one; None for logits.
+    heads: student's and frozen one; None for logits. vocabulary: which of its entries their rows are; then
+        ``config.vocab_size`` is how many.
     """
     own, frozen = heads or (None, None)
     separate = None if own is None or frozen is None or is_shared(own, frozen) else frozen
@@ -289,6 +330,7 @@ def problem_of(
         weights=weights,
         token_ids=token_ids,
         gram=gram,
+        target_ids=target_ids,
     )
     trained = (tensors.student, tensors.student_weight, tensors.student_bias)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in trained]
@@ -314,6 +356,10 @@ def problem_of(
         strategy=strategy.value,
         workspace_mib=workspace_mib,
         autocast=str(torch.get_autocast_dtype(device)).split(".")[1] if torch.is_autocast_enabled(device) else None,
+        vocab_group=vocabulary.group,
+        vocab_first=vocabulary.first,
+        vocab_total=vocabulary.total,
+        vocab_widest=vocabulary.widest,
     )
     return Problem(tensors, options)
 

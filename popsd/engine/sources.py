@@ -43,7 +43,7 @@ class ProjectedStreams:
         self.student_bias, self.frozen_bias = (_bias(x, vocab) for x in (tensors.student_bias, problem.frozen_bias))
         self.mean_row = None
         if problem.is_purified and not problem.needs_separate_logits and not problem.is_target_linear:
-            self.mean_row = mean_row(self.frozen_weight, problem.frozen_bias, vocab)
+            self.mean_row = mean_row(self.frozen_weight, problem.frozen_bias, vocab, problem.vocabulary)
         self.with_gradient = options.with_dhidden or options.with_dhead
         self.row_scale, self.peak = problem.gradient_weights, None
         if self.row_scale is not None and self.student_weight.dtype == torch.float16 and problem.tokens:
@@ -69,6 +69,8 @@ class ProjectedStreams:
         """A float32 gradient takes the place of logits read already."""
         separate = self.with_gradient and self.student_weight.dtype != torch.float32
         size, projected = self.student_weight.element_size(), self.columns.projected
+        if self.problem.vocabulary.group is not None:
+            projected = self.problem.planned_vocab_size
         return Work(
             projected,
             self.student_weight.shape[1],
@@ -168,6 +170,8 @@ class ProjectedStreams:
 
     def finish(self) -> None:
         """After the last buffer."""
+        if self.dhidden is not None:
+            self.problem.vocabulary.add(self.dhidden)
         for x in (self.dhidden, self.dweight, self.dbias):
             if x is not None and self.peak is not None:
                 x.mul_(self.peak)
@@ -176,7 +180,7 @@ class ProjectedStreams:
         """Into results [9, N] and gradients: tokens that count, where the heads' biases forbid different entries."""
         tensors, options = self.problem.tensors, self.options
         counted = torch.ones_like(losses[0], dtype=torch.bool) if tensors.weights is None else tensors.weights != 0
-        disjoint = disjoint_heads(self.student_bias, self.frozen_bias, options) & counted
+        disjoint = disjoint_heads(self.student_bias, self.frozen_bias, options, self.problem.vocabulary) & counted
         mark_disjoint(losses, disjoint, options, self.dhidden)
         if options.beta == 1.0:  # of sums over tokens; those that a clip caps have added what they should
             lost = disjoint.any() & (options.token_clip is None and options.entry_clip is None)
@@ -207,6 +211,32 @@ class ProjectedStreams:
         if dtype == torch.float32 or not self.problem.options.exact_difference:
             return high, None
         return high, (difference - high.float()).to(dtype)
+
+
+class SparseStreams(ProjectedStreams):
+    """The student's hidden states and head, beside a sparse target that needs no projection."""
+
+    streams = 1
+
+    @property
+    def work(self) -> Work:
+        """`Buckets` keeps the slope of a soft cap beside the logits."""
+        work = super().work
+        has_slope = self.problem.options.student_softcap is not None and self.with_gradient
+        return work._replace(logit_bytes=work.logit_bytes * (2 if has_slope else 1))
+
+    def load(self, tokens: slice) -> Rows:
+        n, tensors = tokens.stop - tokens.start, self.problem.tensors
+        student = self._rows(tensors.student, tokens.start, tokens.stop).to(self.student_weight.dtype)
+        project(student, self.student_weight, self.logits[:n])
+        return _rows_of(self.problem, tokens, self.logits[:n, : self.vocab], self.row_scale)._replace(
+            student_bias=self.student_bias, target=self._rows(tensors.teacher, tokens.start, tokens.stop)
+        )
+
+    def gradient(self, first: int, start: int, stop: int) -> torch.Tensor | None:
+        if not self.with_gradient or self.gradients is not None:
+            return super().gradient(first, start, stop)
+        return self.logits[: stop - start, : self.vocab]  # `Buckets` has no more use for them
 
 
 class GivenLogits:
@@ -258,6 +288,8 @@ Source = ProjectedStreams | GivenLogits
 
 
 def source_of(problem: Problem) -> Source:
+    if problem.is_sparse:
+        return SparseStreams(problem)
     return GivenLogits(problem) if problem.tensors.student_weight is None else ProjectedStreams(problem)
 
 
@@ -265,7 +297,7 @@ def _rows_of(problem: Problem, tokens: slice, student: torch.Tensor, row_scale: 
     ids = problem.tensors.token_ids
     return Rows(
         student,
-        token_ids=None if ids is None else ids[tokens],
+        token_ids=None if ids is None else problem.vocabulary.local(ids[tokens], problem.vocab_size),
         row_scale=None if row_scale is None else row_scale[tokens],
     )
 

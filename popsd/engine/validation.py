@@ -201,7 +201,9 @@ def check_strategy(problem: Problem, impl: Impl) -> None:
     if options.strategy == Strategy.CHUNKED.value:
         return
     streaming, obstacle = options.strategy == Strategy.STREAMING.value, None
-    if impl is not Impl.TRITON:
+    if options.vocab_group is not None:
+        obstacle = "the whole vocabulary on this rank: no vocab_group and no DTensor head"
+    elif impl is not Impl.TRITON:
         obstacle = "Triton kernels: pass impl='triton' on a GPU"
     elif tensors.student_weight is None:
         obstacle = "hidden states and a head, not logits"

@@ -230,7 +230,7 @@ CASES = {
 
 @pytest.mark.parametrize(("call", "error", "message"), CASES.values(), ids=CASES)
 def test_clear_errors(call, error, message, monkeypatch):
-    monkeypatch.setattr("popsd.functional.divergence", lambda *_: pytest.fail("work began before the check"))
+    monkeypatch.setattr("popsd.engine.losses.divergence", lambda *_: pytest.fail("work began before the check"))
     with pytest.raises(error, match=message):
         call()
 

@@ -5,6 +5,7 @@ import torch
 
 import popsd
 from popsd import Head, HiddenStates, PurifiedConfig
+from popsd.engine import losses
 from popsd.testing import make_head, make_hidden, relative_l2
 
 V, D, N = 53, 12, 10
@@ -45,6 +46,9 @@ CALLS = {
     "purified_jsd, names": lambda x: popsd.purified_jsd(*x, impl="torch", decompose="logits"),
     "linear_jsd": lambda x: popsd.linear_jsd(x[0], Head(x[1]), x[2], strategy="chunked"),
     "linear_purified_jsd": lambda x: popsd.linear_purified_jsd(HiddenStates(*x), Head(x[3]), decompose="gram"),
+    "linear_sparse_jsd": lambda x: popsd.linear_sparse_jsd(
+        x[0], Head(x[1]), popsd.SparseTarget(torch.arange(3).expand(N, 3), x[2].log_softmax(-1)[:, :3])
+    ),
     "registered target": lambda x: popsd.purified_jsd(*x, config=popsd.presets.arithmetic_mix(0.3), impl="torch"),
     "structure of a target": lambda x: popsd.linear_purified_jsd(
         HiddenStates(*x), Head(x[3]), config=popsd.presets.alpha_mix(0.3)
@@ -74,13 +78,13 @@ def test_logit_losses_compile_as_one_graph():
 def test_registration_is_sound(trainable, monkeypatch):
     """torch's own checks of schema, fake tensors and autograd registration, on the arguments a real call makes."""
     calls = []
-    original = popsd.functional.divergence
+    original = losses.divergence
 
     def spy(problem):
         calls.append((*problem.tensors, *problem.options))
         return original(problem)
 
-    monkeypatch.setattr(popsd.functional, "divergence", spy)
+    monkeypatch.setattr(losses, "divergence", spy)
     step(*arguments(trainable, "sum"))
     popsd.purified_jsd(*(torch.randn(N, V) for _ in range(4)), decompose=True)
     assert len(calls) == 2

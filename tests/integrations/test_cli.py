@@ -81,7 +81,7 @@ def test_demo_passes_options_on_and_writes_the_report(experiment, tmp_path, monk
 
 def test_demo_without_matplotlib_skips_the_plots_and_says_so(experiment, tmp_path, monkeypatch, capsys):
     without(monkeypatch, "matplotlib")
-    assert cli.main(["demo", "--output-dir", str(tmp_path / "out")]) == 0
+    assert cli.main(["demo", "--output_dir", str(tmp_path / "out")]) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
     assert "No plots: matplotlib is missing (pip install 'popsd[plots]')" in capsys.readouterr().out
 
@@ -193,7 +193,7 @@ def test_bench_passes_its_options_on(suite, tmp_path):
         str(tmp_path),
     ]
     assert cli.main(["bench", *arguments]) == 0
-    assert cli.main(["bench", "--parts", "vocab", "--output-dir", str(tmp_path / "other")]) == 0
+    assert cli.main(["bench", "--parts", "vocab", "--output_dir", str(tmp_path / "other")]) == 0
     full, parts = suite
     assert full[1:] == (["tiny", "qwen3-8b"], ["orda"], False, "cuda", None) and {"tokens", "profile"} <= set(full[0])
     assert parts[0] == ["vocab"]
@@ -248,3 +248,9 @@ def test_a_stranger_to_a_command_without_a_parser_of_its_own_is_refused(capsys):
         cli.main(["doctor", "--gpu"])
     assert stopped.value.code == 2
     assert "unrecognized arguments: --gpu" in capsys.readouterr().err
+
+
+def test_dashes_and_underscores_are_one_spelling_of_options_alone():
+    given = ["evaluate", "--max-new-tokens", "8", "--output-dir=runs/my-run", "--adapters", "my-run=a-b", "--", "-x-y"]
+    wanted = ["evaluate", "--max_new_tokens", "8", "--output_dir=runs/my-run", "--adapters", "my-run=a-b", "--", "-x-y"]
+    assert cli.underscored(given) == wanted

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -75,6 +76,23 @@ def test_the_examples_are_one_recipe():
             "teacher_template",
             "reference_template",
         }, path
+
+
+@pytest.mark.parametrize("name", ["qwen3_lora.yaml", "qwen3_lora_8gpu.yaml"])
+def test_the_lines_for_held_out_accuracy_work_once_they_are_taken(name, tiny, tmp_path, capsys):
+    text = (EXAMPLES / name).read_text()
+    assert text.count("\n#") - text.count("\n# ") == 8
+    config, data = tmp_path / "train.yaml", tmp_path / "data"
+    config.write_text(re.sub(r"^#(?=[a-z])", "", text, flags=re.MULTILINE))
+    data.mkdir()
+    row = json.dumps({"prompt": "What is 2 + 2?", "solution": "It is 4.", "answer": "4"}) + "\n"
+    for split in ("train", "test"):
+        (data / f"{split}.jsonl").write_text(32 * row)
+    flags = {"model_name_or_path": tiny / "model", "dataset_name": data, "output_dir": tmp_path, "vocab_size": 261}
+    flags |= {"dry_run": True, "max_completion_length": 64, "eval_max_new_tokens": 128}
+    given = [text for option, value in flags.items() for text in (f"--{option}", str(value))]
+    assert cli.main(["train", "--config", str(config), *given]) == 0
+    assert "eval_dataset: of 32 problems 0 are dropped" in capsys.readouterr().out
 
 
 def run(*arguments, **variables):

@@ -12,8 +12,7 @@ from popsd_integrations.huggingface.frozen import frozen_weights
 from popsd_integrations.huggingface.heads import head_from_model, hidden_states
 from popsd_integrations.huggingface.prompts import Problem, Prompts
 from popsd_integrations.huggingface.sampling import hf_generate
-from popsd_integrations.torch_loop import loop
-from popsd_integrations.torch_loop.loop import TrainConfig
+from popsd_integrations.torch_loop import TrainConfig, loop
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")

@@ -78,7 +78,7 @@ def test_every_flipped_bit_of_a_tensor_is_found(folder):
         (lambda path: path.write_text("not a checkpoint"), "does not load"),
         (lambda path: torch.save({"model": {}}, path), "another program or version"),
         (lambda path: torch.save([1], path), "another program or version"),
-        (lambda path: torch.save({"popsd": 2, "step": True}, path), "fingerprint, step, parameters, optimizer, random"),
+        (lambda path: torch.save({"popsd": 3, "step": True}, path), "fingerprint, step, parameters, optimizer, random"),
         (lambda path: rewritten(path.parent, lambda x: x.pop("random")), "missing or of another type: random"),
         (lambda path: rewritten(path.parent, lambda x: x.update(step=-1)), "one with step -1"),
         (lambda path: rewritten(path.parent, lambda x: x.update(step=1), sign=False), "its checksum does not fit"),
@@ -224,6 +224,6 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
         model.bias[1] = torch.inf
     with pytest.raises(FloatingPointError, match=r"save at step 7; got others in bias \(1 of 2 tensors\).*stays"):
         checkpoint.save_checkpoint(
-            tmp_path / "checkpoint.pt", {}, 7, dict(model.named_parameters()), torch.optim.AdamW(model.parameters())
+            tmp_path / "checkpoint.pt", {}, 7, dict(model.named_parameters()), torch.optim.AdamW(model.parameters()), []
         )
     assert not list(tmp_path.iterdir())

@@ -25,15 +25,15 @@ BUDGET = {"forward KL": 40.0, "reverse KL": 49.0, "JSD": 59.0}
 # Device functions whose max.f32 may drop a NaN, since it reaches the results another way. Any other, and every minimum
 # (entry_clip's stands in `accumulate` too), takes propagate_nan=tl.PropagateNan.ALL, which costs no instruction on NVIDIA GPUs.
 DROPS_NAN = {
-    "lse_fold": "the exponential of the same entry makes the sum NaN",
-    "lse_fold_sum": "as lse_fold",
-    "lse_finish": "tops are finite where lse_fold made them, and the sums beside them hold the NaN",
-    "_store_normaliser": "single read: as lse_fold",
+    "lse_accumulate": "the exponential of the same entry makes the sum NaN",
+    "lse_accumulate_sum": "as lse_accumulate",
+    "lse_finish": "tops are finite where lse_accumulate made them, and the sums beside them hold the NaN",
+    "_store_normalisers": "single read: as lse_accumulate",
     "accumulate": "largest log p + log q, compared with the NaN normalisers of the same row",
     "finish_row": "the same over the row",
     "_add_tile": "the same over a tile",
     "_store_sums": "the same over a slice",
-    "stream_statistics_kernel": "as lse_fold",
+    "stream_statistics_kernel": "as lse_accumulate",
     "_likelier": "a pivot: the sums about it hold the NaN, whatever it is",
     "_highest": "a threshold for others' entries; the stream that holds the NaN is added to the difference it masks",
 }
@@ -139,13 +139,15 @@ def test_no_minimum_or_maximum_drops_a_nan_unless_it_reaches_the_row_another_way
     allowed = {("max", name) for name in DROPS_NAN}
     assert not {key: cases for key, cases in dropping.items() if key not in allowed}
     seen = {name for _, name in dropping}
-    assert {"lse_fold", "lse_finish", "accumulate", "finish_row", "_likelier", "_highest"} <= seen, "sees what is there"
+    assert {"lse_accumulate", "lse_finish", "accumulate", "finish_row", "_likelier", "_highest"} <= seen, (
+        "sees what is there"
+    )
 
 
 def test_the_innermost_function_of_ours_is_found():
-    functions = {"a.py": [(1, 9, "clip")], "b.py": [(1, 5, "lane_max"), (6, 9, "fold")]}
+    functions = {"a.py": [(1, 9, "clip")], "b.py": [(1, 5, "lane_max"), (6, 9, "add")]}
     assert _innermost("a.py:4:1 @[ b.py:7:2 @[ k.py:1:1 ] ]", functions) == "clip"
-    assert _innermost("standard.py:170:27 @[ standard.py:191:40 @[ b.py:2:1 @[ b.py:7:1 ] ] ]", functions) == "fold"
+    assert _innermost("standard.py:170:27 @[ standard.py:191:40 @[ b.py:2:1 @[ b.py:7:1 ] ] ]", functions) == "add"
     assert _innermost("elsewhere.py:1:1", functions) == "elsewhere.py:1:1"
 
 

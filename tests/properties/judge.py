@@ -182,7 +182,8 @@ def judge_gradient(call, given, name, value, exact, near) -> None:
     expected = exact.gradients[name]
     rows = np.abs(given.upstream.double().numpy()).max(initial=0.0) * (call.tokens if name != "student" else 1)
     steep = (call.own.scale if call.linear else 1.0) / call.full["temperature"]
-    floor = GRADIENT_FLOOR * rows * steep * max(1.0, call.size / 10)
+    kl = exact.results["student_kl"]  # of which p·(log-ratio − KL) is the difference in reverse KL
+    floor = GRADIENT_FLOOR * rows * steep * max(1.0, call.size / 10, kl[np.isfinite(kl)].max(initial=0.0))
     if call.linear and name == "student":
         floor *= np.linalg.norm(given.heads[0][0].double().numpy())
     if name == "weight":
@@ -229,7 +230,7 @@ def scale_of(call: Call, name: str, largest: float) -> float:
     """
     if name in ("student_kl", "target_kl"):
         return max(1.0, largest / 15)
-    size = max(1.0, call.size) / call.full["temperature"]
+    size = max(1.0, call.size / call.full["temperature"])  # log-probabilities are of the order of 1 at any temperature
     if name.endswith("norm"):
         return 3.0 * size * np.sqrt(call.vocab)
     if call.impl == "triton" and name.endswith("entropy"):  # Σ p·log p of log p that round at the size of a logit

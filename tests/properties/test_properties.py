@@ -38,6 +38,17 @@ purified = dict.fromkeys(["function"], "purified_jsd")
         APART, seed=128, size=30.0, spread=0.3, telemetry=True, options={"beta": 0.5, "temperature": 0.5}, **purified
     )
 )
+# NaN of a mean over no entry
+@example(replace(APART, seed=2886323998, vocab=2, shape=(3, 3), size=1000.0, spread=0.02, layout="strided", **purified))
+@example(replace(APART, seed=2946389400, vocab=2, shape=(7,), spread=0.3, decompose=True, total=True, **purified))
+# 1e-5 of a rounded normaliser, added to a row whose one likely entry is capped
+@example(
+    replace(
+        PLAIN, seed=3476221970, shape=(6,), vocab=21, width=2, student_width=2, dtype="float16", size=30.0, spread=3.0,
+        layout="expanded", own=Head(forbidden=True), frozen=Head(scale=1.7), function="linear_purified_jsd", telemetry=True,
+        options={"beta": 0.0, "entry_clip": 0.001, "pmi_clip": 1e4},
+    )
+)  # fmt: skip
 def test_torch_agrees_with_the_oracle(call):
     judge(call)
 

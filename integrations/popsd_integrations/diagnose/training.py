@@ -24,7 +24,7 @@ from popsd_integrations.huggingface.prompts import ContextBuilder, Prompts, thin
 from popsd_integrations.huggingface.sampling import hf_generate
 from popsd_integrations.trl_trainer.command import load_data, read_options, split_of
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
-from popsd_integrations.trl_trainer.dataset import check_columns, problem_of
+from popsd_integrations.trl_trainer.dataset import check_columns, problem_of, with_other_solutions
 
 _SHUFFLED = 10_000
 """Rows of a stream that are held to draw from."""
@@ -39,6 +39,7 @@ def read(given: Sequence[str], completions: int, folder: Path | None) -> Setting
     name, init = str(model_args.model_name_or_path), dict(args.model_init_kwargs or {})
     dataset = split_of(load_data(script, mixture), script.dataset_train_split, "dataset_train_split")
     check_columns(dataset, "train_dataset", args)
+    dataset = with_other_solutions(dataset, "train_dataset", args)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=init.get("revision") or "main", trust_remote_code=args.trust_remote_code

@@ -61,7 +61,10 @@ def _column(label: str, option: str, row: Mapping[str, Any], wanted: str | None,
     for name in (wanted,) if wanted else usual:
         if name in row:
             return name
-    raise ValueError(f"{option}: expected {wanted or ' or '.join(usual)} in {label}; got the columns {sorted(row)}.")
+    raise ValueError(
+        f"{option}: expected {wanted or ' or '.join(usual)} in {label}; got the columns {sorted(row)}. Name one of them with "
+        f"--{option}."
+    )
 
 
 def _text(label: str, problem: int, row: Mapping[str, Any], column: str) -> str:

@@ -22,7 +22,10 @@ if TYPE_CHECKING:  # the command line reads its options before it imports torch
 
 BATCH_SIZES = {"transformers": 8, "vllm": 384}
 _PLAIN = ("model", "engine", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "question_template")
-_WITH_NEW_COMPLETIONS = ("adapters", "benchmarks", "samples", "batch_size", "engine_kwargs")
+_WITH_NEW_COMPLETIONS = (
+    *("adapters", "benchmarks", "question_column", "answer_column", "split"),
+    *("samples", "batch_size", "engine_kwargs"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +128,10 @@ def _checked(options: argparse.Namespace) -> Job:
         except ValueError as error:
             raise ValueError(f"benchmarks: problem {task.problem} of {task.benchmark}: {error}") from error
     found = checkpoints.resolve(config.model, options.adapters or [])
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    same = {
+        name: config.engine_kwargs[name] for name in ("revision", "trust_remote_code") if name in config.engine_kwargs
+    }
+    tokenizer = AutoTokenizer.from_pretrained(config.model, **same)
     builder, prompts = ContextBuilder(tokenizer, config.contexts()), {}
     for task in (task for problems in tasks.values() for task in problems):
         built = builder.build(Problem(task.question, task.answer))
@@ -197,7 +203,7 @@ def _again(options: argparse.Namespace) -> Outcome:
     """Judge completions that are there."""
     from popsd_integrations.evaluate import generations
     from popsd_integrations.evaluate.summary import group
-    from popsd_integrations.scoring import check_answer, scorer
+    from popsd_integrations.scoring import check_answer, scorer, scorer_code
 
     unused = [name for name in _WITH_NEW_COMPLETIONS if getattr(options, name) is not None]
     if unused:
@@ -230,7 +236,9 @@ def _again(options: argparse.Namespace) -> Outcome:
                 judged.append(record | score(record["text"], record["expected"])._asdict())
                 bar.update()
         generations.write(path, judged)
-        generations.write_settings(folder, kept | {"scorer": options.scorer})
+        generations.write_settings(
+            folder, kept | {"scorer": options.scorer, "scorer_code": scorer_code(options.scorer)}
+        )
     checkpoints = kept["checkpoints"]
     about = {
         "settings": kept["settings"],

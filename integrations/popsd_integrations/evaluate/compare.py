@@ -25,7 +25,8 @@ STATE = "trainer_state.json"
 LAST = 0.2
 """The share of the steps over which the end of a curve is averaged."""
 NOTES = (
-    "Evaluations: differences to the first one, paired problem by problem, with 95 % bootstrap intervals over problems. "
+    "Evaluations: means with 95 % bootstrap intervals over problems, and differences to the first one, paired problem by "
+    "problem. "
     "Where problems, base or settings are others there is no difference, and the row says which. "
     "Of each run the last checkpoint is compared and not the best one, which is chosen by its accuracy.",
     f"Curves: means over the last {LAST:.0%} of the steps that both runs logged, paired step by step. The intervals take steps "
@@ -133,7 +134,12 @@ def read_run(label: str, folder: Path) -> Run:
 
 def _settings(kept: Mapping[str, Any]) -> dict[str, Any]:
     """What evaluations must share to be paired. The base is known by its weights where it is a folder, or by its name."""
-    settings = {"engine_kwargs": {}, **kept["settings"], "scorer": kept["scorer"]}
+    settings = {
+        "engine_kwargs": {},
+        **kept["settings"],
+        "scorer": kept["scorer"],
+        "scorer code": kept.get("scorer_code"),
+    }
     settings.pop("seed", None)
     model = settings.pop("model", None)
     return settings | {"base": kept["checkpoints"].get(BASE, {}).get("weights") or model}
@@ -172,7 +178,7 @@ def _columns(runs: Sequence[Run]) -> dict[str, Evaluated]:
 def evaluation_rows(columns: Mapping[str, Evaluated]) -> list[list[str]]:
     """Accuracy, markers and length of each column, and their differences to the first one, or why there is none."""
     heading = next(iter(columns), "")
-    rows = [["evaluation", *(x for name in MEASURES for x in (name, f"− {heading}"))]]
+    rows = [["evaluation", *(x for name in MEASURES for x in (name, f"difference to {heading}"))]]
     for name, model in columns.items():
         first = columns[heading]
         reason = model.differs(first)
@@ -210,16 +216,16 @@ def _number(value: float, sign: bool) -> str:
 
 MEASURES = {
     "accuracy, %": (rates, report.percent),
-    "the paper's markers": (marker_rates, _plain),
-    "tokens": (lengths, _plain),
+    "the paper's markers per completion": (marker_rates, _plain),
+    "tokens per completion": (lengths, _plain),
 }
 
 
 def curve_rows(runs: Sequence[Run]) -> list[list[str]]:
     """Where the curves end, and the differences of each run to the first one."""
-    header = ["end of training"]
+    header = [f"training, last {LAST:.0%} of the steps"]
     for found in runs:
-        header += [found.label] if found is runs[0] else [found.label, f"{found.label} − {runs[0].label}"]
+        header += [found.label] if found is runs[0] else [found.label, f"difference to {runs[0].label}"]
     rows = [header]
     for title in CURVES:
         if not any(title in found.curves for found in runs):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from popsd_integrations.evaluate.checkpoints import Checkpoint
 from popsd_integrations.evaluate.settings import SamplingConfig, Task
 from popsd_integrations.run_folder import write_whole
+from popsd_integrations.scoring import scorer_code
 
 FILE, SETTINGS = "generations.jsonl", "settings.json"
 Key = tuple[str, str, int, int]
@@ -136,6 +137,11 @@ def open_folder(
                 f"scorer: expected {kept['scorer']!r}, by which the completions in {folder} were judged; got {scorer!r}. "
                 f"Judge them again: --from {folder / FILE} --scorer {scorer}."
             )
+        if kept.get("scorer_code", scorer_code(scorer)) != scorer_code(scorer):
+            raise ValueError(
+                f"scorer: expected {scorer} as it was when it judged the completions in {folder}; it was edited. Judge them "
+                f"again: --from {folder / FILE} --scorer {scorer}."
+            )
         for checkpoint in checkpoints:
             weights = kept["checkpoints"].get(checkpoint.label, {"weights": checkpoint.weights})["weights"]
             if weights != checkpoint.weights:
@@ -157,7 +163,8 @@ def open_folder(
     for x in checkpoints:
         before = known_checkpoints.get(x.label, {}).get("asked", {})
         known_checkpoints[x.label] = {"run": x.run, "path": x.path, "weights": x.weights, "asked": before | asked}
-    write_settings(folder, {"settings": config.plain(), "scorer": scorer, "checkpoints": known_checkpoints})
+    content = {"settings": config.plain(), "scorer": scorer, "scorer_code": scorer_code(scorer)}
+    write_settings(folder, content | {"checkpoints": known_checkpoints})
     return records
 
 

@@ -76,12 +76,12 @@ def accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
     header = [
         f"accuracy, mean of {k}, %",
         *shown,
-        "− base",
+        "difference to base",
         f"pass@{k}",
         "majority",
         "truncated",
         "unformatted",
-        "tokens",
+        "tokens per completion",
         "",
     ]
     rows = [header]
@@ -105,7 +105,7 @@ def accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
 
 def selected_rows(results: dict[str, Any]) -> list[list[str]]:
     """The best checkpoint of each run that has several, apart."""
-    rows = [["selected", "checkpoint", "accuracy, %", "− base", "of that by selection alone"]]
+    rows = [["run", "selected checkpoint", "accuracy, %", "difference to base", "of that by selection alone"]]
     for run, found in results["selected"].items():
         if found["of"] > 1:
             total = overall(results["models"][found["label"]])
@@ -124,7 +124,8 @@ def selected_rows(results: dict[str, Any]) -> list[list[str]]:
 
 def marker_rows(results: dict[str, Any]) -> list[list[str]]:
     """Totals, per completion and per 1,000 tokens of each set of markers, over all benchmarks; with the lengths."""
-    rows = [["markers", "set", "total", "per completion", "− base", "per 1,000 tokens", "tokens", "longest"]]
+    rows = [["model", "markers", "total", "per completion", "difference to base", "per 1,000 tokens"]]
+    rows[0] += ["tokens per completion", "longest completion"]
     for label, scores in results["models"].items():
         total = overall(scores)
         for name, counted in total["markers"].items():

@@ -1,4 +1,5 @@
-"""Hugging Face causal LMs: heads and hidden states, prompts and their packing, frozen weights, sampling. Needs no TRL.
+"""Hugging Face causal LMs: heads and hidden states, prompts and their packing, frozen weights, sampling, several
+processes. Needs no TRL.
 
 A training step of one row, from the prompts to the gradient. The examples of this package's functions use this model.
 
@@ -28,6 +29,7 @@ A training step of one row, from the prompts to the gradient. The examples of th
 True
 """
 
+from popsd_integrations.huggingface.distributed import agreed, global_num_items, join_processes, run_in_forward
 from popsd_integrations.huggingface.frozen import (
     EMA,
     AdapterOff,
@@ -72,6 +74,7 @@ __all__ = [
     "Problem",
     "Prompts",
     "Sampler",
+    "agreed",
     "check_model",
     "check_positions",
     "check_same_completions",
@@ -79,15 +82,18 @@ __all__ = [
     "frozen_states",
     "frozen_weights",
     "gathered",
+    "global_num_items",
     "head_from_model",
     "hf_generate",
     "hidden_states",
+    "join_processes",
     "only_given_settings",
     "pack",
     "pack_contexts",
     "pack_padded",
     "padded",
     "position_limit",
+    "run_in_forward",
     "special_tokens",
     "unpad",
     "use_head",

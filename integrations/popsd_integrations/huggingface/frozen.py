@@ -13,10 +13,18 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from popsd import Head
-from popsd_integrations.huggingface.heads import eval_mode, hidden_states, is_sharded, local_head, unwrapped
+from popsd_integrations.huggingface.distributed import check_seen, unwrapped
+from popsd_integrations.huggingface.heads import (
+    eval_mode,
+    hidden_states,
+    is_sharded,
+    is_tensor_parallel,
+    local_head,
+)
 from popsd_integrations.huggingface.packing import CONTEXT_OF, Packed, joined
 
 
@@ -39,20 +47,28 @@ class AdapterOff:
                 f"model: expected a PEFT model; got {type(model).__name__}, which has no adapter to disable. "
                 "Use FrozenCopy under full fine-tuning."
             )
-        self.model = unwrapped(model)
+        self._given, self.model = model, unwrapped(model)
 
     @contextmanager
     def weights(self) -> Iterator[nn.Module]:
         """The student's own model with its adapter off, in eval mode. On leaving, flags and modes are as before."""
+        check_seen(self._given)
         # On leaving, disable_adapter() sets requires_grad also on adapter parameters that the user had frozen.
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+
+        def restore() -> None:
+            for parameter, requires_grad in flags:
+                parameter.requires_grad_(requires_grad)
+
         with eval_mode(self.model):
             try:
                 with self._off():
+                    # FSDP1 forgets what a unit has accumulated once nothing in it requires a gradient.
+                    if any(isinstance(module, FullyShardedDataParallel) for module in self.model.modules()):
+                        restore()
                     yield self.model
             finally:
-                for parameter, requires_grad in flags:
-                    parameter.requires_grad_(requires_grad)
+                restore()
 
     @contextmanager
     def _off(self) -> Iterator[None]:
@@ -101,6 +117,11 @@ class FrozenCopy(FrozenModel):
         if has_adapter(model):
             raise ValueError(
                 f"model: expected a model without adapters; got {type(model).__name__}. AdapterOff needs no copy."
+            )
+        if is_tensor_parallel(model):  # transformers puts forwards on the modules that hold on to their weights
+            raise ValueError(
+                f"model: expected one that no tensor-parallel plan shares out, whose copy would compute with the trained "
+                f"weights; got {type(model).__name__}. Load the initial weights once more and pass FrozenModel(them)."
             )
         super().__init__(copy.deepcopy(unwrapped(model)).requires_grad_(False))
 
@@ -199,7 +220,7 @@ class FrozenChecksum:
 
     @torch.no_grad()
     def _sums(self) -> dict[str, int]:
-        constant = self.source.constant()
+        constant: dict[str, torch.Tensor] = {**self.source.constant(), **_scales(self.source.model)}
         sums = [_shard(p).view(_BITS[p.dtype.itemsize]).sum(dtype=torch.int64) for p in constant.values()]
         if not sums:
             return {}
@@ -207,6 +228,16 @@ class FrozenChecksum:
         if any(map(is_sharded, constant.values())) and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
         return dict(zip(constant, total.tolist(), strict=True))
+
+
+def _scales(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a quantised model's state holds beside parameters and buffers: the scales of its packed weights, without which
+    the same bits are other weights."""
+    if not getattr(model, "is_quantized", False):  # by transformers; packed bits may be stored in a floating dtype
+        return {}
+    known = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    state = model.state_dict().items()
+    return {name: x for name, x in state if name not in known and isinstance(x, torch.Tensor)}
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -8,30 +8,31 @@ not trained wrongly.
 
 from __future__ import annotations
 
-import gc
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Partial
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from popsd import Head
+from popsd_integrations.huggingface.distributed import (
+    check_reduced,
+    check_seen,
+    forward_as,
+    is_around,
+    is_running,
+    run_in_forward,
+    unwrapped,
+)
 
 _MULTIPLIES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _LOGITS_SCALING_MULTIPLIES = ("hyperclovax",)
 _HEAD_FN = "popsd_head_fn"
-_FORWARDS: ContextVar[frozenset[int]] = ContextVar("forwards", default=frozenset())
-"""Wrappers whose forward is running, and their modules, by id: inside it the backbone is called at once."""
-
-T = TypeVar("T")
 
 
 def use_head(model: nn.Module, head_fn: Callable[[Any], Head]) -> None:
@@ -47,12 +48,13 @@ def use_head(model: nn.Module, head_fn: Callable[[Any], Head]) -> None:
 
 
 def head_from_model(model: nn.Module) -> Head:
-    """The head of a causal language model, in a PEFT or DDP wrapper or not. It holds the model's own parameters.
+    """The head of a causal language model, in PEFT's and other wrappers or not. It holds the model's own parameters.
 
     The weight is [V, D] in the model's dtype, the bias [V] or None. Under an adapter that trains the head
     (``modules_to_save``) the answer depends on whether the adapter is on. For the frozen head call it inside the context
     that switches the adapter off. A head that FSDP2 shards is gathered, and its gradient goes back as FSDP2's mean.
-    Raises ValueError for a head that is adapted or absent, TypeError for one that is quantised.
+    Raises ValueError for a head that is adapted or absent and for FSDP1 outside `run_in_forward`, TypeError for a head that
+    is quantised.
 
     >>> list(head_from_model(model).weight.shape)
     [50, 16]
@@ -62,6 +64,7 @@ def head_from_model(model: nn.Module) -> Head:
 
 def local_head(model: nn.Module) -> Head:
     """`head_from_model`, but as this rank holds it: under FSDP2 a head of DTensors."""
+    check_seen(model)
     causal = causal_model(model)
     head_fn = getattr(causal, _HEAD_FN, None)
     if head_fn is not None:
@@ -101,12 +104,13 @@ def hidden_states(
 ) -> torch.Tensor:
     """Last hidden states [B, L, D] as the head takes them: no logits are computed, adapters are active.
 
-    model: a causal language model, its PEFT wrapper, its DDP wrapper, or one that FSDP2 shards. A wrapper is called as
-        such, so that it gathers its shards and reduces the gradients.
+    model: a causal language model, under PEFT or not, in DDP, in DeepSpeed's engine, or sharded by FSDP2. A wrapper is
+        called as such, so that it gathers its shards and reduces the gradients. With `run_in_forward` that is done once for
+        the whole loss, and FSDP1 works too.
     input_ids, attention_mask, position_ids: [B, L] int64, on the model's device. A model that takes no position_ids
         (ALiBi, state-space) is not given any.
-    Raises ValueError for a head that is not called on the states, for a prompt-learning adapter, for FSDP1, and for a
-    module in training whose DDP wrapper was not passed: its gradients would never be reduced.
+    Raises ValueError for a head that is not called on the states, for a prompt-learning adapter, for FSDP1 outside
+    `run_in_forward`, and for a module in training whose wrapper was not passed: its gradients would never be reduced.
 
     >>> list(hidden_states(model, torch.tensor([[1, 2, 3]])).shape)
     [1, 3, 16]
@@ -118,11 +122,13 @@ def hidden_states(
     def run() -> torch.Tensor:
         return _states(causal, given, position_ids)
 
-    if id(model) in _FORWARDS.get():
+    if is_running(causal):
         return run()
-    if isinstance(model, DistributedDataParallel | FSDPModule):
-        return run_in_forward(model, unwrapped(model), run)
-    _check_reduced(model)
+    check_seen(model)
+    for wrapper in (model, causal):  # PEFT may be around a model that is sharded already
+        if is_around(wrapper) or isinstance(wrapper, FSDPModule):
+            return run_in_forward(wrapper, run)
+    check_reduced(unwrapped(model))
     return run()
 
 
@@ -148,7 +154,7 @@ def _states(causal: Any, given: dict[str, Any], position_ids: torch.Tensor | Non
         return states
 
     # The identity in the place of the head: what follows it in the model's forward costs D columns instead of V.
-    with _forward_as(lm_head, take):
+    with forward_as(lm_head, take):
         causal.forward(**given)
     if len(taken) != 1:
         raise ValueError(
@@ -158,63 +164,8 @@ def _states(causal: Any, given: dict[str, Any], position_ids: torch.Tensor | Non
     return taken[0]
 
 
-def run_in_forward(wrapper: nn.Module, inner: nn.Module, function: Callable[[], T]) -> T:
-    """Call ``function`` as the forward of ``wrapper`` (DDP, FSDP, or the model itself), and return its result.
-
-    They reduce gradients and gather shards only for what runs inside their forward. ``inner`` is the module that
-    ``wrapper`` calls in the end. Autocast that accelerate put on ``inner.forward`` is not entered; enter it in ``function``.
-    """
-
-    def once(*_: Any, **__: Any) -> T:
-        restore()  # function may want the real forward
-        token = _FORWARDS.set(_FORWARDS.get() | {id(wrapper), id(inner)})
-        try:
-            return function()
-        finally:
-            _FORWARDS.reset(token)
-
-    with _forward_as(inner, once) as restore:
-        result: T = wrapper()
-    return result
-
-
-@contextmanager
-def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Callable[[], None]]:
-    """Another forward of one module inside; yields what ends it earlier. A forward that was set before comes back."""
-    own = module.__dict__.get("forward")
-
-    def restore() -> None:
-        if own is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.__dict__["forward"] = own
-
-    module.__dict__["forward"] = forward
-    try:
-        yield restore
-    finally:
-        restore()
-
-
-def _check_reduced(model: nn.Module) -> None:
-    """Raise ValueError for a module in training that is called past its DDP wrapper."""
-    if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
-        return
-    # A module does not know its wrapper, so the wrappers are looked for. This takes tenths of a second at most.
-    if any(type(x) is DistributedDataParallel and x.module is model for x in gc.get_objects()):
-        raise ValueError(
-            "model: expected the DistributedDataParallel wrapper, which reduces the gradients; got the module within it. "
-            "Pass the wrapper to hidden_states."
-        )
-
-
 def causal_model(model: Any) -> Any:
-    """The Hugging Face model inside DDP and PEFT wrappers, or the model itself.
-
-    Raises ValueError on prompt learning and on FSDP1.
-    """
+    """The Hugging Face model inside all wrappers, or the model itself. Raises ValueError on prompt learning."""
     model = unwrapped(model)
     if not hasattr(model, "get_base_model"):
         return model
@@ -228,21 +179,18 @@ def causal_model(model: Any) -> Any:
     return model.get_base_model()
 
 
-def unwrapped(model: Any) -> Any:
-    """The module inside DDP, or the model itself. Raises ValueError on FSDP1."""
-    if isinstance(model, FullyShardedDataParallel):
-        raise ValueError(
-            "model: expected DDP or FSDP2; got FullyShardedDataParallel (FSDP1), whose parameters are not seen outside "
-            "its forward. Shard the model with torch.distributed.fsdp.fully_shard."
-        )
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside. On leaving, every module returns to the mode that it had."""
+    """Eval mode inside. On leaving, every module returns to the mode that it had.
+
+    The layers of bitsandbytes keep theirs. They have no dropout, and on a CPU it chooses their arithmetic (0.50): 8-bit layers
+    quantise their input in eval mode only, which moves logits by 2 % of the largest, and 4-bit layers are repacked for a
+    kernel without a gradient where there is AVX512-BF16. The frozen weights would not be those that the student starts from.
+    """
     was_training = [module for module in model.modules() if module.training]
     model.eval()
+    for module in was_training:
+        module.training = type(module).__module__.split(".")[0] == "bitsandbytes"
     try:
         yield
     finally:
@@ -270,6 +218,22 @@ def _full(parameter: torch.Tensor) -> torch.Tensor:
     if full.requires_grad:
         full.register_hook(lambda gradient: gradient / mesh.size())
     return full
+
+
+def for_loss(model: nn.Module, head: Head, dtype: torch.dtype) -> Head:
+    """The head of a model, or of its frozen weights, as a loss takes it, in ``dtype``.
+
+    Where a tensor-parallel plan shares its rows out, it stays shared out, see docs/vocabulary_parallel.md; else `gathered`.
+    """
+    if not (isinstance(head.weight, DTensor) and is_tensor_parallel(model) and head.weight.placements == (Shard(0),)):
+        return gathered(head, dtype)
+    return Head(head.weight.to(dtype), head.bias, head.logit_scale, head.softcap)
+
+
+def is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether ranks share the weights for the same tokens. FSDP2 shards them too, but there each rank has tokens of its own."""
+    sharded = any(isinstance(x, DTensor) for x in model.parameters())
+    return sharded and not any(isinstance(x, FSDPModule) for x in model.modules())
 
 
 def held(head: Head) -> Head:

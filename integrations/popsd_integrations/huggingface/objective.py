@@ -16,6 +16,7 @@ what it registers as ``name``, or its function or its ``popsd.TargetConfig`` of 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping
 from dataclasses import fields
@@ -25,10 +26,18 @@ import torch
 from torch import nn
 
 from popsd import DivergenceConfig, HiddenStates, MaskConfig, PurifiedConfig, PurifiedOPSDLoss, TargetConfig
-from popsd.engine.chunks.registry import checked_target, known_targets, numbers_of, register_target, target_named
+from popsd.engine.chunks.registry import (
+    checked_target,
+    imported,
+    known_targets,
+    numbers_of,
+    register_target,
+    target_named,
+)
 from popsd_integrations.huggingface.frozen import FrozenStates
-from popsd_integrations.huggingface.heads import gathered, hidden_states, local_head, same_head
+from popsd_integrations.huggingface.heads import for_loss, hidden_states, local_head, same_head
 from popsd_integrations.huggingface.packing import Packed
+from popsd_integrations.own_code import code_fingerprint, is_own
 
 _DIVERGENCE = {field.name for field in fields(DivergenceConfig)}
 _PURIFIED = {field.name for field in fields(PurifiedConfig)}
@@ -117,6 +126,21 @@ def measures_decomposition(loss_target: str) -> bool:
     return target.is_teacher or "reference" in target.contexts
 
 
+def target_code(loss_target: str) -> dict[str, str]:
+    """What a run must share with the one that it resumes beside the target's name: the fingerprint of its functions, and the
+    configuration that a module holds. Empty for the targets of popsd.
+    """
+    name, found = _resolved(loss_target)
+    target = target_named(name)
+    device_function = target.device_function
+    if is_own(target.function) and isinstance(device_function, str):
+        with contextlib.suppress(ImportError):  # without Triton its name has to do
+            device_function = imported(device_function)
+    own = [x for x in (target.function, device_function, target.config) if is_own(x)]
+    held = [] if found is None else [repr(found)]
+    return {f"code of loss_target {loss_target!r}": code_fingerprint(*own, *held)} if own or held else {}
+
+
 def _resolved(loss_target: str) -> tuple[str, TargetConfig | None]:
     """The registered name of ``loss_target`` and, where that names a module's configuration, this one. Imports the module."""
     module_name, colon, name = loss_target.partition(":")
@@ -160,18 +184,18 @@ def student_loss(
         was not run, the base takes its place, which makes the purified target β-OPSD's. mask: [B, T] bool or float
         weights, None for all tokens.
     Where student and frozen weights have the same untrained head, one head serves all four streams, which saves a
-    matmul.
+    matmul. Ranks of a tensor-parallel plan pass the same tokens and keep their own rows of the head.
     """
     states = hidden_states(model, packed.input_ids, packed.attention_mask, packed.position_ids)
     head = local_head(model)
     frozen_head = None
     if head.weight.requires_grad or not same_head(head, frozen.head):
         with torch.no_grad():
-            frozen_head = gathered(frozen.head, states.dtype)
+            frozen_head = for_loss(model, frozen.head, states.dtype)
     reference = frozen.base if frozen.reference is None else frozen.reference
     return loss_fn(
         HiddenStates(packed.predicting(states), frozen.base, frozen.teacher, reference),
-        student_head=gathered(head, states.dtype),
+        student_head=for_loss(model, head, states.dtype),
         frozen_head=frozen_head,
         mask=packed.completion_mask if mask is None else mask,
         num_items=num_items,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,11 @@ from popsd_integrations.huggingface.packing import padded
 from popsd_integrations.huggingface.prompts import Prompts
 
 Generate = Callable[..., list[list[int]]]
+
+_PROBE, _STEPS = 16, 5
+"""Tokens of a prompt, and of its completion, by which it is seen whether prompts can be completed together."""
+_REFUSED = 10
+"""Times the tolerance of logits: more is another distribution and no rounding."""
 
 
 class Sampler:
@@ -87,7 +93,8 @@ def hf_generate(
 
     prompts: B lists of token ids. top_p, top_k: filters of the samples; 1 and 0 are none. further: other settings of
     ``transformers.GenerationConfig``, such as min_p. Returns B lists, each up to its first end-of-sequence token, which is
-    included.
+    included. The prompts are padded on the left to one batch. Where the model sees the padding, they are sampled one length
+    at a time, and one by one where it sees the other rows. Raises ValueError where ``generate`` samples another distribution.
     No other filter and no penalty applies, whatever the model's own generation_config says (see `only_given_settings`), but
     that no token at or beyond ``vocab_size`` is sampled.
 
@@ -97,27 +104,114 @@ def hf_generate(
     """
     from transformers import GenerationConfig
 
-    input_ids, attention_mask = padded(prompts, pad_token_id, device=causal_model(model).device)
     settings: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         # generate fills what nobody set from its own defaults, and one of them is top_k=50
-        settings = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p} | further
+        settings = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    settings |= further
     unused = unused_tokens(model, vocab_size)
     settings["suppress_tokens"] = sorted({*(settings.get("suppress_tokens") or ()), *unused}) or None
+    settings |= {"eos_token_id": list(eos_token_id), "pad_token_id": pad_token_id}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, **settings)
+
+    def generated(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        input_ids, attention_mask = padded(rows, pad_token_id, device=causal_model(model).device)
+        found = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+        return [_to_first_end(row, set(eos_token_id)) for row in found[:, input_ids.shape[1] :].tolist()]
+
     with only_given_settings(model):
-        generated = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens, eos_token_id=list(eos_token_id), pad_token_id=pad_token_id, **settings
-            ),
+        return grouped(prompts, exact_grouping(model, prompts, pad_token_id), generated)
+
+
+def _to_first_end(ids: list[int], ends: set[int]) -> list[int]:
+    return ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]
+
+
+TOGETHER, BY_LENGTH, ALONE = "together", "by length", "alone"
+
+
+def grouped(
+    prompts: Sequence[Sequence[int]],
+    grouping: str,
+    generate: Callable[[list[Sequence[int]]], list[list[int]]],
+) -> list[list[int]]:
+    """Completions in the prompts' order, of ``generate`` called with the prompts that ``grouping`` puts together.
+
+    >>> grouped([[1, 2], [3], [4, 5]], BY_LENGTH, lambda rows: [[len(row), len(rows)] for row in rows])
+    [[2, 2], [1, 1], [2, 2]]
+    """
+    keys = {TOGETHER: lambda place: 0, BY_LENGTH: lambda place: len(prompts[place]), ALONE: lambda place: place}
+    groups: dict[int, list[int]] = {}
+    for place in range(len(prompts)):
+        groups.setdefault(keys[grouping](place), []).append(place)
+    completions: dict[int, list[int]] = {}
+    for places in groups.values():
+        made = generate([prompts[place] for place in places])
+        if len(made) != len(places):
+            raise ValueError(f"generate: expected {len(places)} completions, one per prompt; got {len(made)}.")
+        completions |= zip(places, made, strict=True)
+    return [completions[place] for place in range(len(prompts))]
+
+
+def exact_grouping(model: Any, prompts: Sequence[Sequence[int]], pad_token_id: int) -> str:
+    """Which prompts ``model.generate`` completes in one call by the model's own logits of each alone, for `grouped`.
+
+    TOGETHER; or BY_LENGTH, where padding on the left is seen; or ALONE, where other rows are, as by RWKV of transformers 5.23,
+    which mixes their cached states. It is measured on two short prompts, which takes little beside a batch of completions.
+    Raises ValueError where not even one is, as by CamemBERT, whose positions ``generate`` counts from another number.
+    """
+    if not prompts:  # a stream that gives no row ends in an error of its own
+        return TOGETHER
+    length = max(2, min(_PROBE, (position_limit(model) or 2 * _PROBE) - _STEPS))
+    first, *_, last = sorted([*prompts, prompts[0]], key=len)
+    # In a batch of one prompt twice it would not show that rows are mixed, so one of them is turned.
+    one, other = ((list(ids[-length:]) * length)[:length] for ids in (first, [*last[1:], last[0]]))
+    name = type(causal_model(model)).__name__
+    errors: dict[str, float] = {}
+    for grouping, rows in {TOGETHER: [one[: length // 2], other], BY_LENGTH: [one, other], ALONE: [one]}.items():
+        errors[grouping] = _generation_error(model, rows, pad_token_id)
+        if errors[grouping] <= 1:
+            break
+    # Where a mixture of experts rounds to 16 bits, none may be within it, and they differ by chance.
+    best = min(errors.values())
+    grouping = next(name for name, error in errors.items() if error <= max(1, 4 * best))
+    if errors[grouping] > _REFUSED:
+        raise ValueError(
+            f"model: expected model.generate to sample by the model's own logits; those of {name} differ from its forward's by "
+            f"{best:.3g} times what rounding explains. Pass a generate function of your own."
         )
-    ends = set(eos_token_id)
-    completions = []
-    for row in generated[:, input_ids.shape[1] :].tolist():
-        length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
-        completions.append(row[:length])
-    return completions
+    if grouping != TOGETHER:
+        seen = "padding on the left" if grouping == BY_LENGTH else "the other rows"
+        text = f"{name} sees {seen} when it generates, so prompts are sampled {grouping}, which is slower."
+        warnings.warn(text, stacklevel=2)
+    return grouping
+
+
+def _generation_error(model: Any, prompts: list[list[int]], pad_token_id: int) -> float:
+    """Difference of the logits that ``model.generate`` draws from in one call to the model's own, as a share of the tolerance.
+
+    Over a few steps, which are made to the same tokens.
+    """
+    from transformers import GenerationConfig
+
+    from popsd_integrations.huggingface.invariants import own_logits, tolerance
+
+    forced = (prompts[0] * _STEPS)[:_STEPS]
+    settings: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True}
+    config = GenerationConfig(max_new_tokens=_STEPS, pad_token_id=pad_token_id, **settings)
+    # Padding with an ordinary token, because a padding token's embedding may be zero and hide that it is seen.
+    ids, mask = padded(prompts, prompts[0][0], device=causal_model(model).device)
+    with eval_mode(model), torch.no_grad(), only_given_settings(model):
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            prefix_allowed_tokens_fn=lambda _, row: [forced[len(row) - ids.shape[1]]],
+        )
+        own = torch.stack([own_logits(model, prompt, forced) for prompt in prompts])  # [rows, steps, V]
+    limit, over_tokens = tolerance(model)
+    errors = (torch.stack(made.logits, dim=1).float() - own).abs().amax(-1) / own.abs().amax((1, 2))[:, None]
+    return float(errors.quantile(over_tokens, dim=1).nan_to_num(torch.inf).max()) / limit
 
 
 def unused_tokens(model: Any, vocab_size: int | None) -> list[int]:
@@ -167,7 +261,8 @@ def position_limit(model: Any) -> int | None:
     scaled (YaRN), the limit is the scaled one.
     """
     config = causal_model(model).config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or None
+    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest if longest and longest > 0 else None  # XLNet says -1
     rope = getattr(config, "rope_parameters", None) or {}
     original, factor = (rope.get(name) for name in ("original_max_position_embeddings", "factor"))
     if longest is not None and original and factor:

@@ -31,7 +31,7 @@ from popsd_integrations.miniature.task import MAX_NEW_TOKENS, MINIATURE_CONTEXTS
 from popsd_integrations.miniature.tokenizer import build_tokenizer
 from popsd_integrations.miniature.warmup import WarmupConfig, warm_up
 from popsd_integrations.runs.report import METRICS, MODEL
-from popsd_integrations.torch_loop.loop import TrainConfig, train
+from popsd_integrations.torch_loop import TrainConfig, train
 
 Target = Literal["opsd", "purified"]
 TARGETS: tuple[Target, ...] = ("opsd", "purified")

@@ -102,9 +102,15 @@ class HeldOut:
                 raise ValueError(f"held_out.answers[{row}]: {error}") from error
         return judge
 
-    def measure(self, model: Any, judge: Judge, samplers: Mapping[str, Sampler], size: int) -> list[dict[str, Any]]:
-        """Records of all problems by each sampler, ``size`` of them at a time."""
-        rows = self.rows()
+    def measure(
+        self,
+        model: Any,
+        judge: Judge,
+        samplers: Mapping[str, Sampler],
+        size: int,
+        rows: Sequence[tuple[Prompts, str]],
+    ) -> list[dict[str, Any]]:
+        """Records of ``rows``, some of `rows`, by each sampler, ``size`` of them at a time."""
         for kind, sampler in samplers.items():
             for first in range(0, len(rows), size):
                 part = rows[first : first + size]

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from popsd_integrations.huggingface.heads import causal_model
-from popsd_integrations.huggingface.sampling import random_state, set_random_state
+from popsd_integrations.huggingface.sampling import set_random_state
 from popsd_integrations.run_folder import write_whole, writing
 
-VERSION = 2
-_TYPES = {"fingerprint": dict, "step": int, "parameters": dict, "optimizer": dict, "random": dict}
+VERSION = 3
+_TYPES = {"fingerprint": dict, "step": int, "parameters": dict, "optimizer": dict, "random": list}
 """The parts of a checkpoint, beside its version and checksum."""
 
 
@@ -87,8 +87,11 @@ def save_checkpoint(
     step: int,
     trained: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    random_states: list[dict[str, Any]],
 ) -> None:
     """Put a checkpoint in the place of the last one. A run killed at any moment leaves a whole file, old or new.
+
+    random_states: `random_state` of each process.
 
     Raises FloatingPointError for parameters that are not finite, and OSError on a full disk; the last one then stays.
     """
@@ -104,7 +107,7 @@ def save_checkpoint(
         "step": step,
         "parameters": {name: parameter.detach() for name, parameter in trained.items()},
         "optimizer": optimizer.state_dict(),
-        "random": random_state(),
+        "random": random_states,
     }
     content["checksum"] = checksum(content)
     write_whole(path, lambda file: torch.save(content, file))
@@ -171,8 +174,10 @@ def _unreadable(path: Path, got: str) -> ValueError:
     )
 
 
-def restore(checkpoint: dict[str, Any], trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Put parameters, optimiser and random states back, and return the number of steps taken.
+def restore(
+    checkpoint: dict[str, Any], trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int
+) -> int:
+    """Put parameters, optimiser and the random state of process ``rank`` back, and return the number of steps taken.
 
     Raises ValueError, before anything is changed, for tensors that are not those of ``trained`` in name and shape.
     """
@@ -195,7 +200,7 @@ def restore(checkpoint: dict[str, Any], trained: dict[str, nn.Parameter], optimi
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    set_random_state(checkpoint["random"])
+    set_random_state(checkpoint["random"][rank])
     step: int = checkpoint["step"]
     return step
 

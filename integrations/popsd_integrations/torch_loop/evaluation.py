@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from popsd_integrations.huggingface.distributed import agreed, rank
 from popsd_integrations.huggingface.heads import eval_mode
 from popsd_integrations.huggingface.sampling import Sampler, check_positions, own_randomness
 from popsd_integrations.runs.held_out import GREEDY, SAMPLED, HeldOut, accuracies, log
+from popsd_integrations.torch_loop.processes import own_seed, share, together
 
 
 class Judged:
@@ -35,9 +37,12 @@ class Judged:
         self._judge = held_out.judge(tokenizer, self._samplers[GREEDY].eos_token_id)
 
     def __call__(self, model: Any, output: Path, step: int) -> dict[str, float]:
-        """The accuracies. The completions are logged in ``output``."""
-        records = self._held_out.measure(model, self._judge, self._samplers, self._size)
-        log(output, step, "held-out", records)
+        """The accuracies over the problems of all processes. The completions are logged in ``output``."""
+        part = share(self._held_out.rows())
+        records = together(self._held_out.measure(model, self._judge, self._samplers, self._size, part))
+        records.sort(key=lambda record: list(self._samplers).index(record["kind"]))  # as one process has them
+        if rank() == 0:
+            log(output, step, "held-out", records)
         return accuracies(records)
 
 
@@ -54,9 +59,9 @@ def evaluation(
     Raises ValueError where both give the same name.
     """
     found: dict[str, float] = {}
-    with own_randomness(seed), eval_mode(model), torch.no_grad():
+    with own_randomness(own_seed(seed)), eval_mode(model), torch.no_grad():
         for part in (None if judged is None else judged(model, output, step), function and function(model)):
             if common := sorted(found.keys() & (part or {}).keys()):
                 raise ValueError(f"evaluate: expected other names than held_out's; got {', '.join(common)}.")
             found |= part or {}
-    return {f"eval/{name}": float(value) for name, value in found.items()}
+    return agreed(lambda: {f"eval/{name}": float(value) for name, value in found.items()})

@@ -4,7 +4,9 @@ Each step has three parts. Sample completions from the student on the question a
 the same tokens after the question (base), after question and reference solution (teacher), and after the reference
 solution alone. Move the student towards the target built of them.
 
-Left out, to keep it readable from top to bottom: several devices, vLLM, mixed precision (the model trains in the dtype
+Under ``torchrun`` the processes share each step's questions, and the result is that of one process on all of them.
+
+Left out, to keep it readable from top to bottom: sharded models, vLLM, mixed precision (the model trains in the dtype
 it was loaded in), learning-rate schedules (it is constant), logging services. The model stays in the mode it comes in.
 ``from_pretrained`` gives eval mode, so the student is trained on the distribution that it sampled from.
 """
@@ -16,33 +18,35 @@ import json
 import math
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from functools import partial
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from popsd import MaskConfig, PurifiedConfig, PurifiedOPSDLoss, TargetConfig
+from popsd import PurifiedOPSDLoss
 from popsd.markers import EpistemicMarkers
 from popsd_integrations.finite_steps import FiniteSteps
+from popsd_integrations.huggingface.distributed import (
+    agreed,
+    everyones,
+    join_processes,
+    processes,
+    rank,
+    run_in_forward,
+)
 from popsd_integrations.huggingface.frozen import FrozenChecksum, FrozenWeights, frozen_states, frozen_weights
 from popsd_integrations.huggingface.heads import causal_model
 from popsd_integrations.huggingface.invariants import check_model
-from popsd_integrations.huggingface.objective import (
-    loss_function,
-    measures_decomposition,
-    needed_contexts,
-    student_loss,
-    target_config,
-)
+from popsd_integrations.huggingface.objective import measures_decomposition, needed_contexts, student_loss, target_code
 from popsd_integrations.huggingface.packing import pack_contexts
 from popsd_integrations.huggingface.prompts import Prompts
-from popsd_integrations.huggingface.sampling import Generate, Sampler, check_positions, seed_everything
+from popsd_integrations.huggingface.sampling import Generate, Sampler, check_positions, random_state, seed_everything
 from popsd_integrations.run_folder import exclusive, finishing_on_sigterm, writing
 from popsd_integrations.runs import report
 from popsd_integrations.runs.held_out import FILE as COMPLETIONS
@@ -56,100 +60,28 @@ from popsd_integrations.torch_loop.checkpoint import (
     save_checkpoint,
     save_model,
 )
+from popsd_integrations.torch_loop.config import TrainConfig
 from popsd_integrations.torch_loop.evaluation import Judged, evaluation
+from popsd_integrations.torch_loop.processes import (
+    check_same,
+    check_shared,
+    own_seed,
+    share,
+    sum_gradients,
+    summed,
+    together,
+)
 
 CHECKPOINT = "checkpoint.pt"
 # Options that a continued run may change, because the steps taken already do not depend on them.
 _FREE = ("steps", "checkpoint_every")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Options of ``train``; the defaults are the paper's, with one completion per question.
-
-    steps, batch_size: optimiser steps, and questions per step. micro_batch_size: rows per forward, None for all; the
-        result does not depend on it. lora_rank: None is full fine-tuning, which keeps a frozen copy of the weights.
-    temperature: of sampling; 0 is greedy. loss_target: see ``huggingface.objective``, one's own among them; "contrastive_hints"
-        wants prompts built with ``ContextConfig(reference="wrong_hint")``, and controls are contexts too, see
-        ``ContextConfig``. target_parameters: the target's numbers by name.
-        loss: its whole configuration instead; None is its own defaults.
-    masks: which completion tokens the loss keeps; logged as kept_share. Under micro-batches a top share is of each.
-    decompose_every: log Eq. 4 every so many steps, 0 never; β-OPSD has none. evaluate_every, checkpoint_every: steps, 0
-        is at the end only.
-    batched_frozen: run the frozen contexts as one batch. impl: backend of the loss, see ``popsd.Impl``.
-    Raises ValueError for values out of range, and TypeError for what is no number or no whole number where one belongs.
-    """
-
-    steps: int = 200
-    batch_size: int = 32
-    micro_batch_size: int | None = None
-    learning_rate: float = 5e-6
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    lora_rank: int | None = 64
-    lora_alpha: int = 128
-    lora_targets: str | tuple[str, ...] = "all-linear"
-    max_new_tokens: int = 1024
-    temperature: float = 1.0
-    loss_target: str = "purified"
-    target_parameters: dict[str, float] | None = None
-    loss: PurifiedConfig | TargetConfig | None = None
-    masks: MaskConfig | None = None
-    markers: EpistemicMarkers = field(default_factory=EpistemicMarkers)
-    decompose_every: int = 10
-    evaluate_every: int = 0
-    checkpoint_every: int = 50
-    batched_frozen: bool = False
-    impl: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in (*_WHOLE, *_NUMBERS):
-            value, kind = getattr(self, name), "whole number" if name in _WHOLE else "number"
-            if value is None and name in _OR_NONE:
-                continue
-            if isinstance(value, bool) or not isinstance(value, Integral if name in _WHOLE else Real):
-                raise TypeError(f"{name}: expected a {kind}{' or None' * (name in _OR_NONE)}; got {value!r}.")
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value < float("inf"):
-                raise ValueError(f"{name}: expected a number of at least {least}; got {value}.")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a positive finite number; got {getattr(self, name)}.")
-        if self.loss is None:
-            object.__setattr__(self, "loss", target_config(self.loss_target, self.target_parameters))
-        elif self.target_parameters and self.loss != target_config(self.loss_target, self.target_parameters):
-            raise ValueError(
-                f"target_parameters: expected None beside loss, which has them; got {self.target_parameters}."
-            )
-        self.loss_function()
-        if not all(0 <= beta < 1 for beta in self.adam_betas) or len(self.adam_betas) != 2:
-            raise ValueError(f"adam_betas: expected two numbers in [0, 1); got {self.adam_betas}.")
-
-    def loss_function(self) -> PurifiedOPSDLoss:
-        return loss_function(self.loss_target, self.loss, masks=self.masks, impl=self.impl)
-
-
-_OR_NONE = ("micro_batch_size", "lora_rank")
-_WHOLE = (
-    "steps",
-    "batch_size",
-    "max_new_tokens",
-    "decompose_every",
-    "evaluate_every",
-    "checkpoint_every",
-    "seed",
-    *_OR_NONE,
-)
-_NUMBERS = ("learning_rate", "weight_decay", "max_grad_norm", "lora_alpha", "temperature")
-_LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "lora_rank": 1, "lora_alpha": 1, "max_new_tokens": 1}
-_LEAST |= dict.fromkeys(("temperature", "weight_decay", "decompose_every", "evaluate_every", "checkpoint_every"), 0)
-
-
 class TrainResult(NamedTuple):
-    """model: the trained student (the PEFT model under LoRA). metrics: one dictionary per step, as in metrics.jsonl."""
+    """model: the trained student (the PEFT model under LoRA). metrics: one dictionary per step, as in metrics.jsonl.
+
+    Both are the same on all processes, but for the seconds.
+    """
 
     model: Any
     metrics: list[dict[str, float]]
@@ -172,7 +104,7 @@ def train(
 
     generate: samples the completions, see ``huggingface.Sampler``. None: ``hf_generate``.
     evaluate: called with the model every ``evaluate_every`` steps and at the end; its numbers join the metrics as
-        ``eval/…``.
+        ``eval/…``. Every process calls it, and the first one's numbers count.
     held_out: problems that are answered and judged at the same steps, sampled as in training and greedily. Adds
         ``eval/accuracy``, ``eval/accuracy_greedy`` and ``eval/truncated``; the completions go to eval_completions.jsonl.
     resume: continue from the checkpoint in ``output_dir``, or from the start where there is none yet, to the same metrics
@@ -183,12 +115,21 @@ def train(
     ``output_dir`` receives metrics.jsonl, popsd_config.json (the options), checkpoint.pt and, at its end, report.html and
     in ``model`` what was trained, with the tokenizer; ``progress`` then prints how to load and evaluate it.
 
+    Several processes: ``torchrun --nproc_per_node N script.py``, where every process calls this with the same whole model on
+    its own device, the same prompts and options. They share the questions of each step, in the order in which one process
+    takes them, and the held-out problems; a top share of the masks is of each process's part. Loss, metrics and parameters
+    are those of one process with the same completions. The first process writes to its ``output_dir``, which all must be
+    able to read.
+    The group of torchrun is started here, unless one is there; ``torch.distributed.init_process_group(timeout=...)`` before
+    the call sets how long the others wait for a process that is silent. Where one dies or fails, they fail too.
+
     One run at a time works in ``output_dir``. After a SIGTERM the run finishes its step, saves, and raises SystemExit(143).
     A step whose gradient is not finite is refused: the weights stay, a warning names the rows, and ``step_refused`` is 1.
 
     Raises, before any work, TypeError for other prompts, and ValueError for no prompts; for a folder that cannot be written
     to or that another run works in; for a checkpoint that is there without ``resume``, is damaged, is of another run, or
-    has taken more steps; for a model that ``huggingface.check_model`` refuses. Raises RuntimeError, before a checkpoint is
+    has taken more steps; for a model that ``huggingface.check_model`` refuses; for a batch that the processes cannot share
+    evenly, and a process whose arguments differ. Raises RuntimeError, before a checkpoint is
     written, where the frozen weights have changed, FloatingPointError after three refused steps in a row and for parameters
     that are not finite, and OSError on a full disk. The last checkpoint then stays.
     """
@@ -205,11 +146,15 @@ def train(
         raise ValueError(
             f"evaluate_every: expected 0 where nothing is evaluated; got {config.evaluate_every}. Pass held_out or evaluate."
         )
-    with exclusive(output_dir) as output, finishing_on_sigterm() as asked_to_end:
+    join_processes()
+    with ExitStack() as stack:
+        output = agreed(lambda: stack.enter_context(exclusive(output_dir)))
+        asked_to_end = stack.enter_context(finishing_on_sigterm())
+        progress = progress and rank() == 0
         result = _train(
             model, tokenizer, prompts, config, output, generate, evaluate, held_out, resume, progress, asked_to_end
         )
-        report.write_page(output)
+        agreed(lambda: report.write_page(output))
         if progress:
             print("\n".join(report.how_to_go_on(output)))
         return result
@@ -228,15 +173,20 @@ def _train(
     progress: bool,
     asked_to_end: Callable[[], bool],
 ) -> TrainResult:
+    check_shared(model, config.batch_size)
     loss_fn = config.loss_function()
     sampling: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     sampling |= {"generate": generate, "vocab_size": loss_fn.config.vocab_size}
     sampler = Sampler(model, tokenizer, **sampling)
-    judged = None if held_out is None else Judged(held_out, model, tokenizer, sampling, config.batch_size)
+    judged = (
+        None if held_out is None else Judged(held_out, model, tokenizer, sampling, config.batch_size // processes())
+    )
     check_positions(model, prompts, config.max_new_tokens)
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
-    fingerprint = run_fingerprint(options, model, prompts)
+    given = options | target_code(config.loss_target) | {"processes": processes()}
+    fingerprint = run_fingerprint(given, model, prompts)
     checkpoint = read_checkpoint(output / CHECKPOINT, fingerprint, resume, config.steps)
+    check_same(fingerprint, 0 if checkpoint is None else checkpoint["step"])
     seed_everything(config.seed)
     if config.lora_rank is not None:
         model = _with_lora(model, config)
@@ -247,35 +197,39 @@ def _train(
     optimizer = torch.optim.AdamW(
         trained.values(), lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
     )
-    start = 0 if checkpoint is None else restore(checkpoint, trained, optimizer)
-    history = read_metrics(output / METRICS, upto=start)
-    keep(output / COMPLETIONS, lambda record: record["step"] <= start)
-    base = causal_model(model).config._name_or_path
-    report.write_config(output, base=base, options=dataclasses.asdict(config), data={"prompts": len(prompts)})
-    finite = FiniteSteps()
+    if rank() > 0:  # they began alike, and sample on their own
+        seed_everything(own_seed(config.seed))
+    start = 0 if checkpoint is None else restore(checkpoint, trained, optimizer, rank())
+    history = agreed(partial(_begin, model, config, output, start, len(prompts)))
+    finite, ending = FiniteSteps(), False
     backward = partial(_backward, model, source, loss_fn, config, (sampler.pad_token_id, side))
 
-    with writing(output / METRICS), open(output / METRICS, "a", encoding="utf-8") as log:
+    log_path = os.devnull if rank() else output / METRICS
+    with writing(output / METRICS), open(log_path, "a", encoding="utf-8") as log:
         for step in _progress(range(start, config.steps), config, start, progress):
             began = time.perf_counter()
-            indices = _rows(step, config, len(prompts))
+            indices = share(_rows(step, config, len(prompts)))
             rows = [prompts[index] for index in indices]
             completions = sampler(model, rows)
             generated = time.perf_counter()
             decompose = config.decompose_every > 0 and step % config.decompose_every == 0
             decompose = decompose and measures_decomposition(config.loss_target)
-            metrics = backward(rows, completions, decompose)
+            everybodys = together(completions)
+            found = backward(rows, completions, decompose, sum(map(len, everybodys)))
+            sum_gradients(trained.values())
             norm = nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm).item()
             look = partial(_not_finite, indices, rows, completions, backward, list(trained.values()))
-            refused = finite.refuses(norm, step + 1, look)
+            refused = finite.refuses(norm, step + 1, lambda look=look: together(look()))  # type: ignore[misc]
             if not refused:
                 optimizer.step()
             optimizer.zero_grad()
 
-            metrics = {"step": step + 1, **metrics, "grad_norm": norm, "step_refused": float(refused)}
-            metrics |= _completion_metrics(completions, tokenizer, sampler.eos_token_id, config.markers)
+            of_all = everyones((found, asked_to_end()))
+            metrics = {"step": step + 1, **summed([part for part, _ in of_all])}
+            metrics |= {"grad_norm": norm, "step_refused": float(refused)}
+            metrics |= _completion_metrics(everybodys, tokenizer, sampler.eos_token_id, config.markers)
             metrics |= {"seconds/generate": generated - began, "seconds/update": time.perf_counter() - generated}
-            ending = asked_to_end()
+            ending = any(asked for _, asked in of_all)
             last = step + 1 == config.steps
             if last or _due(step, config.evaluate_every):
                 metrics |= evaluation(model, evaluate, judged, config.seed, output, step + 1)
@@ -284,13 +238,26 @@ def _train(
             log.flush()
             if last or ending or _due(step, config.checkpoint_every):
                 checksum.check()
-                os.fsync(log.fileno())
-                save_checkpoint(output / CHECKPOINT, fingerprint, step + 1, trained, optimizer)
+                states = everyones(random_state())
+                if rank() == 0:
+                    os.fsync(log.fileno())
+                    save_checkpoint(output / CHECKPOINT, fingerprint, step + 1, trained, optimizer, states)
             if ending:
                 break
-    if not asked_to_end():
-        save_model(model, tokenizer, output / report.MODEL)
+    if not ending:
+        agreed(lambda: save_model(model, tokenizer, output / report.MODEL))
+    elif not asked_to_end():
+        signal.raise_signal(signal.SIGTERM)  # another process was asked, and all end alike
     return TrainResult(model, history)
+
+
+def _begin(model: nn.Module, config: TrainConfig, output: Path, start: int, count: int) -> list[dict[str, float]]:
+    """Leave in the folder what the steps before ``start`` wrote, describe the run, and return those steps' metrics."""
+    history = read_metrics(output / METRICS, upto=start)
+    keep(output / COMPLETIONS, lambda record: record["step"] <= start)
+    base = causal_model(model).config._name_or_path
+    report.write_config(output, base=base, options=dataclasses.asdict(config), data={"prompts": count})
+    return history
 
 
 def _backward(
@@ -302,12 +269,12 @@ def _backward(
     rows: Sequence[Prompts],
     completions: Sequence[Sequence[int]],
     decompose: bool,
+    tokens: int,
 ) -> dict[str, float]:
-    """Accumulate the gradient of the batch's mean loss per completion token, and return the means of the metrics.
+    """Accumulate the gradient of the rows' part in the batch's mean loss per completion token, and return that of the metrics.
 
-    padding: the token and the side.
+    padding: the token and the side. tokens: of the batch.
     """
-    tokens = sum(map(len, completions))
     size = config.micro_batch_size or len(rows)
     contexts = needed_contexts(config.loss_target, decompose)
     totals: dict[str, torch.Tensor] = {}
@@ -316,7 +283,9 @@ def _backward(
         pad, side = padding
         packed = pack_contexts(part, ids, pad_token_id=pad, side=side, device=causal_model(model).device)
         frozen = frozen_states(source, packed, contexts, batched=config.batched_frozen)
-        loss, metrics = student_loss(model, loss_fn, packed["base"], frozen, num_items=tokens, decompose=decompose)
+        options: dict[str, Any] = {"num_items": tokens, "decompose": decompose}
+        # sum_gradients reduces what hidden_states would otherwise look for a wrapper of
+        loss, metrics = run_in_forward(model, partial(student_loss, model, loss_fn, packed["base"], frozen, **options))
         loss.backward()
         weighted = {name: value * (sum(map(len, ids)) / tokens) for name, value in metrics.items() if name != "tokens"}
         weighted["loss"] = loss.detach()
@@ -336,7 +305,7 @@ def _not_finite(
     for index, row, ids in zip(indices, rows, completions, strict=True):
         for parameter in trained:
             parameter.grad = None
-        loss = backward([row], [ids], False)["loss"] if ids else 0.0
+        loss = backward([row], [ids], False, len(ids))["loss"] if ids else 0.0
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if not math.isfinite(loss) or not norm.isfinite():
             names.append(f"prompts[{index}]")

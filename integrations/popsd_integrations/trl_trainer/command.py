@@ -177,10 +177,14 @@ def load_data(script: TrainArguments, mixture: Any) -> Any:
     for split in dataset:
         columns = dataset[split].column_names
         answer = script.answer_column if split == script.dataset_test_split else None
-        wanted = {*renamed, *([answer] if answer is not None else [])}
-        missing = sorted(wanted - set(columns or wanted))
-        if missing:
-            raise ValueError(f"prompt_column and the other columns: expected columns of {columns}; got {missing}.")
+        asked = {name: getattr(script, name) for name in ("prompt_column", "solution_column", "wrong_solution_column")}
+        asked = {name: column for name, column in asked.items() if column in renamed} | {"answer_column": answer}
+        for option, column in asked.items():
+            if column is not None and columns is not None and column not in columns:
+                raise ValueError(
+                    f"{option}: expected one of the columns {columns} of the split {split!r}; got {column!r}. Name the right "
+                    f"one with --{option}."
+                )
         for old, new in renamed.items():
             if old != new:
                 if new in (columns or ()):  # the column that was named takes its place

@@ -86,12 +86,17 @@ def accumulation_factor(trainer: Any) -> int:
     return 1 if told else int(trainer.current_gradient_accumulation_steps)
 
 
+def ends_of(trainer: Any) -> list[int]:
+    """The tokens at which completions end. TRL before 1.15 knows the tokenizer's own alone."""
+    return list(getattr(trainer, "eos_token_ids", [trainer.processing_class.eos_token_id]))
+
+
 def suppress_unused_tokens(trainer: Any, vocab_size: int | None) -> None:
     """Let TRL sample no token of the head's padding, which begins at ``vocab_size``: see `unused_tokens`.
 
     vLLM has no list of tokens to suppress, but one of tokens to allow. Raises ValueError where no completion would end.
     """
-    check_ends(trainer.eos_token_ids, vocab_size)
+    check_ends(ends_of(trainer), vocab_size)
     unused = unused_tokens(trainer.model, vocab_size)
     if not unused or vocab_size is None:
         return

@@ -15,6 +15,7 @@ from popsd_integrations.huggingface.objective import (
     loss_function,
     needed_contexts,
     takes_purified_options,
+    target_code,
     target_config,
 )
 from popsd_integrations.huggingface.prompts import ContextConfig
@@ -349,11 +350,12 @@ class PurifiedOPSDConfig(DistillationConfig):
     def run_options(self) -> dict[str, Any]:
         """What makes a run this one, as JSON: the options that its steps depend on, but for the number and size of batches.
 
-        Those of the optimiser are among them, since a checkpoint brings its own and the ones given would be ignored.
+        Those of the optimiser are among them, since a checkpoint brings its own and the ones given would be ignored. So is
+        what a loss_target of one's own computes.
         """
         own = {entry.name for entry in fields(self)} - {entry.name for entry in fields(DistillationConfig)}
         names = (own | _SHAPING) - _FREE | ({"markers"} if self.protect_markers else set())
-        options = {name: getattr(self, name) for name in sorted(names)}
+        options = {name: getattr(self, name) for name in sorted(names)} | target_code(self.loss_target)
         plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
         return plain
 

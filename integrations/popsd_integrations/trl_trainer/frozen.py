@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback
 
@@ -17,16 +17,22 @@ from popsd_integrations.huggingface.frozen import AdapterOff, FrozenChecksum, Fr
 from popsd_integrations.huggingface.heads import is_sharded
 from popsd_integrations.huggingface.invariants import check_model
 from popsd_integrations.huggingface.prompts import Prompts
+from popsd_integrations.huggingface.sampling import TOGETHER, exact_grouping
 from popsd_integrations.run_folder import write_whole
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 FROZEN_FILE = "popsd_frozen.json"
 
 
-def check_teacher(teacher_model: Any, args: PurifiedOPSDConfig) -> None:
-    """Raise ValueError for options of a teacher that is not loaded here."""
+def check_models(model: Any, teacher_model: Any, quantization_config: Any, args: PurifiedOPSDConfig) -> None:
+    """Raise ValueError for options of a student or a teacher that is not loaded here."""
+    if quantization_config is not None and not isinstance(model, str):
+        raise ValueError(
+            "quantization_config: expected None with a model that is loaded already, to which it does nothing; got a "
+            f"{type(quantization_config).__name__}. Pass it to from_pretrained, or give the model by its path."
+        )
     if teacher_model is not None and args.frozen_weights == "ema":
         raise ValueError("teacher_model: expected None with frozen_weights='ema'; the average is the teacher.")
     for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
@@ -37,14 +43,23 @@ def check_teacher(teacher_model: Any, args: PurifiedOPSDConfig) -> None:
             )
 
 
-def check_student(model: nn.Module) -> None:
-    """Raise ValueError for a loss of the model's own, which only its forward with labels would add."""
+def prepare_student(model: nn.Module, *, fsdp: bool = False) -> None:
+    """Raise ValueError for a loss of the model's own, which only its forward with labels would add. What is trained beside a
+    quantised base becomes float32.
+
+    TRL makes it bfloat16, which has 8 bits: a step of 5e-6 is lost on an entry of 2e-3 and more. And PEFT loads a checkpoint's
+    adapter as float32, so that a resumed run was another one. FSDP wants the dtype of the base's storage, and keeps TRL's.
+    """
     config: Any = model.config
     if getattr(config.get_text_config(), "output_router_logits", False):
         raise ValueError(
             "model.config.output_router_logits: expected False; got True. The load-balancing loss of a mixture of experts "
             "is not added here; set it to False, and freeze the routers where they must stay balanced."
         )
+    if not fsdp and getattr(model, "is_quantized", False):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
 
 def copy_of(model: Any, args: PurifiedOPSDConfig) -> Any:
@@ -70,37 +85,41 @@ def copy_of(model: Any, args: PurifiedOPSDConfig) -> Any:
         ) from error
 
 
-def exact_side(
-    model: nn.Module, source: AdapterOff | FrozenModel, prompts: Sequence[Prompts], pad_token_id: int, given: bool
-) -> str:
-    """`check_model` of student and frozen weights. given: these are not the student's own, and may diverge from it.
+def exact_ways(
+    trainer: Any, source: AdapterOff | FrozenModel, prompts: Sequence[Prompts], given: bool
+) -> tuple[str, str]:
+    """The padding side by `check_model` of student and frozen weights, and the grouping of prompts by `exact_grouping`.
 
-    Nothing can be run here of sharded weights. Left padding is then taken to be exact.
+    given: the frozen weights are not the student's own, and may diverge from it. Nothing can be run here of sharded weights;
+    left padding is then taken to be exact, which a warning says. Nor can samples of vLLM, which pads nothing.
+    Raises ValueError, beside `check_model`'s, where processes that share weights would generate in unlike numbers of calls.
     """
+    model, pad = trainer.model, trainer.processing_class.pad_token_id
     if any(map(is_sharded, model.parameters())):
-        return "left"
+        logger.warning(
+            f"The weights of {type(model).__name__} are sharded already, so nothing was run to prove that popsd computes this "
+            "model's distributions: head, padding on the left, causality, dropout and frozen weights are not checked. Call "
+            "huggingface.check_model where the model is whole, or look for its architecture in docs/architectures.md."
+        )
+        return "left", TOGETHER
     whole = not any(map(is_sharded, source.model.parameters()))
-    side = check_model(model, prompts, source if whole and not given else None, pad_token_id=pad_token_id)
+    side = check_model(model, prompts, source if whole and not given else None, pad_token_id=pad)
     if whole and given:
-        check_model(source.model, prompts, pad_token_id=pad_token_id, sides=[side])
-    return side
-
-
-def agreed(accelerator: Any, function: Callable[[], T]) -> T:
-    """What ``function`` returns or raises on the main process, on all of them: others may not hold the weights yet."""
-    if accelerator.num_processes == 1:
-        return function()
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function()
-        except Exception as error:
-            outcome[1] = error
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: T = outcome[0]
-    return result
+        check_model(source.model, prompts, pad_token_id=pad, sides=[side])
+    if not whole:
+        logger.warning(
+            f"The weights of the teacher_model, {type(source.model).__name__}, are sharded already and are not checked. They "
+            f"are padded on the {side}, as the student's rows are."
+        )
+    questions = [row.question for row in prompts]
+    grouping = TOGETHER if trainer.use_vllm else exact_grouping(model, questions, pad)
+    if grouping != TOGETHER and (trainer.is_fsdp_enabled or trainer._zero3):
+        raise ValueError(
+            f"model: expected an architecture that generates in padded batches under FSDP and ZeRO-3; "
+            f"{type(model).__name__} must sample prompts {grouping}, in another number of calls on each process. Train it on "
+            "one device or under DDP, or sample with use_vllm."
+        )
+    return side, grouping
 
 
 class FrozenWeightsCallback(TrainerCallback):

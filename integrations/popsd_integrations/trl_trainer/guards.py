@@ -1,5 +1,5 @@
 """What ``PurifiedOPSDTrainer`` adds to TRL's trainer so that no run is lost: whole checkpoints, one run in a folder, an
-orderly end on SIGTERM, and no step on a gradient that is not finite.
+orderly end on SIGTERM, no step on a gradient that is not finite, and no completions that padding has changed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import torch
 from transformers import TrainerCallback
 
 from popsd_integrations.finite_steps import PATIENCE, FiniteSteps
-from popsd_integrations.huggingface.heads import is_sharded, run_in_forward
+from popsd_integrations.huggingface.distributed import run_in_forward
+from popsd_integrations.huggingface.heads import is_sharded
 from popsd_integrations.huggingface.packing import unpad
+from popsd_integrations.huggingface.sampling import TOGETHER, grouped
 from popsd_integrations.run_folder import exclusive, finishing_on_sigterm
 from popsd_integrations.trl_trainer.callbacks import EMACallback, SameRun, newest_whole_checkpoint
 from popsd_integrations.trl_trainer.compat import DistillationTrainer, record
@@ -26,9 +28,13 @@ _FP16_PATIENCE = 32
 
 
 class GuardedTrainer(DistillationTrainer):
-    """TRL's trainer with the guards. Its subclass has ``_loss``, which names rows that are not finite, and ``_same_run``."""
+    """TRL's trainer with the guards. Its subclass has ``_loss``, which names rows that are not finite, ``_same_run``, and
+    ``_grouping``, of the prompts that are sampled together.
+    """
 
     _same_run: SameRun
+    _grouping: str
+    pad_to_multiple_of: int | None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """``transformers.Trainer.train``, alone in ``output_dir``.
@@ -84,6 +90,20 @@ class GuardedTrainer(DistillationTrainer):
             self._inputs_of_step.append(inputs)
         return inputs
 
+    def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **options: Any) -> Any:
+        """TRL's, of as many prompts at a time as the model completes as it does each alone."""
+
+        def generate(prompts: list[Any]) -> Any:
+            return super(GuardedTrainer, self)._generate_single_turn(prompts, *rest, **options)
+
+        if self._grouping == TOGETHER:
+            return generate(prompt_ids)
+        multiple, self.pad_to_multiple_of = self.pad_to_multiple_of, None
+        try:
+            return grouped(prompt_ids, self._grouping, generate)
+        finally:
+            self.pad_to_multiple_of = multiple
+
     def rows_not_finite(self) -> list[str]:
         """The questions, shortened, of this process's rows of the step whose loss by itself is not finite."""
         names = []
@@ -93,9 +113,7 @@ class GuardedTrainer(DistillationTrainer):
             for index, question in enumerate(questions):
                 row = {name: _row(value, index, len(questions)) for name, value in inputs.items()}
                 with torch.no_grad():
-                    loss, _ = run_in_forward(
-                        self.model_wrapped, student, partial(self._loss, student, row, None, False)
-                    )
+                    loss, _ = run_in_forward(self.model_wrapped, partial(self._loss, student, row, None, False))
                 if not loss.isfinite():
                     names.append(repr(self.processing_class.decode(question)[:80]))
         return names

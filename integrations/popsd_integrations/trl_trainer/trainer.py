@@ -20,8 +20,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
+from popsd_integrations.huggingface.distributed import agreed, run_in_forward
 from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states, has_adapter
-from popsd_integrations.huggingface.heads import held, local_head, run_in_forward
+from popsd_integrations.huggingface.heads import held, local_head
 from popsd_integrations.huggingface.objective import measures_decomposition, needed_contexts, student_loss
 from popsd_integrations.huggingface.packing import Packed, pack_padded, padded, unpad
 from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts
@@ -38,6 +39,7 @@ from popsd_integrations.trl_trainer.callbacks import (
 from popsd_integrations.trl_trainer.compat import (
     EpochSampler,
     accumulation_factor,
+    ends_of,
     generating,
     record,
     record_extreme,
@@ -64,11 +66,10 @@ from popsd_integrations.trl_trainer.dataset import (
 )
 from popsd_integrations.trl_trainer.frozen import (
     FrozenWeightsCallback,
-    agreed,
-    check_student,
-    check_teacher,
+    check_models,
     copy_of,
-    exact_side,
+    exact_ways,
+    prepare_student,
 )
 from popsd_integrations.trl_trainer.guards import GuardedTrainer
 
@@ -139,7 +140,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             check_columns(dataset, name, args)
         data = {name: with_other_solutions(dataset, name, args) for name, dataset in data.items()}
         args = copy.copy(args)  # TRL reads the teacher's options from it, and below they are set
-        check_teacher(teacher_model, args)
+        check_models(model, teacher_model, quantization_config, args)
         processing_class = tokenizer_of(processing_class, model, args)
         own_teacher = teacher_model is not None
         adapter = peft_config is not None or (not isinstance(model, str) and has_adapter(model))
@@ -157,13 +158,13 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        check_student(self.model)
+        prepare_student(self.model, fsdp=self.is_fsdp_enabled)
         self._zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
         self._loss_fn = args.loss_function(self.processing_class)
         suppress_unused_tokens(self, self._loss_fn.config.vocab_size)
         self._markers = args.epistemic_markers()
         self._contexts = ContextBuilder(self.processing_class, args.context_config(), text_as_chat=False)
-        scorer, ends = args.eval_scorer, self.eos_token_ids
+        scorer, ends = args.eval_scorer, ends_of(self)
         self._judge = None if scorer is None else Judge(scorer, self.processing_class, ends)
         self._rows = RowCheck(self._contexts, self.model, args, self._judge)
         for name, dataset in data.items():
@@ -179,21 +180,21 @@ class PurifiedOPSDTrainer(GuardedTrainer):
                 )
             self._ema = EMA(self.model, args.ema_decay)
             self.add_callback(EMACallback(self._ema))
-        self._side = self._checked_model(data, own_teacher)
+        self._side, self._grouping = self._checked_model(data, own_teacher)
         self.add_callback(FrozenWeightsCallback(self._frozen_source))
         if args.plot_metrics:
             self.add_callback(PlotMetrics())
         self.add_callback(RunFiles(self.model.config._name_or_path, sizes(data), args.evaluate_options()))
 
-    def _checked_model(self, data: Mapping[str, Any], own_teacher: bool) -> str:
-        """The padding side that `check_model` finds exact. data: as given; a stream that drops rows would count them here.
+    def _checked_model(self, data: Mapping[str, Any], own_teacher: bool) -> tuple[str, str]:
+        """What `exact_ways` finds. data: as given; a stream that drops rows would count them here.
 
         own_teacher: of frozen weights that are not the student's.
         """
         built = [prompts for name, dataset in data.items() for prompts in self._rows.first(dataset, name, 2)][:2]
         self.model.train()  # as it will be
-        source, pad = self._frozen_source(), self.processing_class.pad_token_id
-        return agreed(self.accelerator, lambda: exact_side(self.model, source, built, pad, own_teacher))
+        source = self._frozen_source()
+        return agreed(lambda: exact_ways(self, source, built, own_teacher))
 
     def _frozen_source(self) -> AdapterOff | FrozenModel:
         if self.teacher_model is not None:
@@ -270,7 +271,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         if not self.model.training:
             total = torch.ones_like(total)  # the sum: its mean is taken over the whole set, in `evaluation_loop`
         student = self.accelerator.unwrap_model(model)
-        loss, metrics = run_in_forward(model, student, lambda: self._loss(student, inputs, total, decompose))
+        loss, metrics = run_in_forward(model, lambda: self._loss(student, inputs, total, decompose))
         if self.model.training:
             self._record_loss(metrics)
             # DDP and FSDP average the gradients.
@@ -337,7 +338,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             return states._replace(head=held(states.head))
 
         with torch.no_grad():
-            states = run_in_forward(self.teacher_model, inner, run_and_hold)
+            states = run_in_forward(self.teacher_model, run_and_hold)
         # FSDP2 may have sharded the head again on leaving, which empties the one that was seen inside.
         return states if self._zero3 else states._replace(head=local_head(inner))
 
@@ -354,7 +355,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
     def _record_completions(self, completions: list[list[int]]) -> None:
         completions = completions[: rows_of_data(self, len(completions))]
         counts = self._markers.count_ids(completions, self.processing_class)
-        ends = {*self.eos_token_ids, self.processing_class.pad_token_id}
+        ends = {*ends_of(self), self.processing_class.pad_token_id}
         lengths = {"": list(map(len, completions)), "terminated_": [len(ids) for ids in completions if ids[-1] in ends]}
         local = [*counts.counts.values(), counts.total]
         local += [number for some in lengths.values() for number in (sum(some), len(some))]

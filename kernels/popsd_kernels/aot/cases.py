@@ -13,7 +13,16 @@ from popsd_kernels import checks, launch
 from popsd_kernels.aot import streaming_cases
 from popsd_kernels.device.targets import arithmetic_mix_logit
 from popsd_kernels.launch import Launch, LaunchConfig, Outputs
-from popsd_kernels.rows import MOMENTS, Composed, EntryMasks, LogitTransform, RowLoss, RowOptions, Rows, RowStatistics
+from popsd_kernels.rows import (
+    SHARD_MOMENTS,
+    Composed,
+    EntryMasks,
+    LogitTransform,
+    RowLoss,
+    RowOptions,
+    Rows,
+    RowStatistics,
+)
 from popsd_kernels.sweeps import (
     difference,
     entry_masks,
@@ -80,7 +89,7 @@ class Case:
         frozen = self._matrix(self.dtype)
         if self.kernel == "moments":
             rows = rows._replace(reference=frozen, teacher=None if self.composed else frozen)
-            return moments.plan(rows, options, not self.composed, outputs(MOMENTS, None), config, fast)
+            return moments.plan(rows, options, not self.composed, outputs(SHARD_MOMENTS, None), config, fast)
         rows = rows._replace(base=frozen, teacher=frozen, reference=frozen)
         if self.kernel == "masks":
             masks = EntryMasks(0.1) if self.composed else EntryMasks(0.1, 0.01, 0.1)

@@ -123,7 +123,7 @@ def lane_max(x, VEC: tl.constexpr):
 
 
 @triton.jit
-def lse_fold(x, top, total, VEC: tl.constexpr, gain=1.0):
+def lse_accumulate(x, top, total, VEC: tl.constexpr, gain=1.0):
     """One step of the online log-sum-exp of the logits gain * x, gain > 0. x [BLOCK]; top, total [BLOCK // VEC]: running
     max of x, and sum of exp2(x * unit - top * unit) with unit = gain * LOG2E and the rounded product top * unit.
 
@@ -141,9 +141,9 @@ def lse_fold(x, top, total, VEC: tl.constexpr, gain=1.0):
 
 
 @triton.jit
-def lse_fold_sum(x, step, top, total, VEC: tl.constexpr, gain, step_gain):
-    """`lse_fold` of gain * x + step_gain * step, which is rounded for ``top`` alone: the exponents take the two apart, since
-    a step of 0.04 beside a logit of 100 would be off by 1e-4 of itself."""
+def lse_accumulate_sum(x, step, top, total, VEC: tl.constexpr, gain, step_gain):
+    """`lse_accumulate` of gain * x + step_gain * step, which is rounded for ``top`` alone: the exponents take the two apart,
+    since a step of 0.04 beside a logit of 100 would be off by 1e-4 of itself."""
     sums = tl.reshape(fma(x, gain, step * step_gain), [x.shape[0] // VEC, VEC])
     new = tl.maximum(top, tl.max(sums, axis=1))
     origin = rounded_product(new, LOG2E)

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from popsd_kernels import launch
 from popsd_kernels.device.logits import Stream, floor_logit, stream_gain, temper
-from popsd_kernels.device.primitives import LOGIT_FLOOR, NOTHING, lse_finish, lse_fold
+from popsd_kernels.device.primitives import LOGIT_FLOOR, NOTHING, lse_accumulate, lse_finish
 from popsd_kernels.device.targets import Difference, purified_logit
 
 UPCAST = tl.constexpr(launch.INTERPRETED)
@@ -225,8 +225,8 @@ def stream_statistics_kernel(
                 u = tl.where(columns[None, :] < V, u, float("-inf"))
             # an accumulator per token: a quarter is BLOCK_M runs of ``width`` neighbours
             s, u = tl.reshape(s, [BLOCK_M * width]), tl.reshape(u, [BLOCK_M * width])
-            student_top, student_total = lse_fold(s, student_top, student_total, width)
-            target_top, target_total = lse_fold(u, target_top, target_total, width)
+            student_top, student_total = lse_accumulate(s, student_top, student_total, width)
+            target_top, target_total = lse_accumulate(u, target_top, target_total, width)
     pointers = out.ptr + part.to(tl.int64) * out.part_stride + row
     inside = row < tokens
     tl.store(pointers, student_top, mask=inside)

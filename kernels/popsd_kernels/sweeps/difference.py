@@ -15,7 +15,7 @@ from popsd_kernels import launch
 from popsd_kernels.checks import FLOAT32, check_not_minus_student, check_output, check_rows
 from popsd_kernels.device.logits import load_logit
 from popsd_kernels.device.operands import frozen_operand
-from popsd_kernels.device.primitives import LOGIT_FLOOR, NOTHING, lane_sum, lse_finish, lse_fold
+from popsd_kernels.device.primitives import LOGIT_FLOOR, NOTHING, lane_sum, lse_accumulate, lse_finish
 from popsd_kernels.launch import Launch, LaunchConfig, Outputs, fast_instructions, result_rows
 from popsd_kernels.rows import RowOptions, Rows
 
@@ -168,6 +168,8 @@ def _block(
     teacher_top, teacher_total = sums.teacher_top, sums.teacher_total
     reference_top, reference_total = sums.reference_top, sums.reference_total
     if not CENTER:
-        teacher_top, teacher_total = lse_fold(z_teacher, teacher_top, teacher_total, VEC, inv_temperature)
-        reference_top, reference_total = lse_fold(z_reference, reference_top, reference_total, VEC, inv_temperature)
+        teacher_top, teacher_total = lse_accumulate(z_teacher, teacher_top, teacher_total, VEC, inv_temperature)
+        reference_top, reference_total = lse_accumulate(
+            z_reference, reference_top, reference_total, VEC, inv_temperature
+        )
     return Sums(total, missing, teacher_top, teacher_total, reference_top, reference_total)

@@ -20,7 +20,7 @@ from popsd_kernels import launch
 from popsd_kernels.checks import FLOAT32, check_not_minus_student, check_output, check_rows, check_vector
 from popsd_kernels.device.logits import Stream, floor_logit, load_logit
 from popsd_kernels.device.operands import frozen_operand
-from popsd_kernels.device.primitives import LOGIT_FLOOR, NOTHING, lane_max, lse_finish, lse_fold
+from popsd_kernels.device.primitives import LOGIT_FLOOR, NOTHING, lane_max, lse_accumulate, lse_finish
 from popsd_kernels.launch import Launch, LaunchConfig, Outputs, fast_instructions, result_rows
 from popsd_kernels.rows import EntryMasks, RowOptions, Rows
 
@@ -195,11 +195,11 @@ def _log_sum(stream, row, V: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexp
     full = V // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
         z = load_logit(stream, row, start + tl.arange(0, BLOCK), V, False, FAST)
-        top, total = lse_fold(z, top, total, VEC)
+        top, total = lse_accumulate(z, top, total, VEC)
     if full < V:
         columns = full + tl.arange(0, BLOCK)
         z = tl.where(columns < V, load_logit(stream, row, columns, V, True, FAST), float("-inf"))
-        top, total = lse_fold(z, top, total, VEC)
+        top, total = lse_accumulate(z, top, total, VEC)
     row_max, logsum = lse_finish(top, total, V)
     return row_max + logsum
 

@@ -8,6 +8,8 @@ sweeps move 26 to 34: worth it where a program per row would leave most of a GPU
 # Triton evaluates annotations: only constexpr parameters may carry one.
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +31,11 @@ _NAME = "row_split_sweeps"
 
 
 def row_split_sweeps(
-    rows: Rows, options: RowOptions, *, gradient: torch.Tensor | None = None
+    rows: Rows,
+    options: RowOptions,
+    *,
+    gradient: torch.Tensor | None = None,
+    between: Callable[[int, torch.Tensor], None] | None = None,
 ) -> tuple[RowStatistics, RowLoss]:
     """The results of `row_statistics` and `row_loss_gradient` for few tokens; a composed target's logits are not written.
 
@@ -38,6 +44,9 @@ def row_split_sweeps(
         (same memory, dtype size and strides): a slice of each is read for the last time by the program that writes the gradient
         there. Any other memory in common with them, and any with ``rows.student``, is refused: another program of the row may
         still read it.
+    between: called with 1 after the first launch and with 2 after the second, and with what the slices have left, which is
+        [C, 12, slices] float32: rows 0 to 3 are `RowStatistics` as (max, Σ exp(x − max)), the others `Sums`. It may put into
+        them what other processes know, where each of them holds some of the vocabulary.
     A NaN anywhere in a row makes that row's losses and gradient NaN and no other's; row_scale 0 gives a gradient of zeros.
     Raises ValueError, TypeError or RuntimeError before any launch.
     """
@@ -49,6 +58,8 @@ def row_split_sweeps(
         call = SliceCall(rows, options, Outputs(results, gradient), partials_for(rows, config), config, fast)
         for phase in (1, 2, 3):
             plan(call, phase).run(device)
+            if between is not None and phase < 3:
+                between(phase, call.partials)
     return RowStatistics(*results[: NORMALISERS.value]), RowLoss(*results[NORMALISERS.value :])
 
 

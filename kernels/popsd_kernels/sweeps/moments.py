@@ -26,14 +26,14 @@ from popsd_kernels.device.primitives import (
     LOG2E,
     NOTHING,
     fma,
+    lse_accumulate,
+    lse_accumulate_sum,
     lse_finish,
-    lse_fold,
-    lse_fold_sum,
     negative,
     rounded_product,
 )
 from popsd_kernels.launch import Launch, LaunchConfig, Outputs, fast_instructions, result_rows
-from popsd_kernels.rows import MOMENTS, RowOptions, Rows
+from popsd_kernels.rows import MOMENTS, SHARD_MOMENTS, RowOptions, Rows
 
 _NAME = "row_moments"
 WEIGHTED, MEAN_TOTAL, MEAN_REFERENCE, ENTRIES = (tl.constexpr(row) for row in (5, 10, 11, 12))
@@ -52,6 +52,15 @@ def row_moments(rows: Rows, options: RowOptions, *, masked: bool = True) -> torc
     over the vocabulary; the same five of the log-ratios themselves, each entry weighted by π_θ; mean Δ_total, mean Δ_ref;
     the number of entries. Raises ValueError, TypeError or RuntimeError before any launch. Not yet run on a GPU.
     """
+    return shard_moments(rows, options, masked=masked)[:MOMENTS]
+
+
+def shard_moments(rows: Rows, options: RowOptions, *, masked: bool = True) -> torch.Tensor:
+    """The moments of `row_moments` over some of the vocabulary's entries, and what it takes to merge them with others'.
+
+    Returns [21, C] float32: those 13; Σ Δ_total and Σ Δ_ref, each entry weighted by π_θ; and of student, reference and teacher
+    each the largest logit and log Σ exp(z − max).
+    """
     check_rows(_NAME, rows, needed=("reference",))
     if (rows.teacher is None) == (rows.difference is None):
         given = "both" if rows.teacher is not None else "neither"
@@ -64,7 +73,7 @@ def row_moments(rows: Rows, options: RowOptions, *, masked: bool = True) -> torc
             "pass their difference"
         )
     tokens, device = rows.student.shape[0], rows.student.device
-    out = result_rows(MOMENTS, tokens, device)
+    out = result_rows(SHARD_MOMENTS, tokens, device)
     if tokens:
         config = launch.shipped_config("moments", device)
         plan(rows, options, masked, Outputs(out), config, fast_instructions(device)).run(device)
@@ -72,7 +81,7 @@ def row_moments(rows: Rows, options: RowOptions, *, masked: bool = True) -> torc
 
 
 def plan(rows: Rows, options: RowOptions, masked: bool, outputs: Outputs, config: LaunchConfig, fast: bool) -> Launch:
-    """The launch that `row_moments` makes, unchecked. outputs: [13, C]."""
+    """The launch that `row_moments` makes, unchecked. outputs: [21, C]."""
     assert rows.reference is not None
     return Launch(
         row_moments_kernel,
@@ -165,8 +174,9 @@ def row_moments_kernel(
     x_shift = (t_max - s_max) + (t_logsum - s_logsum)
     y_shift = (r_max - s_max) + (r_logsum - s_logsum)
     count, pivot = tl.sum(state.plain.weight, axis=0), state.pivot
-    x_mean = tl.sum(fma(pivot.x, state.plain.weight, state.plain.x), axis=0) / count
-    y_mean = tl.sum(fma(pivot.y, state.plain.weight, state.plain.y), axis=0) / count
+    entries = tl.where(count > 0, count, 1.0)  # of no common entry every field is 0
+    x_mean = tl.sum(fma(pivot.x, state.plain.weight, state.plain.x), axis=0) / entries
+    y_mean = tl.sum(fma(pivot.y, state.plain.weight, state.plain.y), axis=0) / entries
     out_ptr += row
     _store(out_ptr, _moved(state.plain, pivot.x - x_mean, pivot.y - y_mean, 1.0), out_row_stride)
     share = tl.exp2((state.s_top - s_max) * LOG2E - s_logsum * LOG2E)
@@ -175,6 +185,17 @@ def row_moments_kernel(
     tl.store(out_ptr + MEAN_TOTAL * out_row_stride, x_mean - x_shift)
     tl.store(out_ptr + MEAN_REFERENCE * out_row_stride, y_mean - y_shift)
     tl.store(out_ptr + ENTRIES * out_row_stride, count)
+    _store_normalisers(
+        out_ptr + (ENTRIES + 1) * out_row_stride,
+        weighted,
+        s_max,
+        s_logsum,
+        r_max,
+        r_logsum,
+        t_max,
+        t_logsum,
+        out_row_stride,
+    )
 
 
 @triton.jit
@@ -213,15 +234,15 @@ def _streams(
 @triton.jit
 def _accumulate(state, s, r, t, inside, VEC: tl.constexpr, PARTIAL: tl.constexpr, MINUS_STUDENT: tl.constexpr):
     """The state with a block more. PARTIAL: whether an entry may not be ``inside``."""
-    s_top, s_total = lse_fold(s, state.s_top, state.s_total, VEC)
+    s_top, s_total = lse_accumulate(s, state.s_top, state.s_total, VEC)
     if MINUS_STUDENT:
         x, y = t, r
-        r_top, r_total = lse_fold_sum(s, r, state.r_top, state.r_total, VEC, 1.0, 1.0)
-        t_top, t_total = lse_fold_sum(s, t, state.t_top, state.t_total, VEC, 1.0, 1.0)
+        r_top, r_total = lse_accumulate_sum(s, r, state.r_top, state.r_total, VEC, 1.0, 1.0)
+        t_top, t_total = lse_accumulate_sum(s, t, state.t_top, state.t_total, VEC, 1.0, 1.0)
     else:
         x, y = t - s, r - s
-        r_top, r_total = lse_fold(r, state.r_top, state.r_total, VEC)
-        t_top, t_total = lse_fold(t, state.t_top, state.t_total, VEC)
+        r_top, r_total = lse_accumulate(r, state.r_top, state.r_total, VEC)
+        t_top, t_total = lse_accumulate(t, state.t_top, state.t_total, VEC)
     shape: tl.constexpr = [s.shape[0] // VEC, VEC]
     s, x, y = tl.reshape(s, shape), tl.reshape(x, shape), tl.reshape(y, shape)
     origin = rounded_product(s_top, LOG2E)
@@ -291,3 +312,16 @@ def _store(pointer, sums, stride):
     tl.store(pointer + 2 * stride, tl.sum(sums.zz, axis=0))
     tl.store(pointer + 3 * stride, total - with_transferable)
     tl.store(pointer + 4 * stride, with_transferable)
+
+
+@triton.jit
+def _store_normalisers(pointer, weighted, s_max, s_logsum, r_max, r_logsum, t_max, t_logsum, stride):
+    """What `shard_moments` has more: weighted sums of the log-ratios, and three normalisers."""
+    tl.store(pointer, tl.sum(weighted.x, axis=0))
+    tl.store(pointer + stride, tl.sum(weighted.y, axis=0))
+    tl.store(pointer + 2 * stride, s_max)
+    tl.store(pointer + 3 * stride, s_logsum)
+    tl.store(pointer + 4 * stride, r_max)
+    tl.store(pointer + 5 * stride, r_logsum)
+    tl.store(pointer + 6 * stride, t_max)
+    tl.store(pointer + 7 * stride, t_logsum)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from popsd_kernels.checks import check_not_minus_student, check_output, check_rows, check_target, composing
-from popsd_kernels.device.divergence import coefficient_of, mode_of
+from popsd_kernels.device.divergence import FORWARD, RENYI, REVERSE, coefficient_of, mode_of
 from popsd_kernels.device.logits import floor_logit, load_logit
 from popsd_kernels.device.operands import (
     composing_operand,
@@ -159,8 +159,7 @@ def row_slice(
     else:
         s, u = _load_slice(student, target, difference, offset, composition, row, columns, V, True, FAST)
     if PHASE <= 1:
-        _store_normaliser(partials + part, s, columns, V, slices, MASKED)
-        _store_normaliser(partials + part + 2 * slices, u, columns, V, slices, MASKED)
+        _store_normalisers(partials + part, tl.join(s, u), columns[:, None], V, slices, MASKED)
         if PHASE == 0:
             _arrive_and_wait(exchange.counters_ptr + 2 * row, slices)
     if PHASE != 1:
@@ -168,7 +167,7 @@ def row_slice(
         entries = entries_from(s, u, scalars, columns, V, MASKED, 1.0, exact_logarithms(MODE, clips[0]))
         if PHASE != 3:
             sums = accumulate(zero_sums(SLICE // VEC), entries, beta, clips[0], VEC, MODE, FAST)
-            _store_sums(partials + part + NORMALISERS * slices, sums, slices)
+            _store_sums(partials + part + NORMALISERS * slices, sums, slices, MODE, clips[0] is not None)
             if PHASE == 0:
                 _arrive_and_wait(exchange.counters_ptr + 2 * row + 1, slices)
         if PHASE != 2:
@@ -222,16 +221,18 @@ def _arrive_and_wait(counter_ptr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _store_normaliser(pointer, x, columns, V: tl.constexpr, STRIDE: tl.constexpr, MASKED: tl.constexpr):
-    """A slice's (max, sum of exp(x - max)). Every slice has an entry inside the vocabulary.
+def _store_normalisers(pointer, x, columns, V: tl.constexpr, STRIDE: tl.constexpr, MASKED: tl.constexpr):
+    """A slice's (max, sum of exp(x - max)) of student and target, x [SLICE, 2]. Every slice has an entry inside the vocabulary.
 
+    Both at once: of each reduction over warps the compiler keeps a register from row to row (forward KL, sm_100: 2 spills).
     A NaN may be lost to the maximum: the sum is NaN then, and so are the row's normalisers.
     """
     if MASKED:
         x = tl.where(columns < V, x, float("-inf"))
     top = tl.maximum(tl.max(x, axis=0), NOTHING)
-    tl.store(pointer, top)
-    tl.store(pointer + STRIDE, tl.sum(tl.exp2(fma(x, LOG2E, -top * LOG2E)), axis=0))
+    pointers = pointer + tl.arange(0, 2) * (2 * STRIDE)
+    tl.store(pointers, top)
+    tl.store(pointers + STRIDE, tl.sum(tl.exp2(fma(x, LOG2E, (-top * LOG2E)[None, :])), axis=0))
 
 
 @triton.jit
@@ -258,15 +259,18 @@ def _merge_normalisers(pointer, out_ptr, out_row_stride, V: tl.constexpr, COUNT:
 
 
 @triton.jit
-def _store_sums(pointer, sums, STRIDE: tl.constexpr):
-    tl.store(pointer, tl.sum(sums.student_kl, axis=0))
-    tl.store(pointer + STRIDE, tl.sum(sums.target_kl, axis=0))
+def _store_sums(pointer, sums, STRIDE: tl.constexpr, MODE: tl.constexpr, CLIPPED: tl.constexpr):
+    """Those that the mode has: the sum of a block of zeros would be computed too, and kept in a register from row to row."""
+    tl.store(pointer, 0.0 if MODE == FORWARD else tl.sum(sums.student_kl, axis=0))
+    tl.store(pointer + STRIDE, 0.0 if MODE == REVERSE else tl.sum(sums.target_kl, axis=0))
     tl.store(pointer + 2 * STRIDE, tl.sum(sums.student_entropy, axis=0))
     tl.store(pointer + 3 * STRIDE, tl.sum(sums.target_entropy, axis=0))
     tl.store(pointer + 4 * STRIDE, tl.max(sums.top, axis=0))
-    tl.store(pointer + 5 * STRIDE, tl.sum(sums.clipped_divergence, axis=0))
-    tl.store(pointer + 6 * STRIDE, tl.sum(sums.capped, axis=0))
-    tl.store(pointer + 7 * STRIDE, tl.sum(sums.slope, axis=0))
+    if CLIPPED:
+        tl.store(pointer + 5 * STRIDE, tl.sum(sums.clipped_divergence, axis=0))
+        tl.store(pointer + 6 * STRIDE, tl.sum(sums.capped, axis=0))
+    if CLIPPED or MODE == RENYI:
+        tl.store(pointer + 7 * STRIDE, tl.sum(sums.slope, axis=0))
 
 
 @triton.jit

@@ -97,9 +97,9 @@ def plan(call: SliceCall, counters: torch.Tensor, groups: int, registers: int | 
 
 def register_bound(options: RowOptions, config: LaunchConfig) -> int:
     """What a thread may take without a spill (``python -m popsd_kernels.aot``): for the 8 entries of the shipped sizes 80,
-    128 under clips or a soft cap. Left alone the compiler takes up to 108, and fewer programs fit: rows in flight are what
-    hides the waiting. 64 would hold 7 groups where 80 hold 5, for 2 spill instructions (sm_80, sm_100; none on sm_90). At
-    an odd V padded to 16 JSD has 4 at 80 on sm_100, none on sm_80 and sm_90.
+    128 under clips or a soft cap. Left alone the compiler takes up to 106, and fewer programs fit: rows in flight are what
+    hides the waiting. 64 would hold 7 groups where 80 hold 5, but spills 4 instructions in forward KL (sm_100), 7 in JSD
+    (sm_120), 22 in JSD at an odd V padded to 16 (sm_100).
     """
     soft_capped = options.student.softcap is not None or options.target.softcap is not None
     plain = not soft_capped and options.entry_clip is None and options.token_clip is None

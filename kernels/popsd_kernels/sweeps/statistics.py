@@ -22,7 +22,7 @@ from popsd_kernels.device.operands import (
     student_operand,
     target_operand,
 )
-from popsd_kernels.device.primitives import NOTHING, lse_finish, lse_fold, lse_fold_sum
+from popsd_kernels.device.primitives import NOTHING, lse_accumulate, lse_accumulate_sum, lse_finish
 from popsd_kernels.device.targets import load_offset, load_target_logit, target_gain
 from popsd_kernels.launch import Launch, LaunchConfig, Outputs, fast_instructions, result_rows
 from popsd_kernels.rows import RowOptions, Rows, RowStatistics
@@ -133,21 +133,21 @@ def row_statistics_kernel(
             student, target, difference, offset, target_out_ptr, target_out_row_stride, composition,
             row, start + tl.arange(0, BLOCK), V, False, FAST,
         )  # fmt: skip
-        student_top, student_total = lse_fold(s, student_top, student_total, VEC, s_gain)
+        student_top, student_total = lse_accumulate(s, student_top, student_total, VEC, s_gain)
         if MINUS_STUDENT:
-            target_top, target_total = lse_fold_sum(s, u, target_top, target_total, VEC, s_gain, u_gain)
+            target_top, target_total = lse_accumulate_sum(s, u, target_top, target_total, VEC, s_gain, u_gain)
         else:
-            target_top, target_total = lse_fold(u, target_top, target_total, VEC, u_gain)
+            target_top, target_total = lse_accumulate(u, target_top, target_total, VEC, u_gain)
     if full < V:
         s, u = _logits(
             student, target, difference, offset, target_out_ptr, target_out_row_stride, composition,
             row, full + tl.arange(0, BLOCK), V, True, FAST,
         )  # fmt: skip
-        student_top, student_total = lse_fold(s, student_top, student_total, VEC, s_gain)
+        student_top, student_total = lse_accumulate(s, student_top, student_total, VEC, s_gain)
         if MINUS_STUDENT:
-            target_top, target_total = lse_fold_sum(s, u, target_top, target_total, VEC, s_gain, u_gain)
+            target_top, target_total = lse_accumulate_sum(s, u, target_top, target_total, VEC, s_gain, u_gain)
         else:
-            target_top, target_total = lse_fold(u, target_top, target_total, VEC, u_gain)
+            target_top, target_total = lse_accumulate(u, target_top, target_total, VEC, u_gain)
     student_max, student_logsum = lse_finish(student_top, student_total, V, s_gain)
     target_max, target_logsum = lse_finish(target_top, target_total, V, 1.0 if MINUS_STUDENT else u_gain)
     tl.store(out_ptr + row, student_max)

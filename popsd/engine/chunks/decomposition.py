@@ -17,6 +17,7 @@ import torch
 
 from popsd.engine.backends import Backend
 from popsd.engine.problem import Problem
+from popsd.engine.vocabulary.reduce import WHOLE, Vocabulary
 from popsd.engine.workspace import slices
 from popsd.head import Head, centred_gram, mean_row
 from popsd.outputs import FAMILY, Decomposition
@@ -42,6 +43,7 @@ def by_gram(problem: Problem) -> Decomposition:
         vocab_size=problem.vocab_size,
         temperature=options.temperature,
         gram=tensors.gram,
+        over=problem.vocabulary,
     )
 
 
@@ -62,6 +64,7 @@ def decompose_hidden(
     temperature: float = 1.0,
     gram: torch.Tensor | None = None,
     log_normalisers: Sequence[torch.Tensor] | None = None,
+    over: Vocabulary = WHOLE,
 ) -> Decomposition:
     """The centred fields, [N] each, from hidden states of student, teacher and reference [N, D] that share ``head``, without a
     soft cap. Matmuls in float32, a few rows at a time.
@@ -70,9 +73,10 @@ def decompose_hidden(
     tempered logits: the raw fields too.
     """
     if gram is None:
-        gram = centred_gram(head.weight, head.bias, vocab_size)
-    row = None if log_normalisers is None else mean_row(head.weight, head.bias, vocab_size)
-    count = vocab_size if head.bias is None else torch.isfinite(head.bias.detach()[:vocab_size]).sum()
+        gram = centred_gram(head.weight, head.bias, vocab_size, over)
+    row = None if log_normalisers is None else mean_row(head.weight, head.bias, vocab_size, over)
+    bias = None if head.bias is None else head.bias.detach()[:vocab_size]
+    count = over.entries(vocab_size) if bias is None else over.sum(torch.isfinite(bias).sum())
     scale, dot, parts = head.logit_scale / temperature, torch.linalg.vecdot, []
     step = max(1, DIAGNOSTIC_ELEMENTS // gram.shape[0])
     for piece in slices(slice(0, max(streams[0].shape[0], 1)), step):

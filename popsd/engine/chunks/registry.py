@@ -14,6 +14,7 @@ from popsd.config import DivergenceConfig, TargetConfig
 from popsd.engine.chunks.decomposition import DIAGNOSTIC_ELEMENTS
 from popsd.engine.problem import Problem
 from popsd.engine.torch_backend.targets import tempered_logits
+from popsd.engine.vocabulary.reduce import Vocabulary
 from popsd.engine.workspace import slices
 from popsd.outputs import HiddenStates
 from popsd_kernels.rows import Composed, Rows
@@ -166,16 +167,32 @@ def registered_logits(problem: Problem, rows: Rows, out: torch.Tensor) -> torch.
     """The registered target's finished logits [n, V], in ``out``, which may be the teacher's place."""
     options, name = problem.row_options, problem.options.target
     assert name is not None and rows.base is not None and rows.teacher is not None and rows.reference is not None
-    target, step = target_named(name), max(1, DIAGNOSTIC_ELEMENTS // problem.vocab_size)
+    target, over = target_named(name), problem.vocabulary
+    step = max(1, DIAGNOSTIC_ELEMENTS // problem.planned_vocab_size)
     for piece in slices(slice(0, out.shape[0]), step):
         streams = [
-            torch.log_softmax(tempered_logits(raw[piece], rows.frozen_bias, options.target, options), dim=1)
+            _log_probabilities(tempered_logits(raw[piece], rows.frozen_bias, options.target, options), over)
             if context in target.contexts
             else None
             for context, raw in zip(CONTEXTS, (rows.base, rows.teacher, rows.reference), strict=True)
         ]
-        out[piece] = _checked(name, target.function(*streams, *problem.options.numbers), out[piece])
+        out[piece] = _checked(name, target.function(*streams, *problem.options.numbers), out[piece], over)
     return out
+
+
+def check_entrywise(config: DivergenceConfig) -> None:
+    """Raises ValueError for a registered target whose function may need whole rows, where a rank has its shard of them."""
+    if isinstance(config, TargetConfig) and target_named(config.target).device_function is None:
+        raise ValueError(
+            f"vocab_group: expected a target that works entry by entry, which one with a device_function or a structure does; "
+            f"got {config.target!r}, whose function may need the whole vocabulary. Register it with either, or gather the head."
+        )
+
+
+def _log_probabilities(logits: torch.Tensor, over: Vocabulary) -> torch.Tensor:
+    if over.group is None:
+        return torch.log_softmax(logits, dim=1)
+    return logits - over.logsumexp(torch.logsumexp(logits, dim=1))[:, None]
 
 
 def composed_rows(problem: Problem, rows: Rows, place: torch.Tensor) -> Rows | None:
@@ -190,7 +207,7 @@ def composed_rows(problem: Problem, rows: Rows, place: torch.Tensor) -> Rows | N
         return None
     normalisers = _log_normalisers(problem, rows, "reference" in target.contexts)
     return rows._replace(
-        composed=Composed(_imported(target.device_function), problem.options.numbers, normalisers, place)
+        composed=Composed(imported(target.device_function), problem.options.numbers, normalisers, place)
     )
 
 
@@ -207,10 +224,11 @@ def _log_normalisers(problem: Problem, rows: Rows, of_reference: bool) -> torch.
     if of_reference:
         reference = row_statistics(pair._replace(student=rows.reference), options)
         found[:, 2] = reference.student_max + reference.student_logsum
-    return found
+    return problem.vocabulary.logsumexp(found)
 
 
-def _imported(function: Any) -> Any:
+def imported(function: Any) -> Any:
+    """A device function, or what "module:name" of one names."""
     if not isinstance(function, str):
         return function
     module, _, name = function.partition(":")
@@ -236,7 +254,7 @@ def _parameters(function: Callable[..., Any]) -> dict[str, float | None] | None:
     return {name: None if default is None else float(default) for name, default in given.items()}
 
 
-def _checked(name: str, target: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _checked(name: str, target: torch.Tensor, like: torch.Tensor, over: Vocabulary) -> torch.Tensor:
     if not isinstance(target, torch.Tensor):
         raise TypeError(
             f"target {name!r}: expected its function to return a torch.Tensor; got {type(target).__name__}."
@@ -250,6 +268,6 @@ def _checked(name: str, target: torch.Tensor, like: torch.Tensor) -> torch.Tenso
         )
     if target.device.type == "cpu" and not (target < torch.inf).all():  # on a GPU the host would have to wait
         raise ValueError(f"target {name!r}: expected its function to return logits; got NaN or +inf.")
-    if target.device.type == "cpu" and (target.amax(1) == -torch.inf).any():
+    if target.device.type == "cpu" and (over.max(target.amax(1)) == -torch.inf).any():
         raise ValueError(f"target {name!r}: expected a possible token in every row; got -inf in all entries of one.")
     return target

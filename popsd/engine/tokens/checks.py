@@ -8,6 +8,8 @@ from dataclasses import replace
 import torch
 
 from popsd.config import DivergenceConfig, MaskConfig
+from popsd.engine.chunks.buckets import is_empty
+from popsd.outputs import SparseTarget
 
 MOST_BETAS = 8
 """Different coefficients in one call: their passes share no matmul."""
@@ -76,6 +78,59 @@ def checked_token_ids(
             f"token_ids: expected entries in [0, {vocab_size}) or -1 for none; got {int(flat.min())} … {int(flat.max())}."
         )
     return flat
+
+
+def checked_sparse_target(
+    target: SparseTarget, shape: Sequence[int], device: torch.device, vocab_size: int, weights: torch.Tensor | None
+) -> SparseTarget:
+    """Ids and log-probabilities [..., k] of the same tokens. Where looking is free: known ids, and probabilities that add up
+    to at most 1 in tokens that count. weights: flat."""
+    if not isinstance(target, SparseTarget):
+        raise TypeError(f"target: expected a popsd.SparseTarget; got {type(target).__name__}.")
+    for name, x in target._asdict().items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"target.{name}: expected a torch.Tensor; got {type(x).__name__}.")
+        if x.ndim != len(shape) + 1 or x.shape[:-1] != torch.Size(shape) or x.shape[-1] == 0:
+            raise ValueError(
+                f"target.{name}: expected shape {[*shape, 'k']} with k of at least 1, a row per token; got {list(x.shape)}."
+            )
+        if x.device != device:
+            raise ValueError(f"target.{name}: expected device {device}; got {x.device}. Move it with .to().")
+    ids, log_probs = target
+    if ids.dtype != torch.int64:
+        raise TypeError(f"target.ids: expected int64; got {ids.dtype}. Convert it with .long().")
+    if not log_probs.is_floating_point():
+        raise TypeError(f"target.log_probs: expected a floating dtype; got {log_probs.dtype}.")
+    if ids.shape != log_probs.shape:
+        raise ValueError(
+            f"target.log_probs: expected the shape of target.ids, {list(ids.shape)}; got {list(log_probs.shape)}."
+        )
+    if may_look(ids) and ids.numel():
+        _check_sparse_values(ids, log_probs, vocab_size, weights)
+    return target
+
+
+MOST_MASS = 1.01
+"""What listed probabilities may add up to: bfloat16 rounds a log-probability of -4 by 0.8 %."""
+
+
+def _check_sparse_values(
+    ids: torch.Tensor, log_probs: torch.Tensor, vocab_size: int, weights: torch.Tensor | None
+) -> None:
+    if not -1 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(
+            f"target.ids: expected entries in [0, {vocab_size}) or -1 for none; got {int(ids.min())} … {int(ids.max())}. "
+            "The teacher and the student must share their tokenizer."
+        )
+    counted = torch.ones_like(ids[..., 0], dtype=torch.bool) if weights is None else (weights != 0).view(ids.shape[:-1])
+    mass = log_probs.detach().double().masked_fill(is_empty(ids, log_probs), -torch.inf).exp().sum(-1)
+    bad = counted & ~(mass <= MOST_MASS)  # NaN too
+    if bad.any():
+        raise ValueError(
+            f"target.log_probs: expected logarithms of probabilities that add up to at most 1; got a sum of "
+            f"{float(mass[bad][0]):.4g} in token {bad.nonzero()[0].tolist()}. Pass log-probabilities of the whole vocabulary, "
+            "not logits."
+        )
 
 
 def checked_masks(

@@ -12,20 +12,21 @@ import torch
 from popsd.engine.torch_backend.scratch import scratch
 from popsd.engine.torch_backend.sweeps import normaliser
 from popsd.engine.torch_backend.targets import tempered_logits
+from popsd.engine.vocabulary.reduce import WHOLE, Vocabulary
 from popsd_kernels.rows import EntryMasks, RowOptions, Rows
 
 
-def entry_thresholds(rows: Rows, masks: EntryMasks, options: RowOptions) -> torch.Tensor:
+def entry_thresholds(rows: Rows, masks: EntryMasks, options: RowOptions, over: Vocabulary = WHOLE) -> torch.Tensor:
     """As ``popsd_kernels.entry_thresholds``: [3, C] tempered logits below which a mask applies."""
     out = rows.student.new_full((3, rows.student.shape[0]), -torch.inf, dtype=torch.float32)
     z, free = scratch(rows.student, 2)
     if rows.base is not None and masks.plausibility is not None:
         base = tempered_logits(rows.base, rows.frozen_bias, options.target, options, out=z)
-        out[0] = base.amax(dim=1) + math.log(masks.plausibility)
+        out[0] = over.max(base.amax(dim=1)) + math.log(masks.plausibility)
     for row, stream in ((1, rows.teacher), (2, rows.reference)):
         if stream is not None and masks.tail_floor is not None:
             tempered_logits(stream, rows.frozen_bias, options.target, options, out=z)
-            maximum, logsum = normaliser(z, free)
+            maximum, logsum = normaliser(z, free, over)
             out[row] = maximum + logsum + math.log(masks.tail_floor)
     return out
 

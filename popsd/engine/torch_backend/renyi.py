@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from popsd.engine.vocabulary.reduce import Vocabulary
+
 TERMS = 9
 """Powers of log(q/p) in the series: what comes after is below 3e-6 of it up to 1 nat."""
 _LEAST = 1e-37
@@ -14,7 +16,7 @@ _LEAST = 1e-37
 
 
 def renyi(
-    p: torch.Tensor, q: torch.Tensor, t: torch.Tensor, alpha: float
+    p: torch.Tensor, q: torch.Tensor, t: torch.Tensor, alpha: float, over: Vocabulary
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Callable[[], torch.Tensor], float]:
     """D_α(q‖p) from p, q and t = log q − log p, [C, V]: (divergence, 0, KL(q‖p), 0, gradient p − w/Z, its factor 1).
 
@@ -29,10 +31,10 @@ def renyi(
         series.mul_(near).add_((alpha - alpha**k) / math.factorial(k))
     series.mul_(near).mul_(near).mul_(p)
     deficit = torch.where(t.abs() < 1.0, series, alpha * (q - p) - (w - p)).sum(dim=1)
-    weight = w.sum(dim=1)
+    deficit, weight, target_kl = over.sums(deficit, w.sum(dim=1), (q * t).sum(dim=1))
     logarithm = torch.where(deficit < 0.5, torch.log1p(-deficit.clamp_max(0.5)), weight.log())
     z = torch.where(deficit < 0.5, 1.0 - deficit, weight).clamp_min_(_LEAST)
-    nothing, target_kl = torch.zeros_like(weight), (q * t).sum(dim=1)
+    nothing = torch.zeros_like(weight)
 
     def gradient() -> torch.Tensor:  # the plain difference would round at p, where it is p·α·t
         log_z = logarithm.clamp_min(math.log(_LEAST))[:, None]

@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from popsd.engine.vocabulary.reduce import WHOLE, Vocabulary
 from popsd_kernels.rows import LOGIT_FLOOR, LogitTransform, RowLoss, RowOptions, Rows
 
 FLOORED = 0.5 * LOGIT_FLOOR
@@ -18,7 +19,7 @@ NEGLIGIBLE = 700.0
 """Nats below a row's largest logit beyond which a probability is 0 in float64 too, and 0 · log 0 is 0."""
 
 
-def disjoint_rows(rows: Rows, options: RowOptions) -> torch.Tensor:
+def disjoint_rows(rows: Rows, options: RowOptions, over: Vocabulary = WHOLE) -> torch.Tensor:
     """[C] bool, for rows with their target: forward KL of a token that the target can sample and the student cannot, reverse KL
     the other way round. A purified target can sample what the base can.
     """
@@ -29,11 +30,14 @@ def disjoint_rows(rows: Rows, options: RowOptions) -> torch.Tensor:
     bias = None if rows.target_is_finished else rows.frozen_bias
     sides = (rows.student, rows.student_bias, options.student), (rows.frozen, bias, target)
     of, against = sides if options.beta == 1.0 else sides[::-1]
-    return (_possible(*of, options.inv_temperature, reach) & _impossible(*against)).any(dim=1)
+    return over.any((_possible(*of, options.inv_temperature, reach, over) & _impossible(*against)).any(dim=1))
 
 
 def disjoint_heads(
-    student_bias: torch.Tensor | None, frozen_bias: torch.Tensor | None, options: RowOptions
+    student_bias: torch.Tensor | None,
+    frozen_bias: torch.Tensor | None,
+    options: RowOptions,
+    over: Vocabulary = WHOLE,
 ) -> torch.Tensor:
     """The same of two heads, of which one has a bias and whose projections are finite: 0-dim bool, for all tokens."""
     sides = (student_bias, options.student), (frozen_bias, options.target)
@@ -43,7 +47,7 @@ def disjoint_heads(
         torch.zeros_like(like, dtype=torch.bool) if bias is None or transform.softcap is not None else bias <= FLOORED
         for bias, transform in (sides if options.beta == 1.0 else sides[::-1])
     ]
-    return (~impossible[0] & impossible[1]).any()
+    return over.any((~impossible[0] & impossible[1]).any())
 
 
 def mark_disjoint(
@@ -78,13 +82,18 @@ def mark_impossible(losses: torch.Tensor) -> None:
 
 
 def _possible(
-    raw: torch.Tensor, bias: torch.Tensor | None, transform: LogitTransform, inv_temperature: float, reach: float
+    raw: torch.Tensor,
+    bias: torch.Tensor | None,
+    transform: LogitTransform,
+    inv_temperature: float,
+    reach: float,
+    over: Vocabulary,
 ) -> torch.Tensor:
     """Whether an entry's probability is above 0: its logit is within ``reach`` of the largest, and not floored."""
     if transform.softcap is not None:  # which no logit falls below
         return torch.ones_like(raw, dtype=torch.bool)
     z = raw if bias is None else raw + bias
-    least = z.amax(dim=1, keepdim=True) - reach / (transform.scale * inv_temperature)
+    least = over.max(z.amax(dim=1, keepdim=True)) - reach / (transform.scale * inv_temperature)
     return (z > least) & (z > FLOORED)
 
 

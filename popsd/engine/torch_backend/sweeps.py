@@ -1,13 +1,14 @@
 """The row sweeps in torch, with the arguments of the launchers in `popsd_kernels`: for CPU, MPS, or without Triton.
 
 They see a few rows at a time, so that temporaries stay in cache (`TorchBackend.block_rows`), and compute in float32.
-The derivation is in kernels/README.md; the mathematics they must reproduce is `oracle.py`.
+The derivation is in kernels/README.md; the mathematics they must reproduce is `oracle.py`. Whatever is reduced along a row goes
+through ``over``, the ranks that share the vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from popsd.engine.torch_backend.renyi import renyi
 from popsd.engine.torch_backend.scratch import HELD, scratch
 from popsd.engine.torch_backend.targets import target_logits, tempered_logits
+from popsd.engine.vocabulary.reduce import WHOLE, Vocabulary
 from popsd_kernels.rows import RowLoss, RowOptions, Rows, RowStatistics
 
 LN2 = math.log(2.0)
@@ -35,18 +37,20 @@ class StudentRows(NamedTuple):
     """log Σ exp(logits − maximum), [C, 1]."""
 
 
-def student_rows(rows: Rows, options: RowOptions) -> StudentRows:
+def student_rows(rows: Rows, options: RowOptions, over: Vocabulary = WHOLE) -> StudentRows:
     own, bits, p = scratch(rows.student, HELD, held=0)
     logits = tempered_logits(
         rows.student, rows.student_bias, options.student, options, out=own, finite=options.minus_student
     )
-    maximum = logits.amax(dim=1, keepdim=True)
+    maximum = over.max(logits.amax(dim=1, keepdim=True))
     torch.sub(logits, maximum, out=bits).mul_(LOG2E)
-    logsum = torch.exp2(bits, out=p).sum(dim=1, keepdim=True).log_()
+    logsum = over.sum(torch.exp2(bits, out=p).sum(dim=1, keepdim=True)).log_()
     return StudentRows(logits, maximum, bits, p.mul_(torch.exp(-logsum)), logsum)
 
 
-def row_statistics(rows: Rows, options: RowOptions, *, target_out: torch.Tensor | None = None) -> RowStatistics:
+def row_statistics(
+    rows: Rows, options: RowOptions, *, target_out: torch.Tensor | None = None, over: Vocabulary = WHOLE
+) -> RowStatistics:
     """As ``popsd_kernels.row_statistics``: normalisers [C], and a composed target's logits into ``target_out`` [C, V] float32.
 
     ``target_out`` may be ``rows.base`` or ``rows.difference`` itself, and may be left out.
@@ -60,7 +64,7 @@ def row_statistics(rows: Rows, options: RowOptions, *, target_out: torch.Tensor 
         target_out.copy_(target)
     if options.minus_student:
         target = torch.add(target, own, out=u)
-    return RowStatistics(*normaliser(own, free), *normaliser(target, free))
+    return RowStatistics(*normaliser(own, free, over), *normaliser(target, free, over))
 
 
 def row_sweeps(
@@ -69,6 +73,7 @@ def row_sweeps(
     *,
     gradient: torch.Tensor | None = None,
     student: StudentRows | None = None,
+    over: Vocabulary = WHOLE,
 ) -> tuple[RowLoss, torch.Tensor]:
     """Both sweeps: per-token results, the target's log-probability [C] of the sampled tokens (NaN: no token) and, into
     ``gradient``, d divergence / d student raw projection times ``rows.row_scale``.
@@ -78,32 +83,33 @@ def row_sweeps(
     student: `student_rows` of the same arguments where they exist already; overwritten.
     """
     token_ids, row_scale = rows.token_ids, rows.row_scale
-    own, student_max, s, p, student_logsum = student or student_rows(rows, options)
+    own, student_max, s, p, student_logsum = student or student_rows(rows, options, over)
     u, t, q, free, more = scratch(rows.student, 5)
     target = target_logits(rows, options, t if options.minus_student else u, free)
     # through the logits: log_q - log_p would round at |log p| where the two nearly agree
     ratio = target if options.minus_student else torch.sub(target, own, out=t)
     # u: the target's logits less their maximum, in bits
     if options.minus_student:  # with the maximum gone nothing that matters is large, and the normaliser rounds at |t|
-        shift = torch.add(s, ratio, alpha=LOG2E, out=u).amax(dim=1, keepdim=True)
+        shift = over.max(torch.add(s, ratio, alpha=LOG2E, out=u).amax(dim=1, keepdim=True))
         u.sub_(shift)
         shift.mul_(LN2)
     else:
-        target_max = target.amax(dim=1, keepdim=True)
+        target_max = over.max(target.amax(dim=1, keepdim=True))
         torch.sub(target, target_max, out=u).mul_(LOG2E)
         shift = target_max - student_max
-    target_logsum = torch.exp2(u, out=q).sum(dim=1, keepdim=True).log_()
+    target_logsum = over.sum(torch.exp2(u, out=q).sum(dim=1, keepdim=True)).log_()
     q.mul_(torch.exp(-target_logsum))
     torch.sub(ratio, shift + (target_logsum - student_logsum), out=t)
     student_logsum, target_logsum = student_logsum[:, 0], target_logsum[:, 0]
     # the likeliest entry is a common one where s + u, both less their maxima, reach 0 up to rounding
-    agreement = torch.add(s, u, out=free).amax(dim=1) >= -1e-5
-    token_logprob, target_logprob = (
-        _sampled(bits, logsum, token_ids) for bits, logsum in ((s, student_logsum), (u, target_logsum))
+    agreeing = (torch.add(s, u, out=free).amax(dim=1) >= -1e-5).float()
+    token_logprob, target_logprob = _sampled(((s, student_logsum), (u, target_logsum)), token_ids, over)
+    agreeing, of_student, of_target = over.sums(
+        agreeing, torch.mul(p, s, out=free).sum(dim=1), torch.mul(q, u, out=free).sum(dim=1)
     )
-    student_entropy = student_logsum - LN2 * torch.mul(p, s, out=free).sum(dim=1)
-    target_entropy = target_logsum - LN2 * torch.mul(q, u, out=free).sum(dim=1)
-    parts = _divergence(p, q, t, options, free, more) if options.renyi is None else renyi(p, q, t, options.renyi)
+    student_entropy, target_entropy = student_logsum - LN2 * of_student, target_logsum - LN2 * of_target
+    alpha = options.renyi
+    parts = _divergence(p, q, t, options, free, more, over) if alpha is None else renyi(p, q, t, alpha, over)
     divergence, student_kl, target_kl, clip_fraction, form, factor = parts
     token_clipped = torch.zeros_like(divergence)
     if options.token_clip is not None:
@@ -125,28 +131,37 @@ def row_sweeps(
         target_entropy,
         clip_fraction,
         token_clipped,
-        agreement.float(),
+        (agreeing > 0).float(),
         token_logprob,
     )
     return losses, target_logprob
 
 
-def _sampled(bits: torch.Tensor, logsum: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
-    """Log-probability [C] of the sampled tokens, NaN where there is none. bits: [C, V], logits less their maximum."""
+def _sampled(
+    policies: Sequence[tuple[torch.Tensor, torch.Tensor]], token_ids: torch.Tensor | None, over: Vocabulary
+) -> Sequence[torch.Tensor]:
+    """Log-probabilities [C] of the sampled tokens, NaN where there is none. policies: (bits, logsum) of each, the bits [C, V]
+    logits less their maximum."""
     if token_ids is None:
-        return torch.full_like(logsum, float("nan"))
-    chosen = LN2 * bits.gather(1, token_ids.clamp_min(0)[:, None])[:, 0] - logsum
-    return chosen.where(token_ids >= 0, float("nan"))
+        return [torch.full_like(logsum, float("nan")) for _, logsum in policies]
+    chosen = [LN2 * bits.gather(1, token_ids.clamp_min(0)[:, None])[:, 0] - logsum for bits, logsum in policies]
+    return over.of_tokens(token_ids, *(x.where(token_ids >= 0, float("nan")) for x in chosen))
 
 
-def normaliser(logits: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normaliser(logits: torch.Tensor, out: torch.Tensor, over: Vocabulary = WHOLE) -> tuple[torch.Tensor, torch.Tensor]:
     """max and log Σ exp(z − max), [C] each; exp(z − max) is left in ``out``."""
-    maximum = logits.amax(dim=1)
-    return maximum, torch.sub(logits, maximum[:, None], out=out).mul_(LOG2E).exp2_().sum(dim=1).log_()
+    maximum = over.max(logits.amax(dim=1))
+    return maximum, over.sum(torch.sub(logits, maximum[:, None], out=out).mul_(LOG2E).exp2_().sum(dim=1)).log_()
 
 
 def _divergence(
-    p: torch.Tensor, q: torch.Tensor, t: torch.Tensor, options: RowOptions, free: torch.Tensor, more: torch.Tensor
+    p: torch.Tensor,
+    q: torch.Tensor,
+    t: torch.Tensor,
+    options: RowOptions,
+    free: torch.Tensor,
+    more: torch.Tensor,
+    over: Vocabulary,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Callable[[], torch.Tensor], float]:
     """Generalised JSD from p, q and t = log q − log p, [C, V]: (divergence, KL(p‖m), KL(q‖m), clip share, gradient, factor).
 
@@ -173,14 +188,14 @@ def _divergence(
             above = t.sub_(below)
         tail = torch.sub(below, above, out=free).expm1_().mul_(weight).log1p_()
         log_q_over_m, log_m_over_p = below.sub_(tail), above.add_(tail)
-        student_kl, target_kl = -dot(p, log_m_over_p), dot(q, log_q_over_m)
+        student_kl, target_kl = over.sums(-dot(p, log_m_over_p), dot(q, log_q_over_m))
         divergence, excess = beta * target_kl + (1.0 - beta) * student_kl, clip_fraction
     else:
         # Σ(p − q) is 0; formed from the same t it cancels the first-order effect of a rounded normaliser on a KL
         # (7e-5 → 5e-6 relative at KL 2e-3). In a JSD those effects cancel by themselves.
         difference = _difference(p, q, t, free, more)
-        excess = difference.sum(dim=1) if beta == 0.0 else -difference.sum(dim=1)
-        log_ratio_mean = dot(q if beta == 0.0 else p, t)
+        excess, log_ratio_mean = over.sums(difference.sum(dim=1), dot(q if beta == 0.0 else p, t))
+        excess = excess if beta == 0.0 else -excess
         divergence = (log_ratio_mean if beta == 0.0 else -log_ratio_mean) + excess
         student_kl, target_kl = (student_kl, divergence) if beta == 0.0 else (divergence, target_kl)
     if options.entry_clip is None:
@@ -212,11 +227,22 @@ def _divergence(
         slopes = (p * log_m_over_p).mul_(beta - 1.0)
         entries = (q * log_q_over_m).mul_(beta).add_(slopes)
     capped = entries > options.entry_clip
-    divergence = entries.clamp_max_(options.entry_clip).sum(dim=1) + excess
+    uncapped = []
+    if beta in (0.0, 1.0):  # the rounded normaliser moves no entry that is capped
+        uncapped = [(q if beta == 0.0 else p).masked_fill(capped, 0.0).sum(dim=1)]
+    divergence = entries.clamp_max_(options.entry_clip).sum(dim=1)
     slopes.masked_fill_(capped, 0.0)
-    clip_fraction = capped.sum(dim=1, dtype=torch.float32) / capped.shape[1]
-    total = slopes.sum(dim=1)[:, None]
-    return divergence, student_kl, target_kl, clip_fraction, lambda: slopes.addcmul_(p, total, value=-1.0), 1.0
+    divergence, clipped, total, *uncapped = over.sums(
+        divergence, capped.sum(dim=1, dtype=torch.float32), slopes.sum(dim=1), *uncapped
+    )
+    return (
+        divergence + excess * uncapped[0] if uncapped else divergence,
+        student_kl,
+        target_kl,
+        clipped / over.entries(capped.shape[1]),
+        lambda: slopes.addcmul_(p, total[:, None], value=-1.0),
+        1.0,
+    )
 
 
 def _difference(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from popsd.engine.torch_backend.scratch import DIFFERENCE, scratch
+from popsd.engine.vocabulary.reduce import WHOLE, Vocabulary
 from popsd_kernels.rows import LOGIT_FLOOR, LogitTransform, RowOptions, Rows
 
 SIGMOID_CLIP = 32.0
@@ -12,7 +13,9 @@ SIGMOID_CLIP = 32.0
 1e-3 gradients are off by 5e-6 at c = 10, 1.4e-5 at 32, 3e-5 at 64 and 5e-3 at 1e4 (float32 is documented with 2e-5)."""
 
 
-def logit_difference(rows: Rows, options: RowOptions, *, center: bool, out: torch.Tensor) -> torch.Tensor:
+def logit_difference(
+    rows: Rows, options: RowOptions, *, center: bool, out: torch.Tensor, over: Vocabulary = WHOLE
+) -> torch.Tensor:
     """Eq. 13: teacher's logits less the reference's into ``out`` [C, V] float32, and their offset [C] float32.
 
     Δ̄ = inv_temperature · out − offset, with the offset the vocabulary mean (Eq. 14) or, uncentred, the difference of the
@@ -24,10 +27,14 @@ def logit_difference(rows: Rows, options: RowOptions, *, center: bool, out: torc
         tempered_logits(raw, rows.frozen_bias, options.target, options, out=z)
     floor = 0.5 * LOGIT_FLOOR * options.target.scale * options.inv_temperature
     outside = torch.minimum(z_teacher, z_reference, out=free) <= floor
-    offset = None if center else torch.logsumexp(z_teacher, dim=1) - torch.logsumexp(z_reference, dim=1)
+    offset = None
+    if not center:
+        teacher, reference = over.logsumexp(torch.stack([torch.logsumexp(z, dim=1) for z in (z_teacher, z_reference)]))
+        offset = teacher - reference
     difference = z_teacher.sub_(z_reference).masked_fill_(outside, 0.0)
     if offset is None:
-        offset = difference.sum(dim=1) / (outside.shape[1] - outside.sum(dim=1))
+        total, inside = over.sums(difference.sum(dim=1), outside.shape[1] - outside.sum(dim=1))
+        offset = total / inside.clamp_min(1)  # without a common entry there is no signal, and the target is the base
     torch.where(outside, offset[:, None], difference, out=difference)
     torch.mul(difference, 1.0 / options.inv_temperature, out=out)
     return offset

@@ -15,8 +15,10 @@ import popsd
 from popsd_integrations import cli
 from popsd_integrations.diagnose import training
 from popsd_integrations.diagnose.measure import diagnose
+from popsd_integrations.huggingface.prompts import ContextBuilder
 from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
 from popsd_integrations.trl_trainer import command as train_command
+from popsd_integrations.trl_trainer.dataset import problem_of, with_other_solutions
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,16 @@ def test_rows_are_random_and_the_seed_decides(config):
     assert first != ordered[:3] and all(row in ordered for row in first)
 
 
+def test_controls_are_measured_as_they_are_trained(config):
+    """The trainer draws the other problem's solution by the same seed, from all rows."""
+    path = config(reference="other_problem")
+    script, args, _, mixture = train_command.read_options(["--config", path], trains=False)
+    rows = with_other_solutions(train_command.load_data(script, mixture)["train"], "train_dataset", args)
+    setting = read(path)
+    builder = ContextBuilder(setting.tokenizer, args.context_config(), text_as_chat=False)
+    assert sorted(setting.prompts) == sorted(builder.build_all([problem_of(row) for row in rows]))
+
+
 def test_rows_that_training_drops_are_passed_over_and_counted(config, folder, tmp_path):
     rows = [{"problem": "1 2", "answer": "3 " * (40 if n % 2 else 1)} for n in range(8)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -158,7 +170,10 @@ def test_the_command(config, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--pmi_bta", "1"], "pmi_bta"),
-        (["--prompt_column", "question"], "expected columns of ['problem', 'answer']; got ['question']"),
+        (
+            ["--prompt_column", "question"],
+            "prompt_column: expected one of the columns ['problem', 'answer'] of the split",
+        ),
         (["--markers", "zebra"], "markers: expected a marker that this tokenizer can write; got ['zebra']"),
         (
             ["--model_name_or_path", "/nowhere"],

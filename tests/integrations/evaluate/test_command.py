@@ -181,7 +181,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_file(files, finished, tm
     """A kill in each tenth of the file, a random time after it was reached."""
     output, rng = tmp_path / "killed", random.Random(7)
     command = [sys.executable, "-m", "popsd_integrations.cli", *arguments(files, output)]
-    whole, path = (finished / "generations.jsonl").read_bytes(), output / "generations.jsonl"
+    whole, path, killed = (finished / "generations.jsonl").read_bytes(), output / "generations.jsonl", 0
     for tenth in range(10):
         wanted = len(whole) * (tenth + rng.random()) / 10
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -189,8 +189,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_file(files, finished, tm
             time.sleep(0.002)
         time.sleep(rng.random() * 0.1)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert path.read_bytes() != whole
+        killed += process.wait() == -signal.SIGKILL
+    assert killed >= 1, "the last ones may find it finished, on a fast machine"
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert path.read_bytes() == whole
 
@@ -208,6 +208,11 @@ def test_judging_again(files, finished, tmp_path, capsys, monkeypatch, without_p
     capsys.readouterr()
     assert main([*arguments(files, tmp_path / "again")]) == 2
     assert "scorer: expected 'always_right:f'" in capsys.readouterr().err
+    same = [*arguments(files, tmp_path / "again"), "--scorer", "always_right:f"]
+    assert main(same) == 0
+    monkeypatch.setattr(sys.modules["always_right"], "f", lambda text, answer: len(text) < 3)
+    assert main(same) == 2
+    assert "it was edited. Judge them again: --from" in capsys.readouterr().err
 
 
 def change(name, value):
@@ -352,7 +357,7 @@ def test_two_settings_never_mix_in_one_folder(case, files, finished, tmp_path, m
 FROM = {
     "another setting": (["--temperature", "0.5"], None, "different are temperature"),
     "another model": (["--model", "other"], None, "different are model"),
-    "adapters": (["--adapters", "x"], None, "--from: expected no adapters"),
+    "adapters": (["--adapters", "x", "--answer_column", "y"], None, "--from: expected no adapters, answer_column"),
     "no settings": (
         [],
         lambda folder: (folder / "settings.json").unlink(),

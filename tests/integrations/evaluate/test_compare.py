@@ -77,7 +77,7 @@ def compare(output, *folders):
 def test_curves_of_loop_and_trainer_stand_beside_one_another(tmp_path):
     loop, trainer = save_loop(tmp_path / "loop"), save_trainer(tmp_path / "trainer")
     rows, page = compare(tmp_path / "out", f"a={loop}", f"b={trainer}")
-    assert rows["end of training"] == ["a", "b", "b − a"]
+    assert rows["training, last 20% of the steps"] == ["a", "b", "difference to a"]
     value, other, difference = rows["markers per completion"]
     assert (round(float(value), 1), round(float(other), 1)) == (6.0, 2.0)
     assert float(difference.split()[0]) == pytest.approx(-4, abs=0.02) and "[" in difference
@@ -131,7 +131,7 @@ def test_other_bases_and_settings_are_not_paired(case, tmp_path):
     one = save_evaluation(tmp_path / "a", {"base": 0.5, "x": 0.3}, **first)
     two = save_evaluation(tmp_path / "b", {"base": 0.5, "y": 0.4}, **second)
     rows, page = compare(tmp_path / "out", f"a={one}", f"b={two}")
-    assert rows["evaluation"][1::2] == ["− base"] * 3
+    assert rows["evaluation"][1::2] == ["difference to base"] * 3
     assert "[" in rows["a: x"][1] and ("b: base" in rows) == bool(reason)
     shown = page[page.index("<details>") :]
     assert ("&lt;b&gt;y&lt;/b&gt;" in shown) == (not reason)

@@ -18,7 +18,11 @@ PAGE = Path(__file__).parents[3] / "docs" / "architectures.md"
     ("name", "outcome", "detail"),
     [
         ("rwkv", "right", "loss within"),  # its state runs over padding on the left
-        ("roberta", "left", "loss within"),  # a head of three layers, positions that begin at 2
+        (
+            "roberta",
+            "refused",
+            "model: expected model.generate to sample by the model's own logits",
+        ),  # positions from 2
         ("cpmant", "refused", "model: expected padding that CpmAntForCausalLM does not see"),
     ],
 )

@@ -209,7 +209,7 @@ def test_wrappers_run_in_their_own_forward(process_group, monkeypatch, wrapper, 
     if wrapper == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        with pytest.raises(ValueError, match=r"model: expected the DistributedDataParallel wrapper.*Pass the wrapper"):
+        with pytest.raises(ValueError, match=r"model: expected the DistributedDataParallel around it.*the wrapper"):
             hidden_states(model.module, ids)
     else:
         fully_shard = torch.distributed.fsdp.fully_shard
@@ -228,7 +228,7 @@ def test_wrappers_run_in_their_own_forward(process_group, monkeypatch, wrapper, 
         torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_fsdp1_is_refused(process_group):
+def test_fsdp1_is_refused_outside_its_forward(process_group):
     model = torch.distributed.fsdp.FullyShardedDataParallel(tiny(), device_id=torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"model: expected DDP or FSDP2; got FullyShardedDataParallel"):
+    with pytest.raises(ValueError, match=r"inside the forward of FullyShardedDataParallel.*run_in_forward"):
         hidden_states(model, torch.tensor([[5]]))

@@ -223,7 +223,7 @@ def test_a_head_function_that_reads_another_model_is_refused():
 def test_sixteen_bits_are_held_to_their_own_rounding():
     model = tiny().bfloat16()
     assert check_model(model, PROMPTS, frozen_weights(model)) == "left"
-    assert invariants._tolerance(model) == (2e-2, 0.5)
+    assert invariants.tolerance(model) == (2e-2, 0.5)
 
 
 class TestChecksum:

@@ -1,13 +1,17 @@
 """Samples are the student's own distribution at the temperature asked for, whatever its checkpoint recommends."""
 
+import warnings
+
 import pytest
 import torch
 from tiny_models import tiny_qwen3
 
+from popsd_integrations.huggingface.packing import padded
 from popsd_integrations.huggingface.prompts import Prompts
 from popsd_integrations.huggingface.sampling import (
     Sampler,
     check_positions,
+    exact_grouping,
     hf_generate,
     only_given_settings,
     position_limit,
@@ -147,6 +151,69 @@ def test_completions_are_cut_after_the_first_end_and_unmoved_by_padding():
     assert all(len(completion) == 1 for completion in everything)
 
 
+def recurrent_gemma():
+    import transformers
+
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    sizes |= {"intermediate_size": 24, "lru_width": 16, "pad_token_id": PAD, "eos_token_id": EOS}
+    return wide(transformers.RecurrentGemmaConfig(vocab_size=len(VOCABULARY), **sizes))
+
+
+def rwkv():
+    import transformers
+
+    return wide(transformers.RwkvConfig(vocab_size=len(VOCABULARY), hidden_size=16, num_hidden_layers=2))
+
+
+def wide(config):
+    """A model with weights so large that its greedy completions differ."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "grouping", "calls"), [(tiny, "together", 1), (recurrent_gemma, "by length", 2), (rwkv, "alone", 4)]
+)
+def test_completions_of_a_batch_are_those_of_each_prompt_alone(monkeypatch, build, grouping, calls):
+    """RecurrentGemma sees the padding on the left, and RWKV's cached states mix the rows of a batch."""
+    model, seen = build(), []
+    prompts = [[11, 3, 13], [1, 2, 3, 4, 5, 6], [5, 9, 2], [9, 8, 7]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert exact_grouping(model, prompts, PAD) == grouping
+        real = model.generate
+
+        def generate(**options):
+            seen.append(options["generation_config"].max_new_tokens)
+            return real(**options)
+
+        monkeypatch.setattr(model, "generate", generate)
+        completions = hf_generate(model, prompts, temperature=0.0, **OPTIONS)
+    assert completions == [greedy(model, prompt, 8) for prompt in prompts] and seen.count(8) == calls
+    together = real(
+        input_ids=padded(prompts, PAD)[0], attention_mask=padded(prompts, PAD)[1], max_new_tokens=8, do_sample=False
+    )  # fmt: skip
+    same = [row[: len(own)] == own for row, own in zip(together[:, 6:].tolist(), completions, strict=True)]
+    assert all(same) == (grouping == "together"), "the model would not show it"
+
+
+def test_an_architecture_that_must_be_sampled_otherwise_is_named():
+    with pytest.warns(UserWarning, match="RwkvForCausalLM sees the other rows when it generates.* sampled alone"):
+        exact_grouping(rwkv(), [[1, 2]], PAD)
+
+
 def test_a_sampler_asks_for_the_questions_in_eval_mode():
     model, tokenizer, calls = tiny().train(), build_tokenizer(), []
 
@@ -217,6 +284,13 @@ def test_a_generate_of_ones_own_is_told_and_checked():
         ValueError, match=r"vocab_size: expected at most 22, the rows of the head; got 23\. Leave it out"
     ):
         Sampler(model, build_tokenizer(), max_new_tokens=2, temperature=1.0, vocab_size=23)
+
+
+@pytest.mark.parametrize("said", [0, -1])
+def test_a_model_that_says_no_number_of_positions_has_no_limit(said):
+    model = tiny()
+    model.config.max_position_embeddings = said
+    assert position_limit(model) is None
 
 
 def test_prompts_beyond_the_models_positions_are_refused():

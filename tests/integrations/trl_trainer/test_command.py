@@ -108,7 +108,10 @@ def test_flags_override_the_file_and_the_run_is_saved(work, capsys):
     ("flags", "message"),
     [
         (["--pmi_bta", "1"], "pmi_bta"),
-        (["--prompt_column", "question"], r"expected columns of \['problem', 'answer'\]; got \['question'\]"),
+        (
+            ["--prompt_column", "question"],
+            r"prompt_column: expected one of the columns \['problem', 'answer'\] of the split 'train'; got 'question'",
+        ),
         (["--pmi_beta", "0"], "pmi_beta: expected a positive"),
         (["--dataset_train_split", "all"], r"dataset_train_split: expected one of the splits \['train'\]; got 'all'"),
         (["--eval_strategy", "steps"], r"dataset_test_split: expected one of the splits \['train'\]; got 'test'"),

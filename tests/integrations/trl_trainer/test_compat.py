@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("trl")
 
@@ -16,7 +15,6 @@ from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 from trl_helpers import ROWS, FixedTrainer, build, tiny, trl_loss
 
 from popsd.testing import relative_l2
-from popsd_integrations.huggingface.heads import run_in_forward
 from popsd_integrations.huggingface.packing import unpad
 from popsd_integrations.miniature.tokenizer import build_tokenizer
 from popsd_integrations.trl_trainer import compat, fast_jsd
@@ -58,7 +56,7 @@ def test_the_trainer_overrides_nothing_else():
     expected = {"__init__", "_set_signature_columns_if_needed", "_generate_and_score_completions", "compute_loss"}
     assert overridden == expected | {"_get_train_sampler", "_tokenize_prompts", "evaluation_loop"}
     guarded = {name for name, value in vars(GuardedTrainer).items() if callable(value) and name in theirs}
-    assert guarded == {"train", "save_model", "_prepare_inputs"}
+    assert guarded == {"train", "save_model", "_prepare_inputs", "_generate_single_turn"}
 
 
 def test_what_generation_returns(tmp_path):
@@ -73,35 +71,6 @@ def test_what_generation_returns(tmp_path):
     assert [list(ids) for ids in theirs[0]] == prompts, "what TRL would have made of the same texts"
     assert trainer._tokenize_prompts(prompts) == (prompts, *theirs[1:])
     assert trainer._metrics["train"]["completions/mean_length"]
-
-
-class Wrapper(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner, self.calls = inner, 0
-
-    def forward(self):
-        self.calls += 1
-        return self.inner()
-
-
-def test_run_in_forward_goes_through_the_wrapper_and_leaves_no_trace():
-    inner = nn.Linear(2, 2)
-    wrapper = Wrapper(inner)
-    ones = torch.ones(2)
-    result = run_in_forward(wrapper, inner, lambda: inner(ones))  # the real forward, from within
-    assert torch.equal(result, inner(ones)) and wrapper.calls == 1
-    assert "forward" not in vars(inner)
-    patched = inner.forward = lambda x: x + 1  # as accelerate patches it
-    run_in_forward(wrapper, inner, lambda: None)
-    assert inner.forward is patched
-
-    def fail():
-        raise KeyError("inside")
-
-    with pytest.raises(KeyError, match="inside"):
-        run_in_forward(wrapper, inner, fail)
-    assert inner.forward is patched
 
 
 def test_trl_shuffles_and_splits_lists_with_the_tensors():

@@ -11,7 +11,7 @@ from trl_helpers import CHAT_TEMPLATE, ROWS, FixedTrainer, build, config, logs, 
 from popsd_integrations.huggingface.prompts import ContextBuilder
 from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
 from popsd_integrations.trl_trainer.dataset import RowCheck, check_columns
-from popsd_integrations.trl_trainer.frozen import check_student
+from popsd_integrations.trl_trainer.frozen import prepare_student
 from popsd_integrations.trl_trainer.trainer import PurifiedOPSDTrainer
 
 
@@ -106,7 +106,7 @@ def test_a_tokenizer_without_an_end_and_a_balancing_loss_are_refused(tmp_path):
     model = tiny()
     model.config.output_router_logits = True
     with pytest.raises(ValueError, match=r"model\.config\.output_router_logits: expected False; got True"):
-        check_student(model)
+        prepare_student(model)
     check_columns({"a": Dataset.from_list(ROWS)}, "eval_dataset", config(tmp_path))
 
 

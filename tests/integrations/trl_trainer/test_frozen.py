@@ -13,7 +13,10 @@ from trl_helpers import EOS, LORA, PAD, VOCABULARY, build, logs, tiny
 
 from popsd_integrations.huggingface.frozen import AdapterOff
 from popsd_integrations.miniature.tokenizer import build_tokenizer
-from popsd_integrations.trl_trainer.frozen import FROZEN_FILE, agreed
+from popsd_integrations.trl_trainer import frozen
+from popsd_integrations.trl_trainer.compat import generating
+from popsd_integrations.trl_trainer.frozen import FROZEN_FILE
+from popsd_integrations.trl_trainer.guards import GuardedTrainer
 
 
 def saved(folder, model):
@@ -107,6 +110,10 @@ def test_the_trainer_pads_where_check_model_says(tmp_path):
     torch.manual_seed(0)
     config = transformers.RecurrentGemmaConfig(vocab_size=len(VOCABULARY), initializer_range=0.3, **sizes)
     trainer = build(tmp_path, model=transformers.AutoModelForCausalLM.from_config(config), batched_frozen=True)
+    trainer._zero3 = True
+    with pytest.raises(ValueError, match=r"FSDP and ZeRO-3; RecurrentGemmaForCausalLM must sample prompts by length"):
+        trainer._checked_model({"train_dataset": trainer.train_dataset}, False)
+    trainer._zero3 = False
     seen, real = [], trainer._packed
 
     def packed(inputs, context):
@@ -117,26 +124,16 @@ def test_the_trainer_pads_where_check_model_says(tmp_path):
     trainer.train()
     assert len(seen) == 3 and {batch.side for batch in seen} == {"right"}
     assert all(batch.attention_mask[:, 0].all() for batch in seen)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9, 8, 7]]
+    with generating(trainer, greedy=True):
+        found = GuardedTrainer._generate_single_turn(trainer, prompts, None, {})
+    for prompt, ids in zip(prompts, found, strict=True):
+        own = trainer.model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].argmax(-1)
+        assert own.tolist() == ids
 
 
-def test_all_processes_do_what_the_main_one_finds(monkeypatch):
-    from popsd_integrations.trl_trainer import frozen
-
-    class Two:
-        num_processes, is_main_process = 2, True
-
-    sent = []
-    monkeypatch.setattr(frozen, "broadcast_object_list", sent.append)
-
-    def fail():
-        raise ValueError("no")
-
-    assert agreed(Two(), lambda: "right") == "right"
-    with pytest.raises(ValueError, match="no"):
-        agreed(Two(), fail)
-    main = [list(outcome) for outcome in sent]
-    Two.is_main_process = False
-    monkeypatch.setattr(frozen, "broadcast_object_list", lambda outcome: outcome.__setitem__(slice(None), main.pop(0)))
-    assert agreed(Two(), fail) == "right", "it does not look for itself"
-    with pytest.raises(ValueError, match="no"):
-        agreed(Two(), lambda: "left")
+def test_weights_that_are_sharded_are_said_not_to_be_checked(tmp_path, monkeypatch, caplog):
+    trainer = build(tmp_path, lora=True)
+    monkeypatch.setattr(frozen, "is_sharded", lambda parameter: True)
+    assert trainer._checked_model({}, False) == ("left", "together")
+    assert "weights of PeftModelForCausalLM are sharded" in caplog.text and "are not checked" in caplog.text

@@ -17,7 +17,7 @@ from popsd_integrations.huggingface import frozen
 from popsd_integrations.huggingface.objective import needed_contexts, target_config
 from popsd_integrations.huggingface.prompts import ContextBuilder, ContextConfig, Problem
 from popsd_integrations.miniature.tokenizer import VOCABULARY, build_tokenizer
-from popsd_integrations.torch_loop.loop import TrainConfig, train
+from popsd_integrations.torch_loop import TrainConfig, train
 
 WRONG = [row | {"wrong_privileged_context": "9 8 7" if row["privileged_context"][0] != "9" else "1"} for row in ROWS]
 WAIT = VOCABULARY.index("WAIT")

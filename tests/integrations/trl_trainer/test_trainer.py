@@ -15,7 +15,7 @@ from popsd.testing import relative_l2
 from popsd_integrations.huggingface.heads import hidden_states
 from popsd_integrations.huggingface.prompts import ContextBuilder, ContextConfig, Problem
 from popsd_integrations.miniature.tokenizer import build_tokenizer
-from popsd_integrations.torch_loop.loop import TrainConfig, train
+from popsd_integrations.torch_loop import TrainConfig, train
 from popsd_integrations.trl_trainer import trainer as trainer_module
 from popsd_integrations.trl_trainer.compat import rows_of_data
 from popsd_integrations.trl_trainer.trainer import PurifiedOPSDTrainer

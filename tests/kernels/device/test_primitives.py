@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from kernel_helpers import small_blocks  # noqa: F401
 
+import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-from popsd_kernels.device.primitives import log2, lse_finish, lse_fold, reciprocal, soft_clip  # isort: skip
+from popsd_kernels import device  # isort: skip
+
+from popsd_kernels.device.primitives import log2, lse_accumulate, lse_finish, reciprocal, soft_clip  # isort: skip
 from kernel_helpers import interpreted
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -26,7 +31,7 @@ def _lse_probe(x_ptr, out_ptr, N: tl.constexpr, VEC: tl.constexpr):
     top = tl.full([N // VEC], -1.0e30, tl.float32)
     total = tl.zeros([N // VEC], tl.float32)
     for block in range(3):
-        top, total = lse_fold(tl.load(x_ptr + block * N + tl.arange(0, N)), top, total, VEC)
+        top, total = lse_accumulate(tl.load(x_ptr + block * N + tl.arange(0, N)), top, total, VEC)
     row_max, logsum = lse_finish(top, total, 3 * N)
     tl.store(out_ptr, row_max)
     tl.store(out_ptr + 1, logsum)
@@ -65,3 +70,9 @@ def test_a_row_of_minus_infinity_is_uniform_and_nan_stays():
     x[200] = float("nan")
     interpreted(_lse_probe)[(1,)](x, out, N=128, VEC=4)
     assert out[1].isnan()
+
+
+def test_an_old_triton_is_named(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+    with pytest.raises(ImportError, match=r"need triton>=3\.6; got 3\.4\.0.*impl='torch'"):
+        importlib.reload(device)
