@@ -8,14 +8,22 @@ from typing import Any
 _OF_SERVER = {f"vllm_server_{name}" for name in ("base_url", "host", "port", "timeout")} | {"vllm_group_port"}
 _OF_COLOCATE = {
     f"vllm_{name}"
-    for name in ("gpu_memory_utilization", "max_model_length", "tensor_parallel_size", "model_impl", "enable_sleep_mode")
+    for name in (
+        "gpu_memory_utilization",
+        "max_model_length",
+        "tensor_parallel_size",
+        "model_impl",
+        "enable_sleep_mode",
+    )
 }
-_SEEDED = "Every completion has a seed of its own, drawn from the option seed."
+_SEEDED = "Every prompt would draw the same random numbers."
 _ENDS = "Completions end at the ends that the model's generation_config and the tokenizer name; name it there."
 _REFUSED_IN_GENERATION = {
     "seed": _SEEDED,
     **dict.fromkeys(("stop", "stop_token_ids", "ignore_eos"), _ENDS),
-    **dict.fromkeys(("best_of", "use_beam_search", "truncate_prompt_tokens"), "The loss is of the prompt as it is, sampled once."),
+    **dict.fromkeys(
+        ("best_of", "use_beam_search", "truncate_prompt_tokens"), "The loss is of the prompt as it is, sampled once."
+    ),
     "skip_special_tokens": "The trainer takes token ids.",
 }
 

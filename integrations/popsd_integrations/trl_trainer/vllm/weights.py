@@ -111,14 +111,15 @@ class StudentWeights:
         return nn.Parameter(self._whole(parameter).to(dtype, copy=True), requires_grad=False)
 
     def _whole(self, parameter: nn.Parameter) -> torch.Tensor:
-        tensor = parameter.detach()
-        if isinstance(tensor, DTensor):
-            return tensor.to(self._device).full_tensor() if self._device is not None else tensor.full_tensor()
-        return tensor
+        tensor: Any = parameter.detach()
+        if not isinstance(tensor, DTensor):
+            return tensor
+        local: Any = tensor if self._device is None else tensor.to(self._device)
+        return local.full_tensor()
 
 
 def check_weights(model: Any, fsdp_version: int | None = None) -> None:
-    """Raise ValueError for a student whose weights vLLM cannot be sent exactly: before vLLM is loaded, and before training."""
+    """Raise ValueError for a student whose weights vLLM cannot be sent exactly, before any is sent."""
     if getattr(causal_model(model), "is_quantized", False) or any(
         not parameter.is_floating_point() for parameter in model.parameters()
     ):
@@ -134,7 +135,7 @@ def check_weights(model: Any, fsdp_version: int | None = None) -> None:
         )
     layers, copies = _adapted(model)
     other = [type(x).__name__ for x in model.modules() if isinstance(x, AuxiliaryTrainingWrapper)]
-    if not layers and not copies or any(name != ModulesToSaveWrapper.__name__ for name in other):
+    if not (layers or copies) or any(name != ModulesToSaveWrapper.__name__ for name in other):
         raise ValueError(
             "use_vllm: expected an adapter that merges into the weights, such as LoRA, and modules_to_save; got "
             f"{sorted({*other}) or 'one that does not'}. Generate with transformers."
@@ -164,9 +165,8 @@ def _adapted(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
     for path, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             copies[path] = module.active_adapters[0]
-        elif isinstance(module, BaseTunerLayer) and not isinstance(module, nn.ModuleDict):
-            if isinstance(module.get_base_layer(), nn.Module) and not any(path.startswith(f"{x}.") for x in layers):
-                layers[path] = module
+        elif isinstance(module, BaseTunerLayer) and not any(path.startswith(f"{x}.") for x in layers):
+            layers[path] = module
     return layers, copies
 
 
