@@ -116,6 +116,9 @@ def test_float32_weights_and_what_rounding_takes():
     for key, tensor in weights:
         torch.testing.assert_close(tensor.double(), expected[key], rtol=1e-6, atol=1e-7)
     assert weights.rounding == 0
+    rounded = StudentWeights(model, dtype=torch.bfloat16)
+    sent = dict(rounded)["model.layers.0.self_attn.q_proj.weight"]
+    assert sent.dtype == torch.bfloat16 and rounded.rounding > 0
     small = adapted("lora", scale=1e-4)
     weights, expected = StudentWeights(small), merged_in_float64(small)
     lost = delta = 0
@@ -148,7 +151,8 @@ class InPlaceOfVLLM:
         self.model, self.syncs, self.sampled = model.eval(), 0, None
         runner = SimpleNamespace(model=SimpleNamespace(load_weights=self.load))
         worker = SimpleNamespace(model_runner=runner)
-        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+        executor = SimpleNamespace(driver_worker=worker)
+        self.llm_engine = SimpleNamespace(model_executor=executor, model_config=SimpleNamespace(dtype=model.dtype))
 
     @torch.no_grad()
     def load(self, weights):

@@ -31,7 +31,9 @@ def send_student(trainer: Any) -> None:
     if not has_adapter(trainer.model):
         return
     device = trainer.accelerator.device if parallel.is_fsdp else None
-    weights = StudentWeights(generation.model, parallel.gather_params, device)
+    # vLLM computes a float32 model in bfloat16 unless it is told otherwise, which TRL does not.
+    dtype = generation.llm.llm_engine.model_config.dtype if generation.mode == "colocate" else None
+    weights = StudentWeights(generation.model, parallel.gather_params, device, dtype)
 
     def named() -> Iterator[tuple[str, torch.Tensor]]:
         yield from weights

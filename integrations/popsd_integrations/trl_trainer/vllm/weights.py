@@ -2,7 +2,7 @@
 
 TRL merges all adapters into the base weights, sends them, and subtracts the adapters again. In 16 bit that does not give the
 base back: after 60 steps at 5e-6 it had moved by 24 % of the adapter's delta, and with it base, teacher and reference. Here
-PEFT merges into a float32 copy of one layer, which is rounded once to the base's dtype, sent and dropped.
+PEFT merges into a float32 copy of one layer, which is rounded once, sent and dropped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class StudentWeights:
     model: a Hugging Face model, with or without an adapter. Sharded by FSDP2 or ZeRO-3 each process must iterate to the end.
     gather: context manager in which parameters that ZeRO-3 has partitioned are whole.
     device: where FSDP2's shards are gathered, if they are offloaded.
-    Layers with an adapter come as round(W + delta) in the dtype of W, with W + delta computed in float32; of
+    dtype: what vLLM computes in, where it is known. None: the dtype of each base weight.
+    Layers with an adapter come as round(W + delta) in that dtype, with W + delta computed in float32; of
     ``modules_to_save`` the trained copy comes. The model's parameters keep their values, bit for bit, also where merging fails.
 
     >>> weights = dict(StudentWeights(model))
@@ -38,9 +39,13 @@ class StudentWeights:
     """
 
     def __init__(
-        self, model: nn.Module, gather: Gather = lambda parameters: nullcontext(), device: torch.device | None = None
+        self,
+        model: nn.Module,
+        gather: Gather = lambda parameters: nullcontext(),
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self._model, self._gather, self._device = model, gather, device
+        self._model, self._gather, self._device, self._dtype = model, gather, device, dtype
         self._lost = self._delta = 0.0 * torch.zeros((), dtype=torch.float64)
 
     @property
@@ -99,7 +104,7 @@ class StudentWeights:
                     if hasattr(tuner, "_caches"):
                         tuner._caches.clear()
                         tuner._caches.update(caches)
-        sent = {name: tensor.to(dtypes[name]) for name, tensor in exact.items()}
+        sent = {name: tensor.to(self._dtype or dtypes[name]) for name, tensor in exact.items()}
         for name, tensor in exact.items():
             for total, difference in (("_lost", sent[name] - tensor), ("_delta", tensor - before[name])):
                 square = difference.float().square().sum(dtype=torch.float64)
