@@ -5,9 +5,10 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
-TESTS ?= tests
-PYTEST_ARGS ?= --cov=popsd --cov-report=term-missing:skip-covered --cov-fail-under=95
-# Processes that share the test files, in the order of their names: the longest come early. Each needs about 1 GiB;
+# The folders with the longest files come first, so that no worker is left with one at the end.
+TESTS ?= tests/kernels $(wildcard tests/test_*.py) tests/properties tests/benchmarks tests/integrations tests/engine tests/core
+PYTEST_ARGS ?= --cov=popsd --cov=popsd_integrations --cov-report=
+# Processes that share the test files, in the order given. Each needs about 1 GiB;
 # OMP_NUM_THREADS=1 keeps their threads from waiting for one another.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchmark
@@ -18,16 +19,18 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
 endif
 
+# Of each package, not of both together.
+COVERED = $(BIN)/python -m coverage report --include='$(1)/*' --show-missing --skip-covered --fail-under=95
+
 .PHONY: demo test test-all lint docs fresh hooks bench report clean
 
 demo: $(VENV)/.installed
 	$(BIN)/popsd demo $(ARGS)
 
-test: lint
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS) $(TESTS)
-
-test-all: lint
-	$(PYTEST) $(PYTEST_ARGS) $(TESTS)
+test: SELECTED := -m "not slow"
+test test-all: lint
+	$(PYTEST) $(SELECTED) $(PYTEST_ARGS) $(TESTS)
+	$(if $(findstring --cov,$(PYTEST_ARGS)),$(foreach package,popsd integrations/popsd_integrations,$(call COVERED,$(package)) &&) true)
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .

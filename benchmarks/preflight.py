@@ -62,14 +62,8 @@ HEADER = """\
 | data | masks on entries | target / base | 95 % interval | pre-flight | markers per completion | accuracy, T = 1 | agrees |
 |---|---|---|---|---|---|---|---|
 """
-MEASURES = (
-    "mass_moved",
-    "target_base_kl",
-    "reference_fraction",
-    "weighted_reference_fraction",
-    "cos_total_transferable",
-)
-MEASURES += ("teacher_base_kl", "overlap", "overlap_advantage", "fork/target_base_kl", "fork/entropy_gained")
+MEASURES = ("mass_moved", "target_base_kl", "reference_fraction", "weighted_reference_fraction", "cos_total_transferable",
+            "teacher_base_kl", "overlap", "overlap_advantage", "fork/target_base_kl", "fork/entropy_gained")  # fmt: skip
 """Of `Diagnosis.means`, beside the markers' change under the target and under the teacher."""
 
 

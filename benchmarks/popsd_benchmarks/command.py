@@ -42,9 +42,8 @@ def main(arguments: Sequence[str]) -> int:
     effort: dict[str, Any] = {"quick": not options.full, "time_budget": None if options.full else QUICK_SECONDS}
     effort |= {"device": "cuda" if options.gpu else "cpu", "out": out, "progress": progress}
     try:
-        results = run(
-            options.parts or (PARTS if options.full else QUICK_PARTS), options.shapes, options.providers, **effort
-        )
+        parts = options.parts or (PARTS if options.full else QUICK_PARTS)
+        results = run(parts, options.shapes, options.providers, **effort)
     except KeyboardInterrupt:
         print(f"{progress.done + kept} cells are kept in {out}.", file=sys.stderr)
         raise
@@ -55,12 +54,11 @@ def main(arguments: Sequence[str]) -> int:
         closing = f"Stopped after {QUICK_SECONDS:.0f} s with {left} cells to go: the same command resumes."
     elif not progress.done:
         closing = (
-            f"Nothing to do: {out} has all {kept} cells. Delete it, or name another --output-dir, to measure again."
+            f"Nothing to do: {out} has all {kept} cells. To measure again delete it, or name another --output-dir."
         )
     else:
-        closing = f"{progress.done} cells in {progress.seconds:.0f} s" + (
-            f", {kept} kept from earlier." if kept else "."
-        )
+        earlier = f", {kept} kept from earlier" if kept else ""
+        closing = f"{progress.done} cells in {progress.seconds:.0f} s{earlier}."
     tables.write_csv(results.cells, folder / "results.csv")
     drawn = []
     try:

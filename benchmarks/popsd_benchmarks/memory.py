@@ -22,9 +22,7 @@ def reset_peak(device: str) -> float:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / MIB
-    Path("/proc/self/clear_refs").write_text(
-        "5", encoding="utf-8"
-    )  # the high-water mark VmHWM is the present size again
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM, the high-water mark, is the present size
     return _resident("VmRSS")
 
 

@@ -60,9 +60,8 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
 
     weight = normal(shape.vocab, shape.width).div_(math.sqrt(shape.width))
     base = case.deviation * normal(shape.tokens, shape.width)
-    favourites = torch.randint(
-        shape.used or shape.vocab, (shape.tokens, FAVOURITES), generator=generator, device=device
-    )
+    drawn = (shape.tokens, FAVOURITES)
+    favourites = torch.randint(shape.used or shape.vocab, drawn, generator=generator, device=device)
     boost = 6 + 8 * torch.rand(shape.tokens, FAVOURITES, 1, generator=generator, device=device)
     base += (boost * weight[favourites]).sum(1)  # rows have norm 1 and are nearly orthogonal
     deviation = base.std()
@@ -72,9 +71,8 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
 
     student, teacher = shifted(0.1).requires_grad_(), shifted(1.0)
     purified = case.loss == "purified"
-    hidden = popsd.HiddenStates(
-        student, base.to(dtype) if purified else None, teacher, shifted(2.0) if purified else None
-    )
+    rest = (base.to(dtype), shifted(2.0)) if purified else (None, None)
+    hidden = popsd.HiddenStates(student, rest[0], teacher, rest[1])
     head = popsd.Head(weight.to(dtype).requires_grad_(case.trainable_head), softcap=shape.softcap)
     config = popsd.PurifiedConfig(beta=case.beta, vocab_size=shape.used)
     return Problem(case, hidden, head, config)

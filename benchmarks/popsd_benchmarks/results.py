@@ -160,9 +160,8 @@ def load(path: Path) -> Results:
         content = json.loads(path.read_text(encoding="utf-8"))
         return Results(content["meta"], list(map(_cell_of, content["cells"])), content.get("records", []))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: expected results with meta and cells; got {type(error).__name__}: {error}."
-        ) from error
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: expected results with meta and cells; got {got}.") from error
 
 
 def _cell_of(row: dict[str, Any]) -> Cell:
@@ -218,18 +217,9 @@ def _device(device: str) -> str:
 
 def _commit() -> str | None:
     """Of the source that runs, "+" where it has changes; None outside a repository."""
-    git = [
-        "git",
-        "-C",
-        str(Path(popsd.__file__).parent),
-        "describe",
-        "--always",
-        "--exclude=*",
-        "--abbrev=12",
-        "--dirty=+",
-    ]
+    git, where = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"], Path(popsd.__file__).parent
     with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
+        return subprocess.check_output(git, cwd=where, stderr=subprocess.DEVNULL, text=True).strip()
     return None
 
 

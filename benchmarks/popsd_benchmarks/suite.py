@@ -20,11 +20,7 @@ GPU_TABLE = ("qwen3-1.7b", "qwen3-8b", "gemma-2-2b", "llama-3-8b", "qwen3-4b")
 SPREADS = (0.003, 0.008, 0.02, 0.05, 0.12, 0.3, 0.7, 1.6)
 """KL(target ‖ student) from about 1e-4 to 3 nats."""
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
-    "cpu": {
-        "tokens": (256, 1024, 4096, 16384),
-        "vocab": (8192, 32768, 131072, 262144),
-        "width": (128, 512, 2048),
-    },
+    "cpu": {"tokens": (256, 1024, 4096, 16384), "vocab": (8192, 32768, 131072, 262144), "width": (128, 512, 2048)},
     "cuda": {
         "tokens": (256, 1024, 4096, 16384, 65536),
         "vocab": (32768, 65536, 131072, 262144),
@@ -131,11 +127,8 @@ def _is_missing(results: Results, item: Item, provider: Provider, skip_failed: b
 def cases(part: str, shapes: Sequence[Shape], *, quick: bool, device: str) -> Iterator[Item]:
     """Of a part, the most telling first; of the device's usual shapes where none is given."""
     cpu, few = device == "cpu", quick or None
-    usual = (
-        replace(CPU_SHAPE, tokens=256, vocab=16384, width=256)
-        if cpu and quick
-        else SHAPES["cpu" if cpu else "qwen3-1.7b"]
-    )
+    usual = CPU_SHAPE if cpu else SHAPES["qwen3-1.7b"]
+    usual = replace(usual, tokens=256, vocab=16384, width=256) if cpu and quick else usual
     case = Case(loss="purified", shape=usual, dtype="float32" if cpu else "bfloat16", device=device)
     if part == "table":
         effort = Effort(rounds=3 if quick else 9, seconds=10 if quick else 60, compilers=not quick)

@@ -308,12 +308,12 @@ def test_token_ids_outside_the_vocabulary_are_nan():
 
 
 _COUNT = """
-import torch
+import torch, triton.compiler
+triton.compiler.compile = lambda *_, **__: object()  # counted by the key that asks for it
 from popsd_kernels.aot.report import select_target
 from popsd_kernels.launch import result_rows
 from popsd_kernels.rows import Heads, RowLoss, RowOptions, Rows, RowStatistics
 from popsd_kernels.streaming import plan, sums, tiles
-
 kernels = (
     tiles.stream_statistics_kernel, tiles.stream_merge_kernel, sums.stream_accumulate_kernel, sums.stream_finish_kernel,
 )

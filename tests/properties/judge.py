@@ -162,7 +162,11 @@ def _judge(call: Call) -> None:
         expected = exact.results["loss"].sum()
         off = max(abs(x.results["loss"].sum() - expected) for x in near)
         magnitude = np.abs(exact.results["loss"]).sum()
-        slack = TIMES * off + relative(call) * magnitude + FLOOR * max(call.tokens, 1)
+        slack = (
+            TIMES * off
+            + relative(call) * magnitude
+            + FLOOR * max(call.tokens, 1) * scale_of(call, "loss", exact.largest)
+        )
         same("sum", found.output.loss.detach().double().numpy()[None], np.array([expected]), np.array([slack]))
     for name, value in found.gradients.items():
         judge_gradient(call, given, name, value, exact, near)
@@ -235,7 +239,11 @@ def scale_of(call: Call, name: str, largest: float) -> float:
         return 3.0 * size * np.sqrt(call.vocab)
     if call.impl == "triton" and name.endswith("entropy"):  # Σ p·log p of log p that round at the size of a logit
         return 3.0 * size
-    return size if name.startswith(("delta", "target_teacher", "target_base", "token")) else max(1.0, size / 10)
+    return (
+        size
+        if name.startswith(("delta", "target_teacher", "target_base", "token"))
+        else max(1.0, size / 10, largest / 30)
+    )
 
 
 def gram_scale(call: Call, given: Inputs) -> float:

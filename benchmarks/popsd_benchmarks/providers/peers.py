@@ -59,8 +59,7 @@ def liger_chunked(problem: Problem, compiled: bool = False) -> Compute:
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
     hidden, weight = problem.hidden, problem.head.weight
-    function = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=problem.config.beta, compiled=compiled
-    )
+    weights = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0}
+    function = LigerFusedLinearJSDLoss(**weights, beta=problem.config.beta, compiled=compiled)
     labels = torch.zeros(hidden.student.shape[0], dtype=torch.long, device=weight.device)
     return lambda: function(hidden.student, weight, hidden.teacher, weight.detach(), labels)

@@ -37,7 +37,7 @@ def read(given: Sequence[str], completions: int, folder: Path | None) -> Setting
     """
     script, args, model_args, mixture = read_options(given, trains=False)
     name, init = str(model_args.model_name_or_path), dict(args.model_init_kwargs or {})
-    dataset = split_of(load_data(script, mixture), script.dataset_train_split, "dataset_train_split")
+    dataset = split_of(load_data(script, mixture, args.seed), script.dataset_train_split, "dataset_train_split")
     check_columns(dataset, "train_dataset", args)
     dataset = with_other_solutions(dataset, "train_dataset", args)
     try:

@@ -16,6 +16,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, ProcessorMixin
 
+from popsd_integrations.commandline.options import ANSWER_COLUMN, SOLUTION_COLUMNS, WRONG_COLUMN
 from popsd_integrations.huggingface.prompts import (
     ContextBuilder,
     Problem,
@@ -29,8 +30,6 @@ from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
 
 logger = logging.getLogger(__name__)
 
-SOLUTION_COLUMNS = ("privileged_context", "solution")
-WRONG_COLUMN, ANSWER_COLUMN = "wrong_privileged_context", "answer"
 OTHER_COLUMN = "other_privileged_context"
 IMAGE_COLUMNS = ("image", "images", "pixel_values", "video", "videos", "audio", "audios")
 
@@ -128,7 +127,9 @@ def check_rows(rows: int, step: int) -> None:
 
 
 class Counted(NamedTuple):
-    """What a limit of ``allowed`` tokens does to the rows of a dataset. longest: tokens of the longest prompt that stays."""
+    """What a limit of ``allowed`` tokens does to the rows of a dataset. longest: tokens of the longest prompt that stays.
+    lengths: of each problem that stays, the tokens of its prompts, in the order of the fields of `Prompts`.
+    """
 
     name: str
     rows: int
@@ -136,6 +137,7 @@ class Counted(NamedTuple):
     truncated: int
     longest: int
     allowed: int | None
+    lengths: list[tuple[int, ...]]
 
     def __str__(self) -> str:
         return (
@@ -211,15 +213,22 @@ class RowCheck:
         own, evaluated = self._counting_apart(), name.startswith("eval")
         keep: list[int] = []
         shown: Prompts | None = None
-        longest = 0
+        lengths: list[tuple[int, ...]] = []
         for index, row in enumerate(dataset):
             prompts = own._checked(row, f"{name}, row {index}", evaluated)
             if prompts is not None:
                 keep.append(index)
                 shown = shown or prompts
-                longest = max(longest, *map(len, prompts))
+                lengths.append(tuple(map(len, prompts)))
+        longest = max((max(row) for row in lengths), default=0)
         counted = Counted(
-            name, len(dataset), own.contexts.dropped, own.contexts.truncated, longest, self.args.max_prompt_length
+            name,
+            len(dataset),
+            own.contexts.dropped,
+            own.contexts.truncated,
+            longest,
+            self.args.max_prompt_length,
+            lengths,
         )
         if not keep:
             raise ValueError(

@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
+from popsd_integrations.commandline.options import ANSWER_COLUMN, SOLUTION_COLUMNS, WRONG_COLUMN
 from popsd_integrations.huggingface.distributed import agreed, run_in_forward
 from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states, has_adapter
 from popsd_integrations.huggingface.heads import held, local_head
@@ -50,10 +51,7 @@ from popsd_integrations.trl_trainer.compat import (
 )
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
 from popsd_integrations.trl_trainer.dataset import (
-    ANSWER_COLUMN,
     OTHER_COLUMN,
-    SOLUTION_COLUMNS,
-    WRONG_COLUMN,
     RowCheck,
     check_columns,
     check_evaluation,

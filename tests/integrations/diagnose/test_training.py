@@ -124,7 +124,7 @@ def test_controls_are_measured_as_they_are_trained(config):
     """The trainer draws the other problem's solution by the same seed, from all rows."""
     path = config(reference="other_problem")
     script, args, _, mixture = train_command.read_options(["--config", path], trains=False)
-    rows = with_other_solutions(train_command.load_data(script, mixture)["train"], "train_dataset", args)
+    rows = with_other_solutions(train_command.load_data(script, mixture, args.seed)["train"], "train_dataset", args)
     setting = read(path)
     builder = ContextBuilder(setting.tokenizer, args.context_config(), text_as_chat=False)
     assert sorted(setting.prompts) == sorted(builder.build_all([problem_of(row) for row in rows]))

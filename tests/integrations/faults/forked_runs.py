@@ -1,9 +1,10 @@
 """Runs in forked children that are killed at random moments, and resumed: ``forked_runs.py KINDS FOLDER KILLS SEED``.
 
-A fork costs milliseconds where a new process imports for seconds, so a hundred kills are minutes. Every second kill comes
-at a random time of the run. The others come within 5 ms of a random file operation, which is where checkpoints are
-written. KINDS: loop, trainer, or both with a comma between. Prints a JSON object: for each kind how many children were
-killed, left a file unfinished, had a checkpoint to resume from, and came to the unbroken run's result in the end.
+A fork costs milliseconds where a new process imports for seconds, so a hundred kills are minutes. The first kill and every
+second one come within 5 ms of a random file operation, which is where checkpoints are written. The others come at a random
+time of the run, which on a busy machine may be before the first checkpoint. KINDS: loop, trainer, or both with a comma
+between. Prints a JSON object: for each kind how many children were killed, left a file unfinished, had a checkpoint to
+resume from, and came to the unbroken run's result in the end.
 """
 
 import json
@@ -122,7 +123,7 @@ def kill_runs(kind, folder, kills, seed):
             known[variant] = unbroken(kind, folder / f"unbroken-{variant}", variant)
         result, seconds, events = known[variant]
         run = folder / f"{attempt}"
-        if attempt % 2:
+        if attempt % 2 == 0:
             child = fork(kind, run, variant)
             time.sleep(chance.uniform(0.02, 1.1) * seconds)
             os.kill(child, signal.SIGKILL)

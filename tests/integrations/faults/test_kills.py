@@ -24,7 +24,7 @@ ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), ENVIRONMENT.g
 @pytest.mark.parametrize(
     ("kinds", "kills"),
     [
-        pytest.param("loop,trainer", 2, id="both"),
+        pytest.param("loop,trainer", 1, id="both"),  # at a file operation, whatever the machine's load
         *(
             pytest.param(kind, int(os.environ.get("POPSD_KILLS", 100)), marks=pytest.mark.slow)
             for kind in ("loop", "trainer")

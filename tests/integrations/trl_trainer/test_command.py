@@ -17,6 +17,7 @@ from trl_helpers import config, files
 from popsd.engine.workspace import CPU_WORKSPACE_MIB, GPU_WORKSPACE_MIB
 from popsd_integrations import cli
 from popsd_integrations.trl_trainer import command as train_command
+from popsd_integrations.trl_trainer.dry_run import _printable
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -43,8 +44,11 @@ def work(tmp_path):
 def test_a_dry_run_prints_prompts_and_memory_and_trains_nothing(work, capsys):
     assert cli.main(["train", "--config", str(work / "config.yaml"), "--dry_run", "true"]) == 0
     printed = capsys.readouterr().out
-    assert "=== question (student and base): 4 tokens, thinking none\nQ 0 0 A\n    ids 11 0 0 13" in printed
-    assert "teacher): 10 tokens" in printed and "R 0 WAIT 0 OK A" in printed
+    assert (
+        "=== prompt of the student and the base: the question alone: 4 tokens, thinking none\nQ 0 0 A\n    ids 11 0 0 13"
+        in printed
+    )
+    assert "prompt of the teacher: the question and its solution: 10 tokens" in printed and "R 0 WAIT 0 OK A" in printed
     assert "weights" in printed and "copy of the initial weights" not in printed
     workspace = CPU_WORKSPACE_MIB if not torch.cuda.is_available() else GPU_WORKSPACE_MIB
     (logits,) = [line for line in printed.splitlines() if "logits in the loss, at most" in line]
@@ -88,6 +92,37 @@ def test_a_dry_run_counts_what_a_length_limit_does_to_the_data(work, capsys):
     assert "=== train_dataset: a stream, whose problems are looked at as they come" in capsys.readouterr().out
 
 
+def test_a_dry_run_says_lengths_steps_and_the_device_and_holds_rows_out(work, capsys):
+    flags = [
+        "--config",
+        str(work / "config.yaml"),
+        "--dry-run",
+        "--device",
+        "24GiB",
+        "--per-device-train-batch-size",
+        "2",
+    ]
+    flags += ["--test_split_size", "0.25", "--eval_strategy", "steps", "--eval_steps", "1"]
+    assert cli.main(["train", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "24GiB                                   24.000 GiB" in printed
+    assert "of the teacher: the question and its solution: 0 % 10, 50 % 10, 90 % 10, 99 % 10, 100 % 10" in printed
+    assert "3 steps per epoch, of 2 problems each; 6 problems are used" in printed
+    assert "=== eval_dataset: of 2 problems 0" in printed
+    assert "head of 22 rows, tokenizer of 22 tokens" in printed and "chat template: yes" in printed
+
+
+def test_rows_held_out_are_the_same_each_time(work):
+    script, args, _, mixture = train_command.read_options(
+        ["--config", str(work / "config.yaml"), "--test_split_size", "0.25"]
+    )
+    first = train_command.load_data(script, mixture, args.seed)
+    mixture.test_split_size = 0.25  # taken from it when it was read
+    again = train_command.load_data(script, mixture, args.seed)
+    assert first["test"]["prompt"] == again["test"]["prompt"] and len(first["test"]) == 2
+    assert not {str(x) for x in first["test"]["prompt"]} & {str(x) for x in first["train"]["prompt"]}
+
+
 def test_help_names_the_options_of_the_method(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--help"])
@@ -115,7 +150,14 @@ def test_flags_override_the_file_and_the_run_is_saved(work, capsys):
         (["--pmi_beta", "0"], "pmi_beta: expected a positive"),
         (["--dataset_train_split", "all"], r"dataset_train_split: expected one of the splits \['train'\]; got 'all'"),
         (["--eval_strategy", "steps"], r"dataset_test_split: expected one of the splits \['train'\]; got 'test'"),
-        (["--test_split_size", "0.1"], r"test_split_size: expected none with dataset_name.*got 0\.1"),
+        (["--test_split_size", "1.5"], r"test_split_size: expected a share between 0 and 1; got 1\.5"),
+        (["--test_split_size", "0.01"], r"test_split_size: expected rows on both sides; got 0\.01 of 8 rows"),
+        (["--test_split_size", "0.5", "--dataset_test_split", "train"], r"got a split 'train', which evaluation takes"),
+        (["--device", "h100"], r"device: expected none without dry_run"),
+        (["--dry_run", "--device", "tpu"], r"device: expected one of rtx3090.*or an amount such as 24GiB; got 'tpu'"),
+        (["--dry_run", "--device", "0.001GiB"], r"device: expected one with more than the .* GiB that this run holds"),
+        (["--model_name_or_path", "no/where"], r"model_name_or_path: expected a hub name or a local folder"),
+        (["--dry_run", "--model_name_or_path", "no/where"], r"model_name_or_path: expected a hub name or a local"),
         (["--ignore_bias_buffers", "true"], r"ignore_bias_buffers: expected False"),
         (["--dataset_name", "missing.jsonl"], r"dataset_name: expected a hub name, a folder or a file of rows"),
     ],
@@ -239,7 +281,9 @@ def test_a_wrong_hint_comes_from_a_column_and_joins_the_dry_run(work, capsys):
     flags = ["--loss_target", "contrastive_hints", "--wrong_solution_column", "miss", "--masks", '{"floor": 0.5}']
     assert cli.main(["train", "--config", str(work / "config.yaml"), *flags, "--dry_run", "true"]) == 0
     printed = capsys.readouterr().out
-    assert "(teacher with the wrong hint): 9 tokens" in printed and "Q 0 0 R 7 7 OK A" in printed
+    assert (
+        "reference-only teacher: the question and the wrong hint: 9 tokens" in printed and "Q 0 0 R 7 7 OK A" in printed
+    )
     assert cli.main(["train", "--config", str(work / "config.yaml"), *flags, "--max_steps", "1"]) == 0
     options = torch.load(work / "out" / "training_args.bin", weights_only=False)
     assert (options.pmi_clip, options.masks) == (None, {"floor": 0.5})
@@ -274,7 +318,7 @@ def test_a_file_is_data_and_its_named_column_takes_the_place_of_another(work, ca
     flags = ["--config", str(work / "config.yaml"), "--dataset_name", str(work / "rows.jsonl"), "--dry_run", "true"]
     assert cli.main(["train", *flags, "--bf16", "true", "--use_cpu", "false"]) == 0, "nothing is computed in bf16"
     assert "\nQ 0 1 A\n" in capsys.readouterr().out
-    assert train_command._printable("a\n\u001b[31m\u202eé") == "a\n\\x1b[31m\\u202eé"
+    assert _printable("a\n\u001b[31m\u202eé") == "a\n\\x1b[31m\\u202eé"
     (work / "rows.jsonl").write_text("")
     assert cli.main(["train", *flags]) == 2
     assert "dataset_name: expected " in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""What the command line knows before it imports anything that takes time."""
