@@ -189,6 +189,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
 
     def _checked_model(self, data: Mapping[str, Any], own_teacher: bool) -> tuple[str, str]:
         """What `exact_ways` finds. data: as given; a stream that drops rows would count them here.
+
         own_teacher: of frozen weights that are not the student's.
         """
         built = [prompts for name, dataset in data.items() for prompts in self._rows.first(dataset, name, 2)][:2]
