@@ -11,7 +11,6 @@ import torch
 import popsd
 from popsd import DivergenceConfig, Head, MaskConfig, SparseTarget, oracle
 from popsd.testing import make_head, make_hidden, relative_l2
-from popsd_benchmarks.memory import peak_of
 
 N, V, D, K = 13, 211, 24, 7
 BETAS = [0.0, 0.3, 0.5, 1.0]
@@ -308,19 +307,6 @@ def test_compiles_as_one_graph():
         results.append([loss.detach(), leaf.grad, weight.grad])
     for eager, compiled in zip(*results, strict=True):
         assert relative_l2(compiled, eager) < 1e-6
-
-
-def test_memory_stays_within_the_workspace():
-    tokens, vocab, k = 512, 32768, 16
-    hidden, head = torch.randn(tokens, 8, requires_grad=True), make_head(vocab, 8)
-    target = SparseTarget(torch.randint(vocab, (tokens, k)), torch.full((tokens, k), -4.0))
-
-    def step():
-        popsd.linear_sparse_jsd(hidden, head, target, workspace_mib=8, reduction="sum").loss.backward()
-
-    step()  # buffers that stay
-    assert peak_of(step, "cpu") < 24, "a matrix [N, V] takes 64 MiB"
-    assert peak_of(lambda: (hidden @ head.weight.T).sum(), "cpu") > 50, "the measurement sees one"
 
 
 IDS, LOG_PROBS = torch.zeros(N, 2, dtype=torch.long), torch.full((N, 2), -1.0)

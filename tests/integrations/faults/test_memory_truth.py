@@ -99,6 +99,15 @@ def loss(config=None, trained=False, two_heads=False, **options):
     return call
 
 
+def sparse(trained=False):
+    def call():
+        ids = torch.arange(N * 4).view(N, 4) % V
+        target = popsd.SparseTarget(ids, torch.full((N, 4), -2.0))
+        popsd.linear_sparse_jsd(states().student, head(trained), target, reduction="sum").loss.backward()
+
+    return call
+
+
 MODES = {
     "plain": loss(),
     "telemetry": loss(telemetry=True),
@@ -115,6 +124,8 @@ MODES = {
     "token masks": loss(masks=MaskConfig(max_reference_fraction=1.0, top_target_entropy=0.5), trained=True),
     "centred masks": loss(masks=MaskConfig(max_reference_fraction=1.0, signal="centred")),
     "vocabulary in use": loss(PurifiedConfig(vocab_size=V - 3), telemetry=True),
+    "sparse teacher": sparse(),
+    "sparse teacher, trained head": sparse(trained=True),
     "two distributions": lambda: popsd.linear_jsd(
         states().student, head(), states(seed=3).teacher, config=DivergenceConfig(beta=0.5), reduction="sum"
     ).loss.backward(),
