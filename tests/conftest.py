@@ -14,8 +14,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +80,21 @@ def patch_once_per_launch() -> None:
 
 
 def has_triton() -> bool:
-    return find_spec("triton") is not None and tuple(map(int, version("triton").split(".")[:2])) >= (3, 6)
+    """One that the kernels run with."""
+    try:
+        importlib.import_module("popsd_kernels.device")
+    except ImportError:
+        return False
+    return True
 
 
 def decorate_for_the_interpreter() -> None:
     """TRITON_INTERPRET counts when a kernel is decorated, so it is set around the imports only."""
-    if not has_triton():
-        return
     found = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
+        if not has_triton():
+            return
         import triton.language as tl
         from triton.runtime.interpreter import InterpretedFunction
         from triton.runtime.jit import JITFunction

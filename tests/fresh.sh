@@ -27,20 +27,18 @@ try() { # name, distribution, packages
     "$python" -m venv "$work/$name"
     "$bin/pip" install -q "$distribution[trl,eval,plots]" "$@" pytest
     "$bin/pip" check
-    mkdir -p "$work/away-$name/docs"
-    cp -r "$root"/{tests,examples,README.md} "$work/away-$name"
-    cp -r "$root/docs" "$work/away-$name"
+    mkdir -p "$work/away-$name"
+    cp -r "$root"/{tests,examples,docs,README.md} "$work/away-$name"
     cd "$work/away-$name"
     "$bin/popsd" doctor || [ "$name" = oldest ] # whose torch brings a Triton that is older than the kernels need
     "$bin/python" -m pytest -q -o pythonpath=tests --import-mode=importlib -p no:cacheprovider -k python_blocks tests/test_docs.py
 }
 
-for name in "${@:-oldest newest}"; do
-    for one in $name; do
-        case $one in
-        oldest) try oldest "$(echo "$work"/dist/*.whl)" "${oldest[@]}" ;;
-        newest) try newest "$(echo "$work"/dist/*.tar.gz)" "${newest[@]}" ;;
-        *) echo "fresh.sh: expected oldest or newest; got $one" >&2; exit 2 ;;
-        esac
-    done
+[ $# -gt 0 ] || set -- oldest newest
+for name in "$@"; do
+    case $name in
+    oldest) try oldest "$(echo "$work"/dist/*.whl)" "${oldest[@]}" ;;
+    newest) try newest "$(echo "$work"/dist/*.tar.gz)" "${newest[@]}" ;;
+    *) echo "fresh.sh: expected oldest or newest; got $name" >&2; exit 2 ;;
+    esac
 done

@@ -37,8 +37,9 @@ def loss_of(
     **arguments: Any,
 ) -> LossOutput:
     """`_loss`, which torch.compile leaves out of its graph where ranks share the vocabulary: no graph can let them agree."""
-    of_shards = heads is not None and shards.are_sharded(heads, vocab_group)
-    return (eager(_loss) if of_shards else _loss)(streams, names, heads, config, vocab_group, **arguments)
+    if shards.are_sharded(heads, vocab_group):
+        return eager(_loss)(streams, names, heads, config, vocab_group, of_shards=True, **arguments)
+    return _loss(streams, names, heads, config, vocab_group, of_shards=False, **arguments)
 
 
 def _loss(
@@ -48,6 +49,7 @@ def _loss(
     config: DivergenceConfig,
     vocab_group: dist.ProcessGroup | None,
     *,
+    of_shards: bool,
     weights: torch.Tensor | None,
     beta: torch.Tensor | None,
     token_ids: torch.Tensor | None,
@@ -69,7 +71,8 @@ def _loss(
     """
     named, device = validation.named_streams(streams, names), streams.student.device
     shape, vocabulary = validation.check_streams(named), WHOLE
-    if heads is not None and shards.are_sharded(heads, vocab_group):
+    if of_shards:
+        assert heads is not None
         if sparse is not None:
             raise ValueError("head: expected plain tensors for a sparse target; got a DTensor. Pass its full_tensor().")
         for label, head in zip(("student_head", "frozen_head"), heads, strict=True):

@@ -127,13 +127,9 @@ def load_data(script: TrainArguments, mixture: Any, seed: int) -> Any:
         raise ValueError(
             "dataset_name: expected it or a mixture in `datasets`, and not both; a folder with train.jsonl will do."
         )
-    for name, other in (
-        ("dataset_config", "datasets"),
-        ("dataset_streaming", "datasets"),
-    ):
-        value = getattr(script, name)
-        if value and getattr(mixture, other):
-            raise ValueError(f"{name}: expected none with {other}, where it would be ignored; got {value!r}.")
+    for name in ("dataset_config", "dataset_streaming"):
+        if mixture.datasets and (value := getattr(script, name)):
+            raise ValueError(f"{name}: expected none with datasets, where it would be ignored; got {value!r}.")
     if script.ignore_bias_buffers:
         raise ValueError("ignore_bias_buffers: expected False, since nothing here reads it; got True.")
     size, mixture.test_split_size = mixture.test_split_size, None  # TRL would draw other rows in a run that goes on

@@ -127,22 +127,22 @@ def check_rows(rows: int, step: int) -> None:
 
 
 class Counted(NamedTuple):
-    """What a limit of ``allowed`` tokens does to the rows of a dataset. longest: tokens of the longest prompt that stays.
-    lengths: of each problem that stays, the tokens of its prompts, in the order of the fields of `Prompts`.
+    """What a limit of ``allowed`` tokens does to the rows of a dataset. lengths: of each problem that stays, the tokens of its
+    prompts, in the order of the fields of `Prompts`.
     """
 
     name: str
     rows: int
     dropped: int
     truncated: int
-    longest: int
     allowed: int | None
     lengths: list[tuple[int, ...]]
 
     def __str__(self) -> str:
+        longest = max(map(max, self.lengths))
         return (
             f"{self.name}: of {self.rows} problems {self.dropped} are dropped and {self.truncated} have their solution cut, "
-            f"for prompts longer than max_prompt_length={self.allowed}. The longest that stays has {self.longest} tokens."
+            f"for prompts longer than max_prompt_length={self.allowed}. The longest that stays has {longest} tokens."
         )
 
 
@@ -220,16 +220,8 @@ class RowCheck:
                 keep.append(index)
                 shown = shown or prompts
                 lengths.append(tuple(map(len, prompts)))
-        longest = max((max(row) for row in lengths), default=0)
-        counted = Counted(
-            name,
-            len(dataset),
-            own.contexts.dropped,
-            own.contexts.truncated,
-            longest,
-            self.args.max_prompt_length,
-            lengths,
-        )
+        limit, contexts = self.args.max_prompt_length, own.contexts
+        counted = Counted(name, len(dataset), contexts.dropped, contexts.truncated, limit, lengths)
         if not keep:
             raise ValueError(
                 f"{name}: expected at least one usable row; {counted.dropped} of {len(dataset)} were dropped."

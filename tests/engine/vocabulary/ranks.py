@@ -7,7 +7,6 @@ has put into reductions. The shards are unequal.
 import json
 import os
 import sys
-import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 import torch.distributed as dist
 from conftest import decorate_for_the_interpreter
+from forked import fork_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -252,18 +252,7 @@ def main(folder):
     decorate_for_the_interpreter()
     launch.shipped_config = lambda kernel, device: launch.LaunchConfig(32, 4, 4)  # two slices in a shard
     popsd.register_target("whole rows", lambda base, teacher, reference: base - base.mean(dim=1, keepdim=True))
-    children = []
-    for rank in range(WORLD):
-        child = os.fork()
-        if child == 0:
-            try:
-                run(rank, folder)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+    sys.exit(fork_ranks(run, WORLD, folder))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 import json
 import os
 import sys
-import traceback
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forked import fork_ranks
 from tiny_models import tiny_qwen3
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -59,18 +59,7 @@ def run(rank, folder):
 def main(folder):
     for name, seed in (("student", 0), ("frozen", 1)):
         tiny_qwen3(51, seed=seed, tie_word_embeddings=False).save_pretrained(f"{folder}/{name}")
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            try:
-                run(rank, folder)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+    sys.exit(fork_ranks(run, 2, folder))
 
 
 if __name__ == "__main__":

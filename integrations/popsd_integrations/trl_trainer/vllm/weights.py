@@ -46,7 +46,7 @@ class StudentWeights:
         dtype: torch.dtype | None = None,
     ) -> None:
         self._model, self._gather, self._device, self._dtype = model, gather, device, dtype
-        self._lost = self._delta = 0.0 * torch.zeros((), dtype=torch.float64)
+        self._lost = self._delta = torch.zeros((), dtype=torch.float64)
 
     @property
     def rounding(self) -> float:
