@@ -88,7 +88,7 @@ assert all(torch.equal(a, b) for a, b in zip(after, results(), strict=True))
 
 def interrupted(at):
     """Results and gradient of a loss during whose ``at``-th line of the torch backend another one is computed."""
-    x, lines = HIDDEN.student.clone().requires_grad_(), 0
+    x, lines, tracer = HIDDEN.student.clone().requires_grad_(), 0, sys.gettrace()
 
     def other():
         popsd.linear_purified_jsd(OTHER, HEAD, decompose=True)
@@ -99,7 +99,7 @@ def interrupted(at):
             return None
         lines += event == "line"
         if event == "line" and lines == at:
-            sys.settrace(None)
+            sys.settrace(tracer)
             frame.f_trace = None
             other()
         return trace
@@ -108,7 +108,7 @@ def interrupted(at):
     try:
         output = popsd.linear_purified_jsd(HIDDEN._replace(student=x), HEAD, decompose=True)
     finally:
-        sys.settrace(None)
+        sys.settrace(tracer)  # the coverage of every later test of this process depends on it
     output.loss.sum().backward()
     return lines, [output.loss.detach(), x.grad, *output.decomposition]
 
