@@ -130,7 +130,7 @@ def breaks_at(call):
     return generate
 
 
-@pytest.mark.parametrize("lora_rank", [None, 4])
+@pytest.mark.parametrize("lora_rank", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_a_broken_run_resumes_to_the_same_metrics_and_weights(tmp_path, lora_rank):
     config = replace(CONFIG, lora_rank=lora_rank)
     unbroken = run(tmp_path / "unbroken", config)

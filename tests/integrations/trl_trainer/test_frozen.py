@@ -37,7 +37,7 @@ def test_a_bfloat16_checkpoint_gives_student_and_copy_one_dtype(tmp_path, given)
     assert all(torch.equal(p, q) for p, q in same)
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_resumes_from_its_initial_model_only(tmp_path, lora):
     initial = saved(tmp_path / "initial", tiny())
     options = {"lora": lora, "save_strategy": "steps", "save_steps": 1}
@@ -54,8 +54,15 @@ def test_a_run_resumes_from_its_initial_model_only(tmp_path, lora):
     assert again.train(resume_from_checkpoint=str(checkpoint)).global_step == 2
 
 
-@pytest.mark.parametrize("save", ["steps", "no"])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    ("lora", "save"),
+    [
+        (False, "no"),
+        (True, "steps"),
+        pytest.param(False, "steps", marks=pytest.mark.slow),
+        pytest.param(True, "no", marks=pytest.mark.slow),
+    ],
+)
 def test_frozen_weights_that_move_stop_the_run(tmp_path, lora, save):
     trainer = build(tmp_path, lora=lora, max_steps=3, save_strategy=save, save_steps=2)
 

@@ -124,7 +124,7 @@ def comparable(row):
     return {name: value for name, value in row.items() if not any(word in name for word in skipped)}
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_accumulation_does_not_change_a_step(tmp_path, lora):
     runs = []
     for size, accumulation in ((4, 1), (1, 4), (2, 2)):
@@ -171,8 +171,14 @@ def test_a_batch_with_no_token_left_has_no_loss_and_a_run_of_such_batches_fails(
     assert torch.equal(trainer.model.lm_head.weight, before)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("options", BATCHINGS)
+@pytest.mark.parametrize(
+    ("options", "lora"),
+    [  # each batching once, each kind of training once; the other pairs are slow
+        pytest.param(options, lora, marks=() if lora == bool(i) else pytest.mark.slow)
+        for i, options in enumerate(BATCHINGS)
+        for lora in (False, True)
+    ],
+)
 def test_how_frozen_forwards_are_batched_does_not_matter(tmp_path, lora, options):
     plain, other = build(tmp_path, lora=lora), build(tmp_path, lora=lora, **options)
     plain.train()
@@ -295,9 +301,23 @@ def test_rows_that_fill_the_last_batch_of_an_evaluation_count_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"lora": True}, {}, {"frozen_weights": "ema", "lora": True}, {"frozen_weights": "ema"}]
+    ("step", "options"),
+    [  # from a step between two evaluations and from one at its end; the other pairs are slow
+        (3, {"lora": True}),
+        (2, {"frozen_weights": "ema"}),
+        *(
+            pytest.param(step, options, marks=pytest.mark.slow)
+            for step, options in (
+                (2, {"lora": True}),
+                (2, {}),
+                (3, {}),
+                (2, {"frozen_weights": "ema", "lora": True}),
+                (3, {"frozen_weights": "ema", "lora": True}),
+                (3, {"frozen_weights": "ema"}),
+            )
+        ),
+    ],
 )
-@pytest.mark.parametrize("step", [2, 3])
 def test_resumed_run_is_the_unbroken_run(tmp_path, options, step):
     """At the end of an epoch and amid one. Completions are sampled: the random state must come back too."""
     common = {"cls": PurifiedOPSDTrainer, "max_steps": 6, "shuffle_dataset": True, "ema_decay": 0.5}
