@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from popsd_integrations.commandline.suggest import Parser, did_you_mean
+from popsd_integrations.commandline.suggest import Parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,9 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"popsd {_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands.add_parser("demo", help="watch OPSD destroy a small reasoner and the purified loss keep it"))
-    _add_diagnose(
-        commands.add_parser("diagnose", help="what a target would change, before any training", allow_abbrev=False)
-    )
+    _add_diagnose(commands.add_parser("diagnose", help="what a target would change, before any training"))
     _add_evaluate(commands.add_parser("evaluate", help="accuracy and markers of a base model and its checkpoints"))
     _add_compare(commands.add_parser("compare", help="runs beside one another: curves, differences, completions"))
     train = commands.add_parser(
@@ -39,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.set_defaults(run=_doctor)
     options, rest = parser.parse_known_args(underscored(sys.argv[1:] if arguments is None else arguments))
     if rest and options.run not in (_train, _bench, _diagnose):
-        known = commands.choices[options.command]._option_string_actions
-        parser.error((text := f"unrecognized arguments: {' '.join(rest)}.") + did_you_mean(text, known))
+        commands.choices[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     try:
         return int(options.run(options))
@@ -49,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"popsd {options.command}: interrupted{resumes}.", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError) as error:
-        print(f"popsd {options.command}: {error}", file=sys.stderr)
+        print(f"popsd {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
     except ImportError as error:
         extra = _EXTRA_OF.get((error.name or "").split(".")[0])
         if extra is None:
@@ -126,9 +123,24 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if _helped(options.rest):
+        return 0
     from popsd_integrations.trl_trainer import command
 
     return command.main(options.rest)
+
+
+def _helped(rest: Sequence[str], trains: bool = True, known: Sequence[str] = ()) -> bool:
+    """Refuse what names and values alone show, before TRL is imported. True where the help of all options was asked for."""
+    from popsd_integrations.commandline.training import given_options
+
+    given_options(rest, trains, known)
+    if "--help_all" not in rest:
+        return False
+    from popsd_integrations.trl_trainer import command
+
+    command.full_parser().print_help()
+    return True
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -147,10 +159,12 @@ def _add_diagnose(parser: argparse.ArgumentParser) -> None:
     from popsd_integrations.diagnose.command import add_arguments
 
     add_arguments(parser)
-    parser.set_defaults(run=_diagnose)
+    parser.set_defaults(run=_diagnose, known=[*parser._option_string_actions])
 
 
 def _diagnose(options: argparse.Namespace) -> int:
+    if options.rest and _helped(options.rest, trains=False, known=options.known):
+        return 0
     from popsd_integrations.diagnose import command
 
     return command.run(options, options.cache_dir or _cache_dir())
