@@ -11,7 +11,7 @@ from popsd_integrations.miniature.tokenizer import build_tokenizer
 WIDE = warmup.WarmupConfig(hidden_size=128, layers=2, heads=4, mlp_size=128)  # heads of 32, which vLLM has kernels for
 TINY = warmup.WarmupConfig(hidden_size=16, layers=1, heads=2, mlp_size=16)
 SCORER = "popsd_integrations.miniature.task:verdict"
-OPTIONS = ["--question_template", "Q {question} A", "--max_new_tokens", "12", "--scorer", SCORER]
+OPTIONS = ["--question_template", "Q {question} A", "--max_completion_length", "12", "--eval_scorer", SCORER]
 OPTIONS += ["--temperature", "1", "--top_p", "1", "--top_k", "0"]
 
 

@@ -85,11 +85,11 @@ _EXTRA_OF = dict.fromkeys(_TRAINING, "trl") | {"matplotlib": "plots", "math_veri
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where results go (%(default)s)")
     parser.add_argument("--cache_dir", type=Path, default=None, help="where warm-ups are kept (XDG cache, popsd/)")
-    parser.add_argument("--seeds", type=int, default=1, help="runs per target (%(default)s)")
+    parser.add_argument("--num_seeds", type=int, default=1, help="runs of each target (%(default)s)")
     parser.add_argument("--warmup_seed", type=int, default=0, help="seed of the base model (%(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="distillation steps (%(default)s)")
-    parser.add_argument("--lora", action="store_true", help="LoRA of rank 8 instead of full fine-tuning")
-    parser.add_argument("--processes", type=int, default=None, help="runs at a time (one per core)")
+    parser.add_argument("--max_steps", type=int, default=50, help="distillation steps (%(default)s)")
+    parser.add_argument("--use_peft", action="store_true", help="LoRA of rank 8 instead of full fine-tuning")
+    parser.add_argument("--num_processes", type=int, default=None, help="runs at a time (one per core)")
     parser.set_defaults(run=_demo)
 
 
@@ -99,17 +99,17 @@ def _demo(options: argparse.Namespace) -> int:
     from popsd_integrations.miniature.warmup import WarmupConfig
 
     config = ExperimentConfig(
-        seeds=options.seeds,
-        steps=options.steps,
-        lora_rank=8 if options.lora else None,
-        learning_rate=1e-3 if options.lora else ExperimentConfig.learning_rate,
+        num_seeds=options.num_seeds,
+        max_steps=options.max_steps,
+        lora_rank=8 if options.use_peft else None,
+        learning_rate=1e-3 if options.use_peft else ExperimentConfig.learning_rate,
         warmup=WarmupConfig(seed=options.warmup_seed),
     )
-    if options.processes is not None and options.processes < 1:
-        raise ValueError(f"--processes: expected at least 1; got {options.processes}.")
+    if options.num_processes is not None and options.num_processes < 1:
+        raise ValueError(f"num_processes: expected at least 1; got {options.num_processes}.")
     output: Path = options.output_dir
     print("Train a small reasoner, then distil it twice on its own completions: standard OPSD and purified OPSD.")
-    results = run_experiment(config, output, options.cache_dir or _cache_dir(), processes=options.processes)
+    results = run_experiment(config, output, options.cache_dir or _cache_dir(), processes=options.num_processes)
     print("\n" + report.table(results) + "\n")
     try:
         plots = report.plot(results, output)

@@ -186,7 +186,7 @@ class MethodOptions:
     eval_problems: int | None = _option(
         None, "Evaluate on so many first rows of each evaluation dataset. None: on all."
     )
-    eval_max_new_tokens: int | None = _option(
+    eval_max_completion_length: int | None = _option(
         None,
         "Longest judged completion; eval_loss reads its first max_completion_length tokens. None: as in training.",
     )
@@ -201,7 +201,7 @@ GROUPS = {
     "Prompts and completions": "question_template teacher_template+reference_template reference teacher_reference "
     "teacher_chat_template_kwargs+reference_chat_template_kwargs max_prompt_length on_overflow max_completion_length",
     "Training": "learning_rate frozen_weights ema_decay batched_frozen frozen_batch_size",
-    "Evaluation and logs": "eval_scorer eval_problems eval_max_new_tokens diagnostics_steps markers plot_metrics",
+    "Evaluation and logs": "eval_scorer eval_problems eval_max_completion_length diagnostics_steps markers plot_metrics",
 }
 """The order of the short help. Two names joined by + share a line; what stands in no group comes last."""
 

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 OTHER_NAMES = {
     "--model": ["--model_name_or_path"],
@@ -25,7 +25,7 @@ OTHER_NAMES = {
     "--max_new_tokens": ["--max_completion_length"],
     "--max_tokens": ["--max_completion_length"],
     "--max_length": ["--max_completion_length", "--max_prompt_length"],
-    "--eval_max_new_tokens": ["--eval_max_completion_length"],
+    "--eval_max_completion_length": ["--eval_max_completion_length"],
     "--batch_size": ["--per_device_train_batch_size", "--per_device_eval_batch_size"],
     "--steps": ["--max_steps"],
     "--seeds": ["--num_seeds"],
@@ -73,7 +73,16 @@ class OneLine(argparse.ArgumentParser):
 
 
 class Parser(OneLine):
-    """One that takes no abbreviation: a shorter name would be answered by another option."""
+    """One that takes no abbreviation: a shorter name would be answered by another option. An option of its help is a line."""
 
-    def __init__(self, *arguments: object, **options: object) -> None:
-        super().__init__(*arguments, **{"allow_abbrev": False, **options})  # type: ignore[arg-type]
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, "formatter_class": _Wide, **options})
+
+
+class _Wide(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=38, width=120)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        name = getattr(action.type, "__name__", "str")
+        return {"int": "N", "float": "X", "Path": "PATH", "json_object": "JSON", "boolean": "BOOL"}.get(name, "TEXT")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from argparse import ArgumentTypeError
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from popsd_integrations.commandline.devices import device_named
 from popsd_integrations.commandline.inherited import inherited
-from popsd_integrations.commandline.kinds import Option, boolean
+from popsd_integrations.commandline.kinds import Option, boolean, json_object
 from popsd_integrations.commandline.options import GROUPS, LOSS_TARGETS, own_options
+from popsd_integrations.commandline.places import check_data, check_model
 from popsd_integrations.commandline.suggest import Parser, did_you_mean
 
-DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Files of rows by their ending, and what `datasets` calls their kind."""
 _NAMES = 34
 _USUAL = """\
 usage: popsd train --model_name_or_path MODEL --dataset_name DATA [--config FILE.yaml] [option value ...]
@@ -122,12 +121,9 @@ def _check(values: Mapping[str, Any]) -> None:
         raise ValueError(
             "dataset_name: expected it or a mixture in `datasets`, and not both; a folder with train.jsonl will do."
         )
-    if _is_path(model) and not Path(model).expanduser().is_dir():
-        raise ValueError(
-            f"model_name_or_path: expected a hub name or a local folder of a model; there is no folder {model!r}."
-        )
-    if data and (_is_path(data) or Path(data).suffix in DATA_FILES) and not Path(data).exists():
-        raise ValueError(no_data(data, "there is no such file"))
+    check_model(model)
+    if data:
+        check_data(data)
     target = values.get("loss_target")
     if target is not None and ":" not in str(target) and target not in LOSS_TARGETS:
         raise ValueError(f"loss_target: expected one of {', '.join(LOSS_TARGETS)}, or module:name; got {target!r}.")
@@ -141,22 +137,11 @@ def _check(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if known_options()[name].kind == "json" and isinstance(value, str) and (name in own or value.startswith("{")):
             try:
-                fits = isinstance(json.loads(value), dict)
-            except ValueError:
-                fits = False
-            if not fits:
-                raise ValueError(f"{name}: expected a JSON object such as '{{\"name\": 1}}'; got {value!r}.")
+                json_object(value)
+            except ArgumentTypeError as error:
+                raise ValueError(f"{name}: {error}") from error
 
 
 def is_true(value: Any) -> bool:
     """Of a truth value as a flag or a file has it."""
     return boolean(value) if isinstance(value, str) else bool(value)
-
-
-def _is_path(name: str) -> bool:
-    return str(name).startswith(("/", "./", "../", "~"))
-
-
-def no_data(name: str, reason: str) -> str:
-    """The error for a dataset that cannot be loaded."""
-    return f"dataset_name: expected a hub name, a folder or a file of rows ({', '.join(DATA_FILES)}); got {name!r} ({reason})."

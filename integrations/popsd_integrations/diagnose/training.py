@@ -54,7 +54,9 @@ def read(given: Sequence[str], completions: int, folder: Path | None) -> Setting
             **_some(quantization_config=get_quantization_config(model_args)),
         )
     except OSError as error:
-        raise ValueError(f"model_name_or_path: expected a hub name or a local path; got {name!r} ({error}).") from error
+        raise ValueError(
+            f"model_name_or_path: expected a name on the Hub or a local folder; got {name!r} ({error})."
+        ) from error
     if not hasattr(model, "hf_device_map"):
         model.to(args.device)
     config = _config(args, tokenizer, completions)

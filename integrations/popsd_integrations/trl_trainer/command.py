@@ -25,8 +25,9 @@ from trl import (
 )
 
 from popsd_integrations.commandline.options import ANSWER_COLUMN, SOLUTION_COLUMNS, WRONG_COLUMN, DataOptions
+from popsd_integrations.commandline.places import DATA_FILES, no_data
 from popsd_integrations.commandline.suggest import OneLine
-from popsd_integrations.commandline.training import DATA_FILES, given_options, is_true, no_data
+from popsd_integrations.commandline.training import given_options, is_true
 from popsd_integrations.runs.report import how_to_go_on, write_page
 from popsd_integrations.trl_trainer.callbacks import newest_whole_checkpoint
 from popsd_integrations.trl_trainer.dry_run import dry_run
@@ -106,17 +107,18 @@ def read_options(
     return script, args, model_args, mixture
 
 
-class _FullParser(OneLine, TrlParser):  # type: ignore[misc]
+class _FullParser(OneLine, TrlParser):
     """TRL's parser, whose errors are one line."""
 
 
 def full_parser() -> Any:
     """The parser of all options, those of TRL and transformers with their help among them."""
-    return _FullParser((TrainArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig), prog="popsd train")
+    parser: Any = _FullParser
+    return parser((TrainArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig), prog="popsd train")
 
 
 def _no_model(name: str | None, error: OSError) -> str:
-    return f"model_name_or_path: expected a hub name or a local folder of a model; got {name!r} ({error})."
+    return f"model_name_or_path: expected a name on the Hub or a local folder of a model; got {name!r} ({error})."
 
 
 def load_data(script: TrainArguments, mixture: Any, seed: int) -> Any:

@@ -66,7 +66,7 @@ _SHAPING = {
 """TRL's options that the steps of a run depend on."""
 _FREE = {
     *("impl", "strategy", "workspace_mib", "batched_frozen", "frozen_batch_size"),
-    *("diagnostics_steps", "markers", "plot_metrics", "eval_scorer", "eval_problems", "eval_max_new_tokens"),
+    *("diagnostics_steps", "markers", "plot_metrics", "eval_scorer", "eval_problems", "eval_max_completion_length"),
 }
 """Options of the method that change how a run computes or what it logs, but not its steps."""
 
@@ -117,10 +117,10 @@ class PurifiedOPSDConfig(MethodOptions, DistillationConfig):
                 f"max_completion_length: expected more than skip_first_tokens ({self.skip_first_tokens}); got "
                 f"{self.max_completion_length}. No token would be left for the loss."
             )
-        longest = self.eval_max_new_tokens
+        longest = self.eval_max_completion_length
         if longest is not None and (self.eval_scorer is None or longest < self.max_completion_length):
             raise ValueError(
-                f"eval_max_new_tokens: expected at least max_completion_length ({self.max_completion_length}), with an "
+                f"eval_max_completion_length: expected at least max_completion_length ({self.max_completion_length}), with an "
                 f"eval_scorer; got {longest} with eval_scorer {self.eval_scorer!r}. Without a scorer nothing reads more."
             )
         if self.frozen_weights not in ("initial", "ema"):
@@ -226,7 +226,7 @@ class PurifiedOPSDConfig(MethodOptions, DistillationConfig):
         given = {
             "--question_template": self.question_template if self.question_template != "{question}" else None,
             "--chat_template_kwargs": json.dumps(self.chat_template_kwargs) if self.chat_template_kwargs else None,
-            "--scorer": self.eval_scorer if self.eval_scorer != "math" else None,
+            "--eval_scorer": self.eval_scorer if self.eval_scorer != "math" else None,
         }
         return [part for name, value in given.items() if value is not None for part in (name, value)]
 

@@ -235,8 +235,8 @@ class RowCheck:
             if evaluated and self.judge is not None:
                 self.judge.check(row.get(ANSWER_COLUMN))
             prompts = self._fitting(problem)
-            if evaluated and prompts is not None and self.args.eval_max_new_tokens is not None:
-                check_fits(Prompts(prompts.question, [], []), self.args.eval_max_new_tokens, self._limit)
+            if evaluated and prompts is not None and self.args.eval_max_completion_length is not None:
+                check_fits(Prompts(prompts.question, [], []), self.args.eval_max_completion_length, self._limit)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         return prompts

@@ -150,7 +150,7 @@ def test_the_command(config, tmp_path, capsys):
     if name not in popsd.engine.chunks.registry.known_targets():
         popsd.register_target(name, lambda b, t, r: (b + t) / 2, contexts=("base", "teacher"))
     path = config(bf16=True)
-    assert cli.main(["diagnose", "--config", path, "--completions", "6", "--loss_target", name]) == 0
+    assert cli.main(["diagnose", "--config", path, "--diagnose_problems", "6", "--loss_target", name]) == 0
     printed = capsys.readouterr().out
     assert name in printed and "cannot tell" in printed
     content = json.loads((tmp_path / "out" / "diagnose" / "diagnosis.json").read_text())

@@ -41,7 +41,7 @@ class Answering(FixedTrainer):
 
 def test_accuracy_is_the_scorers_and_completions_are_logged(tmp_path):
     trainer = build(
-        tmp_path, cls=Answering, max_steps=2, eval_max_new_tokens=9, per_device_eval_batch_size=3, **EVALUATED
+        tmp_path, cls=Answering, max_steps=2, eval_max_completion_length=9, per_device_eval_batch_size=3, **EVALUATED
     )
     trainer.train()
     rows = logs(trainer, "eval_loss")
@@ -143,9 +143,17 @@ def test_compare_reads_the_runs_of_the_trainer(unbroken, tmp_path, monkeypatch):
         (None, {"eval_scorer": SCORER}, r"eval_scorer: expected None without an eval_dataset; got"),
         (None, {"eval_problems": 2}, r"eval_problems: expected None without an eval_dataset; got 2"),
         (JUDGED, {"eval_problems": 0}, r"eval_problems: expected at least 1; got 0"),
-        (JUDGED, {"eval_max_new_tokens": 9}, r"eval_max_new_tokens: .* with eval_scorer None"),
-        (JUDGED, {"eval_scorer": SCORER, "eval_max_new_tokens": 5}, r"expected at least max_completion_length \(6\)"),
-        (JUDGED, {"eval_scorer": SCORER, "eval_max_new_tokens": 10**6}, r"eval_dataset, row 0: expected at most"),
+        (JUDGED, {"eval_max_completion_length": 9}, r"eval_max_completion_length: .* with eval_scorer None"),
+        (
+            JUDGED,
+            {"eval_scorer": SCORER, "eval_max_completion_length": 5},
+            r"expected at least max_completion_length \(6\)",
+        ),
+        (
+            JUDGED,
+            {"eval_scorer": SCORER, "eval_max_completion_length": 10**6},
+            r"eval_dataset, row 0: expected at most",
+        ),
         (JUDGED, {"eval_scorer": "nowhere"}, r"scorer: expected 'math' or an importable"),
         (ROWS, {"eval_scorer": SCORER}, r"eval_dataset: expected the column 'answer' for eval_scorer"),
         (

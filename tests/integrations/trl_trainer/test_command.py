@@ -305,7 +305,7 @@ def test_answers_come_from_a_column_and_the_end_says_how_to_go_on(work, capsys):
     )
     assert load.startswith(f"Load: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{work}/model')")
     assert evaluate.startswith(
-        f"Evaluate: popsd evaluate --model {work}/model --adapters {work}/out --scorer popsd_int"
+        f"Evaluate: popsd evaluate --model_name_or_path {work}/model --adapters {work}/out --eval_scorer popsd_int"
     )
     records = [json.loads(line) for line in (work / "out" / "eval_completions.jsonl").read_text().splitlines()]
     assert len(records) == 2 * 3 and "WAIT" in records[0]["expected"]
