@@ -251,6 +251,7 @@ ARROWS = {
             "miniature": "huggingface torch_loop plotting pages runs",
             "diagnose": "huggingface torch_loop miniature plotting pages estimates",
             "diagnose.training": "huggingface trl_trainer diagnose",
+            "init": "commandline huggingface trl_trainer",
             "evaluate": "commandline huggingface run_folder plotting estimates scoring pages runs",
         }.items()
     },

@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands.add_parser("demo", help="watch OPSD destroy a small reasoner and the purified loss keep it"))
     _add_diagnose(commands.add_parser("diagnose", help="what a target would change, before any training"))
+    _add_init(commands.add_parser("init", help="write a commented configuration for your model and data"))
     _add_evaluate(commands.add_parser("evaluate", help="accuracy and markers of a base model and its checkpoints"))
     _add_compare(commands.add_parser("compare", help="runs beside one another: curves, differences, completions"))
     train = commands.add_parser(
@@ -168,6 +169,13 @@ def _diagnose(options: argparse.Namespace) -> int:
     from popsd_integrations.diagnose import command
 
     return command.run(options, options.cache_dir or _cache_dir())
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    from popsd_integrations.init import command
+
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.run)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:

@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from popsd_integrations import cli
 from popsd_integrations.commandline import inherited, kinds, options, training
 
+ROOT = Path(__file__).parents[2]
 AT_ONCE = {
     "": "required: command",
     "trian": "Did you mean train?",
@@ -42,13 +44,19 @@ AT_ONCE = {
     "evaluate --model_name_or_path a --benchmarks b --adapters /no/where": "adapters: expected a local folder",
     "evaluate --from no.jsonl": "--from: expected a generations.jsonl; there is no file no.jsonl",
     "diagnose --completions 3": "Did you mean --diagnose_problems?",
+    "init": "popsd init: the following arguments are required: MODEL, DATA. See popsd init --help.",
+    "init a b --output /no/where.yaml": "output: expected a .yaml file in a folder that exists; got /no/where.yaml",
+    "init a b --output pyproject.toml": "output: expected a file that is not there yet; got pyproject.toml",
+    "init /no/where b": "there is no folder '/no/where'",
+    "init a no.jsonl": "got 'no.jsonl' (there is no such file)",
+    "init a b --device tpu": "device: expected one of rtx3090",
     "demo --seeds 2": "Did you mean --num_seeds?",
     "demo --lora": "Did you mean --use_peft?",
     "demo --steps_": "popsd demo: unrecognized arguments: --steps_.",
     "compare": "popsd compare: the following arguments are required: runs",
     "doctor --gpu": "popsd doctor: unrecognized arguments: --gpu. See popsd doctor --help.",
 }
-HELP = ["", "train", "diagnose", "evaluate", "demo", "compare", "doctor"]
+HELP = ["", "train", "diagnose", "init", "evaluate", "demo", "compare", "doctor"]
 SCRIPT = f"""
 import contextlib, io, sys
 from popsd_integrations import cli
@@ -66,7 +74,7 @@ print([name for name in ("torch", "transformers", "trl", "datasets") if name in 
 
 
 def test_help_and_usage_errors_answer_before_anything_is_imported():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, cwd=ROOT)
     *answers, imported = done.stdout.splitlines()
     assert imported == "[]"
     for answer in answers:

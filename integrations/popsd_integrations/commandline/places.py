@@ -29,4 +29,5 @@ def check_data(name: str) -> None:
 
 def no_data(name: str, reason: str) -> str:
     """The error for a dataset that cannot be loaded."""
-    return f"dataset_name: expected a hub name, a folder or a file of rows ({', '.join(DATA_FILES)}); got {name!r} ({reason})."
+    files = ", ".join(DATA_FILES)
+    return f"dataset_name: expected a name on the Hub, a folder or a file of rows ({files}); got {name!r} ({reason})."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -125,8 +126,12 @@ def _check(values: Mapping[str, Any]) -> None:
     if data:
         check_data(data)
     target = values.get("loss_target")
-    if target is not None and ":" not in str(target) and target not in LOSS_TARGETS:
-        raise ValueError(f"loss_target: expected one of {', '.join(LOSS_TARGETS)}, or module:name; got {target!r}.")
+    registry = sys.modules.get(
+        "popsd.engine.chunks.registry"
+    )  # further ones, where Python code called the command line
+    targets = LOSS_TARGETS if registry is None else registry.known_targets()
+    if target is not None and ":" not in str(target) and target not in targets:
+        raise ValueError(f"loss_target: expected one of {', '.join(targets)}, or module:name; got {target!r}.")
     if (column := values.get("answer_column")) is not None and values.get("eval_scorer") is None:
         raise ValueError(f"answer_column: expected none without eval_scorer; got {column!r}.")
     if (device := values.get("device")) is not None:

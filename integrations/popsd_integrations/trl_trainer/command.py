@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             print("\n".join(dry_run(str(model_args.model_name_or_path), args, peft_config, data, script.device)))
         except OSError as error:
-            raise ValueError(_no_model(model_args.model_name_or_path, error)) from error
+            raise ValueError(no_model(model_args.model_name_or_path, error)) from error
         return 0
     try:
         trainer = PurifiedOPSDTrainer(
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             peft_config=peft_config,
         )
     except OSError as error:
-        raise ValueError(_no_model(model_args.model_name_or_path, error)) from error
+        raise ValueError(no_model(model_args.model_name_or_path, error)) from error
     trainer.train(resume_from_checkpoint=resumed)
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
@@ -117,7 +117,8 @@ def full_parser() -> Any:
     return parser((TrainArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig), prog="popsd train")
 
 
-def _no_model(name: str | None, error: OSError) -> str:
+def no_model(name: str | None, error: OSError) -> str:
+    """The error for a model that cannot be loaded."""
     return f"model_name_or_path: expected a name on the Hub or a local folder of a model; got {name!r} ({error})."
 
 
@@ -129,7 +130,7 @@ def load_data(script: TrainArguments, mixture: Any, seed: int) -> Any:
     if script.ignore_bias_buffers:
         raise ValueError("ignore_bias_buffers: expected False, since nothing here reads it; got True.")
     size, mixture.test_split_size = mixture.test_split_size, None  # TRL would draw other rows in a run that goes on
-    dataset = get_dataset(mixture) if mixture.datasets else _load(script)
+    dataset = get_dataset(mixture) if mixture.datasets else load_splits(script)
     if size is not None:
         dataset = _with_test_split(dataset, size, script, seed)
     renamed = {script.prompt_column: "prompt"}
@@ -161,7 +162,8 @@ def load_data(script: TrainArguments, mixture: Any, seed: int) -> Any:
     return dataset
 
 
-def _load(script: TrainArguments) -> Any:
+def load_splits(script: TrainArguments) -> Any:
+    """The splits of dataset_name as they are. Raises ValueError where it cannot be loaded."""
     assert script.dataset_name is not None
     source, options = script.dataset_name, {"name": script.dataset_config, "streaming": script.dataset_streaming}
     builder = DATA_FILES.get(Path(source).suffix)

@@ -290,7 +290,7 @@ def test_the_command_on_the_miniature(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "the miniature of popsd demo" in page and "--diagnose_problems" not in page.split("Command")[0]
     assert cli.main([*arguments[:1], "--diagnose_problems", "0"]) == 2
-    assert "completions: expected at least 1; got 0" in capsys.readouterr().err
+    assert "diagnose_problems: expected at least 1; got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_options_and_page_are_in_the_folder(unbroken):
     found = json.loads((folder / report.CONFIG).read_text())
     assert found["options"]["eval_scorer"] == SCORER and found["options"]["pmi_clip"] == 10.0
     assert found["data"] == {"train_dataset": len(ROWS), "eval_dataset": len(ROWS)} and "trl" in found["versions"]
-    assert found["evaluate"] == ["--scorer", SCORER]
+    assert found["evaluate"] == ["--eval_scorer", SCORER]
     page = (folder / report.PAGE).read_text()
     assert "accuracy, held-out, greedy" in page and page.count("<details>") == len(ROWS) and "http" not in page
     saved, load, evaluate = report.how_to_go_on(folder)

@@ -156,10 +156,13 @@ def test_flags_override_the_file_and_the_run_is_saved(work, capsys):
         (["--dry_run", "false", "--device", "h100"], r"device: expected none without dry_run"),
         (["--dry_run", "--device", "tpu"], r"device: expected one of rtx3090.*or an amount such as 24GiB; got 'tpu'"),
         (["--dry_run", "--device", "0.001GiB"], r"device: expected one with more than the .* GiB that this run holds"),
-        (["--model_name_or_path", "no/where"], r"model_name_or_path: expected a hub name or a local folder"),
-        (["--dry_run", "--model_name_or_path", "no/where"], r"model_name_or_path: expected a hub name or a local"),
+        (["--model_name_or_path", "no/where"], r"model_name_or_path: expected a name on the Hub or a local folder"),
+        (
+            ["--dry_run", "--model_name_or_path", "no/where"],
+            r"model_name_or_path: expected a name on the Hub or a local",
+        ),
         (["--ignore_bias_buffers", "true"], r"ignore_bias_buffers: expected False"),
-        (["--dataset_name", "missing.jsonl"], r"dataset_name: expected a hub name, a folder or a file of rows"),
+        (["--dataset_name", "missing.jsonl"], r"dataset_name: expected a name on the Hub, a folder or a file of rows"),
     ],
 )
 def test_bad_flags_are_an_exit_status_and_a_message(work, capsys, flags, message):
