@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +16,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 for a problem that `doctor` found, 2 for bad input or a missing
     extra, 130 after an interrupt.
     """
+    parser, commands = build_parser()
+    options, rest = parser.parse_known_args(underscored(sys.argv[1:] if arguments is None else arguments))
+    if rest and options.run not in (_train, _bench, _diagnose):
+        commands[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        resumes = "" if options.run is _diagnose else "; the same command resumes"
+        print(f"popsd {options.command}: interrupted{resumes}.", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError) as error:
+        print(f"popsd {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+    except ImportError as error:
+        extra = _EXTRA_OF.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        print(f"popsd {options.command} needs {error.name}: pip install 'popsd[{extra}]'", file=sys.stderr)
+    return 2
+
+
+def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
+    """The parser, and those of the commands by name. That of ``train`` is in `popsd_integrations.commandline.training`."""
     parser = Parser(
         prog="popsd", description="Purified on-policy self-distillation: train, look before and after, measure."
     )
@@ -36,24 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.set_defaults(run=_bench)
     doctor = commands.add_parser("doctor", help="what is installed, who would compute, and whether it is right")
     doctor.set_defaults(run=_doctor)
-    options, rest = parser.parse_known_args(underscored(sys.argv[1:] if arguments is None else arguments))
-    if rest and options.run not in (_train, _bench, _diagnose):
-        commands.choices[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
-    options.rest = rest
-    try:
-        return int(options.run(options))
-    except KeyboardInterrupt:
-        resumes = "" if options.run is _diagnose else "; the same command resumes"
-        print(f"popsd {options.command}: interrupted{resumes}.", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError) as error:
-        print(f"popsd {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
-    except ImportError as error:
-        extra = _EXTRA_OF.get((error.name or "").split(".")[0])
-        if extra is None:
-            raise
-        print(f"popsd {options.command} needs {error.name}: pip install 'popsd[{extra}]'", file=sys.stderr)
-    return 2
+    return parser, commands.choices
 
 
 def underscored(arguments: Sequence[str]) -> list[str]:

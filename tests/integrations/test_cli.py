@@ -84,7 +84,9 @@ def test_demo_passes_options_on_and_writes_the_report(experiment, tmp_path, monk
 
 def test_demo_without_matplotlib_skips_the_plots_and_says_so(experiment, tmp_path, monkeypatch, capsys):
     without(monkeypatch, "matplotlib")
-    assert cli.main(["demo", "--output_dir", str(tmp_path / "out")]) == 0
+    options = ["--cache_dir", str(tmp_path / "cache"), "--max_steps", "3"]
+    assert cli.main(["demo", "--output_dir", str(tmp_path / "out"), *options]) == 0
+    assert [(config.max_steps, cache) for config, _, cache, _ in experiment] == [(3, tmp_path / "cache")]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
     assert "No plots: matplotlib is missing (pip install 'popsd[plots]')" in capsys.readouterr().out
 

@@ -103,6 +103,7 @@ def test_other_splits_columns_and_devices(files, tmp_path, capsys):
             ["--dataset_train_split", "all"],
             "dataset_train_split: expected one of the",
         ),
+        ([{"problem": "a", "solution": "b"}], ["--dataset_config", "hard"], "BuilderConfig 'hard' not found"),
         ([], [], "dataset_name: expected a name on the Hub, a folder or a file of rows"),
     ],
 )

@@ -171,7 +171,7 @@ def load_splits(script: TrainArguments) -> Any:
         source, options["data_files"] = builder, {script.dataset_train_split: source}
     try:
         return load_dataset(source, **options)
-    except (DatasetsError, OSError, StopIteration) as error:  # the last for an empty file
+    except (DatasetsError, OSError, ValueError, StopIteration) as error:  # the last for an empty file
         cause = error.__cause__ or error
         raise ValueError(no_data(script.dataset_name, f"{type(cause).__name__}: {cause}")) from error
 

@@ -405,6 +405,51 @@ def test_bad_input_of_judging_again_is_named(case, finished, tmp_path, capsys):
     assert (folder / "generations.jsonl").read_bytes() == before and not (folder / "results.json").exists()
 
 
+def test_prompts_and_problems_are_what_the_options_say(files, tmp_path):
+    """Columns and split of a folder, system prompt and template of a chat; nothing is generated."""
+    from popsd_integrations import cli
+    from popsd_integrations.evaluate import command
+
+    shutil.copytree(files / "base", tmp_path / "chat")
+    settings = tmp_path / "chat" / "tokenizer_config.json"
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}{{ 'CHECK' if thinks else 'A' }}"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+    (tmp_path / "chat" / "chat_template.jinja").unlink(missing_ok=True)
+    (tmp_path / "data").mkdir()
+    for split, number in (("train", 1), ("validation", 2)):
+        row = {"ask": f"{number}", "is": f"{number} {number}", "question": "7", "answer": "7"}
+        (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    given = ["--model_name_or_path", str(tmp_path / "chat"), "--benchmarks", f"mine={tmp_path / 'data'}"]
+    given += [
+        "--prompt_column",
+        "ask",
+        "--answer_column",
+        "is",
+        "--dataset_test_split",
+        "validation",
+        "--seed",
+        "5",
+        "--max_completion_length",
+        "12",
+    ]
+    given += [
+        "--question_template",
+        "Q {question}",
+        "--system_prompt",
+        "OK",
+        "--chat_template_kwargs",
+        '{"thinks": true}',
+    ]
+    options = cli.build_parser()[0].parse_args(["evaluate", *given, "--eval_scorer", SCORER, "--use_vllm", "false"])
+    job = command._checked(options)
+    (task,), (prompt,) = job.tasks["mine"], job.prompts.values()
+    assert (task.question, task.answer) == ("2", "2 2") and job.tokenizer.decode(prompt) == "OK Q 2 CHECK"
+    assert (job.config.engine, job.config.seed, job.samples, job.batch_size) == ("transformers", 5, 12, 8)
+    options.dataset_test_split = "test"
+    with pytest.raises(ValueError, match=r"dataset_test_split: expected one of \['train', 'validation'\]"):
+        command._checked(options)
+
+
 def test_the_sampling_options_reach_the_model(files, tmp_path, without_plots):
     """At top_k 1 every sample is the greedy completion."""
     output = tmp_path / "out"

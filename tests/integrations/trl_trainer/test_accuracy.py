@@ -124,7 +124,7 @@ def test_options_and_page_are_in_the_folder(unbroken):
     assert "accuracy, held-out, greedy" in page and page.count("<details>") == len(ROWS) and "http" not in page
     saved, load, evaluate = report.how_to_go_on(folder)
     assert "4 checkpoints from checkpoint-1 to checkpoint-4" in saved and "checkpoint-4" in load
-    assert f"--adapters {folder} --scorer {SCORER}" in evaluate
+    assert f"--adapters {folder} --eval_scorer {SCORER}" in evaluate
 
 
 def test_compare_reads_the_runs_of_the_trainer(unbroken, tmp_path, monkeypatch):

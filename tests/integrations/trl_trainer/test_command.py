@@ -124,6 +124,14 @@ def test_rows_held_out_are_the_same_each_time(work):
     assert not {str(x) for x in first["test"]["prompt"]} & {str(x) for x in first["train"]["prompt"]}
 
 
+@pytest.mark.parametrize("conversation", ["true", "false"])
+def test_a_question_given_as_text_is_a_users_message(work, conversation):
+    flags = ["--config", str(work / "config.yaml"), "--text_as_conversation", conversation]
+    script, args, _, mixture = train_command.read_options(flags)
+    (first,) = train_command.load_data(script, mixture, args.seed)["train"].select([0])["prompt"]
+    assert first == ([{"role": "user", "content": "0 0"}] if conversation == "true" else "0 0")
+
+
 def test_the_full_help_names_options_of_all(capsys):
     assert cli.main(["train", "--help-all"]) == 0
     printed = capsys.readouterr().out
