@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from popsd_integrations.commandline.places import check_folder
 from popsd_integrations.commandline.suggest import Parser
 
 
@@ -27,13 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resumes = "" if options.run is _diagnose else "; the same command resumes"
         print(f"popsd {options.command}: interrupted{resumes}.", file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError) as error:
-        print(f"popsd {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        said = f"popsd {options.command}: {error}"
+    except TypeError as error:
+        if not re.match(r"[\w.\[\]]+: expected ", str(error)):  # of this form it is a refusal
+            raise
+        said = f"popsd {options.command}: {error}"
     except ImportError as error:
         extra = _EXTRA_OF.get((error.name or "").split(".")[0])
-        if extra is None:
+        if extra is not None:
+            said = f"popsd {options.command} needs {error.name}: pip install 'popsd[{extra}]'"
+        elif error.name is None or isinstance(error, metadata.PackageNotFoundError):  # which says what to install
+            said = f"popsd {options.command}: {error}"
+        else:
             raise
-        print(f"popsd {options.command} needs {error.name}: pip install 'popsd[{extra}]'", file=sys.stderr)
+    print(" ".join(said.split()), file=sys.stderr)
     return 2
 
 
@@ -101,6 +111,12 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    for name in ("num_seeds", "max_steps", "num_processes"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"{name}: expected at least 1; got {getattr(options, name)}.")
+    output: Path = options.output_dir
+    check_folder("output_dir", output)
+    check_folder("cache_dir", options.cache_dir or _cache_dir())
     from popsd_integrations.miniature import report
     from popsd_integrations.miniature.experiment import ExperimentConfig, run_experiment
     from popsd_integrations.miniature.warmup import WarmupConfig
@@ -112,9 +128,6 @@ def _demo(options: argparse.Namespace) -> int:
         learning_rate=1e-3 if options.use_peft else ExperimentConfig.learning_rate,
         warmup=WarmupConfig(seed=options.warmup_seed),
     )
-    if options.num_processes is not None and options.num_processes < 1:
-        raise ValueError(f"num_processes: expected at least 1; got {options.num_processes}.")
-    output: Path = options.output_dir
     print("Train a small reasoner, then distil it twice on its own completions: standard OPSD and purified OPSD.")
     results = run_experiment(config, output, options.cache_dir or _cache_dir(), processes=options.num_processes)
     print("\n" + report.table(results) + "\n")
@@ -198,6 +211,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    check_folder("output_dir", options.output_dir)
     from popsd_integrations.evaluate import compare
 
     return compare.run(options.runs, options.output_dir)

@@ -1,7 +1,10 @@
-"""Models and data by name: what is a path, and whether something is there. Hub names are looked up later."""
+"""Models, data and folders by name: what is a path, and whether something is there. Hub names are looked up later."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -14,17 +17,51 @@ def is_path(name: str) -> bool:
 
 
 def check_model(name: str) -> None:
-    """Raise ValueError for a path to no folder."""
-    if is_path(name) and not Path(name).is_dir():
+    """Raise ValueError for a path to no folder, and for a file."""
+    if (is_path(name) or Path(name).is_file()) and not Path(name).is_dir():
         raise ValueError(
             f"model_name_or_path: expected a name on the Hub or a local folder of a model; there is no folder {name!r}."
         )
 
 
 def check_data(name: str) -> None:
-    """Raise ValueError for a path to nothing, and for a file of rows that is not there."""
-    if (is_path(name) or Path(name).suffix in DATA_FILES) and not Path(name).exists():
+    """Raise ValueError for a path to nothing, an empty file, and one of another kind."""
+    path = Path(name)
+    if (is_path(name) or path.suffix in DATA_FILES) and not path.exists():
         raise ValueError(no_data(name, "there is no such file"))
+    if path.is_file() and path.suffix not in DATA_FILES:
+        raise ValueError(no_data(name, "a file of another kind"))
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(no_data(name, "an empty file"))
+
+
+def check_folder(option: str, path: str | Path) -> None:
+    """Raise ValueError where a folder cannot be made or written to. Makes nothing."""
+    there = Path(path)
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{option}: expected a folder that can be written to; got {str(path)!r}.")
+
+
+@contextmanager
+def loading(model: str | None) -> Iterator[None]:
+    """Inside, what is wrong with the files of a model, or with the arguments that it is made with, is a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+            raise ValueError(
+                f"model_init_kwargs: expected arguments that {model} takes; got others ({error})."
+            ) from error
+        broken = (
+            isinstance(error, OSError) and error.filename is None
+        )  # what transformers says of files is no error of a path
+        if broken or type(error).__name__ == "SafetensorError":
+            raise ValueError(
+                f"model_name_or_path: expected a name on the Hub or a local folder of a model; got {model!r} ({error})."
+            ) from error
+        raise
 
 
 def no_data(name: str, reason: str) -> str:

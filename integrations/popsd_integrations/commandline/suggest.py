@@ -69,6 +69,7 @@ class OneLine(argparse.ArgumentParser):
             message += f". Did you mean {near[0]}?" if near else ""
         if message.startswith("unrecognized arguments"):
             message += (meant := did_you_mean(message, [*self._option_string_actions, *self.known])) and f".{meant}"
+        message = message.rstrip(".")
         self.exit(2, f"{self.prog}: {message}" + ("" if message.endswith("?") else f". See {self.prog} --help.") + "\n")
 
 

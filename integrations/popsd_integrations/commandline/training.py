@@ -12,7 +12,7 @@ from popsd_integrations.commandline.devices import device_named
 from popsd_integrations.commandline.inherited import inherited
 from popsd_integrations.commandline.kinds import Option, boolean, json_object
 from popsd_integrations.commandline.options import GROUPS, LOSS_TARGETS, own_options
-from popsd_integrations.commandline.places import check_data, check_model
+from popsd_integrations.commandline.places import check_data, check_folder, check_model
 from popsd_integrations.commandline.suggest import Parser, did_you_mean
 
 _NAMES = 34
@@ -123,6 +123,8 @@ def _check(values: Mapping[str, Any]) -> None:
             "dataset_name: expected it or a mixture in `datasets`, and not both; a folder with train.jsonl will do."
         )
     check_model(model)
+    if values.get("output_dir"):
+        check_folder("output_dir", values["output_dir"])
     if data:
         check_data(data)
     target = values.get("loss_target")

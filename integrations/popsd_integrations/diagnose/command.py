@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from popsd_integrations.commandline.places import check_folder
+
 if TYPE_CHECKING:  # the command line reads its options before it imports torch
     from popsd_integrations.diagnose.settings import Setting
 
@@ -36,6 +38,9 @@ def run(options: argparse.Namespace, cache_dir: Path) -> int:
 
     if options.diagnose_problems is not None and options.diagnose_problems < 1:
         raise ValueError(f"diagnose_problems: expected at least 1; got {options.diagnose_problems}.")
+    for name in ("diagnose_dir", "cache_dir"):
+        if (folder := getattr(options, name)) is not None:
+            check_folder(name, folder)
     if options.rest:
         from popsd_integrations.diagnose import training
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from popsd_integrations.commandline.kinds import boolean, json_object
-from popsd_integrations.commandline.places import check_model, is_path
+from popsd_integrations.commandline.places import check_folder, check_model, is_path, loading
 from popsd_integrations.evaluate.settings import ENGINES, FILE, SamplingConfig, Task, labelled, seed_of
 from popsd_integrations.run_folder import exclusive
 
@@ -84,6 +84,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _check_given(options: argparse.Namespace) -> None:
     """Raise ValueError for what the options alone show, before anything is imported that takes time."""
+    if options.output_dir is not None:
+        check_folder("output_dir", options.output_dir)
     if options.source:
         unused = [name for name in _WITH_NEW_COMPLETIONS if getattr(options, name) is not None]
         if unused:
@@ -165,7 +167,8 @@ def _checked(options: argparse.Namespace) -> Job:
         for name in ("revision", "trust_remote_code")
         if name in config.model_init_kwargs
     }
-    tokenizer = AutoTokenizer.from_pretrained(config.model, **same)
+    with loading(config.model):
+        tokenizer = AutoTokenizer.from_pretrained(config.model, **same)
     builder, prompts = ContextBuilder(tokenizer, config.contexts()), {}
     for task in (task for problems in tasks.values() for task in problems):
         built = builder.build(Problem(task.question, task.answer))
@@ -198,7 +201,8 @@ def _generated(job: Job, options: argparse.Namespace, folder: Path) -> Outcome:
     with _bar(sum(len(batch.rows) for batch in todo), "evaluate") as bar:
         for batch in todo:
             bar.set_postfix_str(f"{batch.checkpoint.label}, {tokens / (time.perf_counter() - began):.0f} tokens/s")
-            made = _make(job, engine, batch)
+            with loading(batch.checkpoint.path):
+                made = _make(job, engine, batch)
             generations.append(path, made)
             known |= {generations.key(record): record for record in made}
             tokens += sum(record["tokens"] for record in made)

@@ -16,9 +16,10 @@ import yaml  # type: ignore[import-untyped]
 from trl import get_peft_config
 
 from popsd_integrations.commandline.devices import device_named
+from popsd_integrations.commandline.places import loading
 from popsd_integrations.huggingface.sampling import position_limit
 from popsd_integrations.init.columns import Columns, chosen_columns
-from popsd_integrations.trl_trainer.command import load_data, load_splits, no_model, read_options, split_of
+from popsd_integrations.trl_trainer.command import load_data, load_splits, read_options, split_of
 from popsd_integrations.trl_trainer.dataset import tokenizer_of
 from popsd_integrations.trl_trainer.dry_run import (
     describe_counted,
@@ -49,11 +50,9 @@ def configuration(options: argparse.Namespace) -> tuple[str, str]:
     if not len(rows):
         raise ValueError(f"dataset_name: expected at least one row in {script.dataset_train_split!r}; got none.")
     columns = chosen_columns(rows.column_names, options.prompt_column, options.solution_column)
-    try:
+    with loading(options.model_name_or_path):
         student = student_without_weights(options.model_name_or_path, args)
         tokenizer = tokenizer_of(None, options.model_name_or_path, args)
-    except OSError as error:
-        raise ValueError(no_model(options.model_name_or_path, error)) from error
     made = Made(options, script.dataset_train_split, list(splits), columns, rows, student, tokenizer)
     return _written(made)
 

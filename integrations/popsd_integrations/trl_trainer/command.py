@@ -25,7 +25,7 @@ from trl import (
 )
 
 from popsd_integrations.commandline.options import ANSWER_COLUMN, SOLUTION_COLUMNS, WRONG_COLUMN, DataOptions
-from popsd_integrations.commandline.places import DATA_FILES, no_data
+from popsd_integrations.commandline.places import DATA_FILES, loading, no_data
 from popsd_integrations.commandline.suggest import OneLine
 from popsd_integrations.commandline.training import given_options, is_true
 from popsd_integrations.runs.report import how_to_go_on, write_page
@@ -48,24 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluated = args.eval_strategy != "no"
     eval_dataset = split_of(dataset, script.dataset_test_split, "dataset_test_split") if evaluated else None
     peft_config = get_peft_config(model_args)
+    model = model_args.model_name_or_path
     if script.dry_run:
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        try:
-            print("\n".join(dry_run(str(model_args.model_name_or_path), args, peft_config, data, script.device)))
-        except OSError as error:
-            raise ValueError(no_model(model_args.model_name_or_path, error)) from error
+        with loading(model):
+            print("\n".join(dry_run(model, args, peft_config, data, script.device)))
         return 0
-    try:
+    with loading(model):
         trainer = PurifiedOPSDTrainer(
-            model=model_args.model_name_or_path,
+            model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             quantization_config=get_quantization_config(model_args),
             peft_config=peft_config,
         )
-    except OSError as error:
-        raise ValueError(no_model(model_args.model_name_or_path, error)) from error
     trainer.train(resume_from_checkpoint=resumed)
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
@@ -117,11 +114,6 @@ def full_parser() -> Any:
     return parser((TrainArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig), prog="popsd train")
 
 
-def no_model(name: str | None, error: OSError) -> str:
-    """The error for a model that cannot be loaded."""
-    return f"model_name_or_path: expected a name on the Hub or a local folder of a model; got {name!r} ({error})."
-
-
 def load_data(script: TrainArguments, mixture: Any, seed: int) -> Any:
     """Splits with the columns that the trainer takes. seed: draws the rows of test_split_size."""
     for name in ("dataset_config", "dataset_streaming"):
@@ -168,12 +160,17 @@ def load_splits(script: TrainArguments) -> Any:
     source, options = script.dataset_name, {"name": script.dataset_config, "streaming": script.dataset_streaming}
     builder = DATA_FILES.get(Path(source).suffix)
     if builder is not None and Path(source).is_file():
+        if script.dataset_config is not None:
+            raise ValueError(
+                f"dataset_config: expected none with a file, which has none; got {script.dataset_config!r}."
+            )
         source, options["data_files"] = builder, {script.dataset_train_split: source}
     try:
         return load_dataset(source, **options)
     except (DatasetsError, OSError, ValueError, StopIteration) as error:  # the last for an empty file
         cause = error.__cause__ or error
-        raise ValueError(no_data(script.dataset_name, f"{type(cause).__name__}: {cause}")) from error
+        reason = "no row" if isinstance(cause, StopIteration) else f"{type(cause).__name__}: {cause}"
+        raise ValueError(no_data(script.dataset_name, reason)) from error
 
 
 def _with_test_split(dataset: Any, size: float, script: TrainArguments, seed: int) -> Any:

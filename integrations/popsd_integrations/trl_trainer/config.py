@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from popsd import Impl, MaskConfig, PurifiedConfig, PurifiedOPSDLoss, Strategy, presets
+from popsd.engine.validation import check_workspace
 from popsd.markers import EpistemicMarkers
 from popsd_integrations.commandline.options import MethodOptions
 from popsd_integrations.huggingface.objective import (
@@ -71,7 +72,11 @@ _FREE = {
 """Options of the method that change how a run computes or what it logs, but not its steps."""
 
 
-_LEAST = {"skip_first_tokens": 0, "diagnostics_steps": 0, "frozen_batch_size": 1, "eval_problems": 1}
+_LEAST = {
+    **dict.fromkeys(("skip_first_tokens", "diagnostics_steps", "learning_rate"), 0),
+    **dict.fromkeys(("frozen_batch_size", "eval_problems", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
+}
 
 
 @dataclass
@@ -134,7 +139,13 @@ class PurifiedOPSDConfig(MethodOptions, DistillationConfig):
             )
         Impl(self.impl), Strategy(self.strategy)
         if isinstance(self.pmi_clip, str) and self.pmi_clip != "auto":  # a flag; in YAML a number or null
-            self.pmi_clip = None if self.pmi_clip.lower() in ("none", "null") else float(self.pmi_clip)
+            try:
+                self.pmi_clip = None if self.pmi_clip.lower() in ("none", "null") else float(self.pmi_clip)
+            except ValueError as error:
+                raise ValueError(f"pmi_clip: expected a number, auto or none; got {self.pmi_clip!r}.") from error
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], and 1 for no filter; got {self.top_p}.")
+        check_workspace(self.workspace_mib)
         config = self.loss_function().config
         if (
             isinstance(config, PurifiedConfig)
