@@ -115,6 +115,33 @@ def test_an_import_error_of_another_kind_is_not_hidden(experiment, tmp_path, mon
 
 
 @pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "x.json"), "No such file or directory: 'x.json'"),
+        (ValueError("two\nlines"), "popsd demo: two lines"),
+        (TypeError("floor: expected a number; got 'x'."), "popsd demo: floor: expected a number"),
+        (TypeError("unhashable type: 'list'"), None),
+        (ImportError("vLLM is not there. Install it."), "popsd demo: vLLM is not there. Install it."),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line(experiment, tmp_path, monkeypatch, capsys, error, message):
+    from popsd_integrations.miniature import experiment as module
+
+    def run(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(module, "run_experiment", run)
+    arguments = ["demo", "--output-dir", str(tmp_path)]
+    if message is None:  # a mistake in the program
+        with pytest.raises(TypeError, match="unhashable"):
+            cli.main(arguments)
+    else:
+        assert cli.main(arguments) == 2
+        printed = capsys.readouterr().err
+        assert message in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--num-seeds", "0"], "num_seeds: expected at least 1; got 0"),

@@ -50,14 +50,11 @@ def loading(model: str | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
-            raise ValueError(
-                f"model_init_kwargs: expected arguments that {model} takes; got others ({error})."
-            ) from error
-        broken = (
-            isinstance(error, OSError) and error.filename is None
-        )  # what transformers says of files is no error of a path
-        if broken or type(error).__name__ == "SafetensorError":
+        unknown = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
+        if unknown or (isinstance(error, AttributeError) and "module 'torch'" in str(error)):  # a dtype
+            raise ValueError(f"model_init_kwargs: expected what {model} can be made with; got {error}.") from error
+        about_files = isinstance(error, OSError) and error.filename is None  # others are of paths that options name
+        if about_files or type(error).__name__ == "SafetensorError":
             raise ValueError(
                 f"model_name_or_path: expected a name on the Hub or a local folder of a model; got {model!r} ({error})."
             ) from error

@@ -30,6 +30,7 @@ OTHER_NAMES = {
     "--steps": ["--max_steps"],
     "--seeds": ["--num_seeds"],
     "--lora": ["--use_peft"],
+    "--gpu": ["--device"],
     "--processes": ["--num_processes"],
     "--lr": ["--learning_rate"],
     "--epochs": ["--num_train_epochs"],

@@ -167,9 +167,10 @@ def load_splits(script: TrainArguments) -> Any:
         source, options["data_files"] = builder, {script.dataset_train_split: source}
     try:
         return load_dataset(source, **options)
-    except (DatasetsError, OSError, ValueError, StopIteration) as error:  # the last for an empty file
+    except (DatasetsError, OSError, ValueError, StopIteration) as error:
         cause = error.__cause__ or error
-        reason = "no row" if isinstance(cause, StopIteration) else f"{type(cause).__name__}: {cause}"
+        empty = isinstance(cause, StopIteration) or "no data" in str(cause)  # as it is split or streamed
+        reason = "no row" if empty else f"{type(cause).__name__}: {cause}"
         raise ValueError(no_data(script.dataset_name, reason)) from error
 
 

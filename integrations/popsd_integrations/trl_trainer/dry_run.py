@@ -47,12 +47,10 @@ def dry_run(
     if first is None:
         raise ValueError("train_dataset: expected at least one row; got none. Pass other data.")
     student, tokenizer = looked.student, looked.tokenizer
-    return [
-        describe_prompts(first, tokenizer, args),
-        f"=== {describe_tokens(student, tokenizer, args)}",
-        memory_plan(student, args, peft_config, planned),
-        *(f"=== {describe_rows(rows, name, looked.check, args)}" for name, rows in looked.data.items()),
-    ]
+    memory = memory_plan(student, args, peft_config, planned)
+    rows = [f"=== {describe_rows(rows, name, looked.check, args)}" for name, rows in looked.data.items()]
+    tokens = f"=== {describe_tokens(student, tokenizer, args)}"
+    return [describe_prompts(first, tokenizer, args), tokens, memory, *rows]  # by now no row is refused
 
 
 class Looked(NamedTuple):

@@ -169,6 +169,11 @@ def test_flags_override_the_file_and_the_run_is_saved(work, capsys):
             ["--dry_run", "--model_name_or_path", "no/where"],
             r"model_name_or_path: expected a name on the Hub or a local",
         ),
+        (["--masks", '{"floor": "x"}'], r"floor: expected a number; got 'x'"),
+        (["--position_weights", '{"first": "x"}'], r"first: expected a number; got 'x'"),
+        (["--model_init_kwargs", '{"foo": 1}'], r"model_init_kwargs: expected what .* can be made with; got"),
+        (["--accelerator_config", "no.json"], r"No such file or directory: 'no.json'"),
+        (["--output_dir", __file__], r"output_dir: expected a folder that can be written to; got"),
         (["--ignore_bias_buffers", "true"], r"ignore_bias_buffers: expected False"),
         (["--dataset_name", "missing.jsonl"], r"dataset_name: expected a name on the Hub, a folder or a file of rows"),
     ],
@@ -332,9 +337,23 @@ def test_a_file_is_data_and_its_named_column_takes_the_place_of_another(work, ca
     assert cli.main(["train", *flags, "--bf16", "true", "--use_cpu", "false"]) == 0, "nothing is computed in bf16"
     assert "\nQ 0 1 A\n" in capsys.readouterr().out
     assert _printable("a\n\u001b[31m\u202eé") == "a\n\\x1b[31m\\u202eé"
-    (work / "rows.jsonl").write_text("")
-    assert cli.main(["train", *flags]) == 2
-    assert "dataset_name: expected " in capsys.readouterr().err
+    for text, message in (("", "an empty file"), ("\n", "no row"), ('{"a": 1\n{"', "JSON parse error")):
+        (work / "rows.jsonl").write_text(text)
+        assert cli.main(["train", *flags]) == 2
+        printed = capsys.readouterr().err
+        assert message in printed and "dataset_name: expected a name" in printed
+
+
+def test_broken_files_of_a_model_are_named(work, capsys):
+    flags = ["train", "--config", str(work / "config.yaml")]
+    (work / "model" / "model.safetensors").write_bytes(b"junk")
+    assert cli.main(flags) == 2
+    assert "model_name_or_path: expected a name on the Hub or a local folder of a model" in capsys.readouterr().err
+    for path in (work / "model").glob("token*"):
+        path.unlink()
+    assert cli.main([*flags, "--dry_run"]) == 2
+    said = capsys.readouterr().err
+    assert "popsd train: " in said and ("has no tokens for text" in said or "model_name_or_path: expected" in said)
 
 
 def test_an_interrupt_says_what_the_same_command_does(work, monkeypatch, capsys):
