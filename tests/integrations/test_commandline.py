@@ -147,6 +147,8 @@ def test_without_trl_its_extra_is_named(monkeypatch, capsys):
     inherited._classes.cache_clear()
     assert cli.main(["train", "--max_steps", "1"]) == 2
     assert capsys.readouterr().err == "popsd train needs transformers: pip install 'popsd[trl]'\n"
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--help"])
     inherited._classes.cache_clear()
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from popsd_integrations import cli
 from popsd_integrations.init.columns import chosen_columns
-from popsd_integrations.init.configuration import Page
+from popsd_integrations.init.page import Page
 
 TINY = Path(__file__).parents[2] / "examples/reproduce/tiny.py"
 
@@ -43,7 +43,7 @@ def test_the_file_passes_the_dry_run_as_it_is(files, tmp_path, capsys):
     for said in (
         "# data: columns of the split 'train': problem, solution, answer",
         "tokens in the prompt of the teacher: the question and its solution: 0 % 192, 50 % 193",
-        "the head's other 5 of 266 rows are padding",
+        "5 of the head's 266 rows are padding",
         "the question alone: 39 tokens, thinking closed",
         "logits in the loss, at most",
         "1 steps per epoch, of 4 problems each; 6 problems are used",

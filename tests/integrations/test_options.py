@@ -11,7 +11,7 @@ from popsd_integrations.commandline.options import own_options
 
 TESTS = Path(__file__).parents[1]
 TRAINER = "integrations/trl_trainer"
-EVALUATE = "integrations/evaluate/test_command.py"
+EVALUATE, GIVEN = "integrations/evaluate/test_command.py", "integrations/evaluate/test_given.py"
 SHOWN = {
     "train": {
         f"{TRAINER}/test_command.py::test_bad_flags_are_an_exit_status_and_a_message": "prompt_column device dry_run",
@@ -50,10 +50,10 @@ SHOWN = {
     "evaluate": {
         f"{EVALUATE}::test_every_checkpoint_answers_every_problem_beside_the_base": "adapters",
         f"{EVALUATE}::test_more_samples_and_checkpoints_are_added": "num_completions",
-        f"{EVALUATE}::test_prompts_and_problems_are_what_the_options_say": "prompt_column answer_column dataset_test_split "
+        f"{GIVEN}::test_prompts_and_problems_are_what_the_options_say": "prompt_column answer_column dataset_test_split "
         "seed question_template system_prompt chat_template_kwargs use_vllm model_name_or_path benchmarks",
         f"{EVALUATE}::test_the_sampling_options_reach_the_model": "top_k",
-        f"{EVALUATE}::test_bad_input_is_named_before_anything_is_generated": "temperature top_p max_completion_length "
+        f"{GIVEN}::test_bad_input_is_named_before_anything_is_generated": "temperature top_p max_completion_length "
         "per_device_eval_batch_size",
         f"{EVALUATE}::test_two_settings_never_mix_in_one_folder": "model_init_kwargs",
         f"{EVALUATE}::test_judging_again": "from eval_scorer output_dir",

@@ -27,14 +27,11 @@ class TrainParser(Parser):
     """The parser of names and values. It takes what TRL's parser takes."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog=prog)
+        super().__init__(prog=prog, add_help=False)
         self.add_argument("--config")
         self.add_argument("--help_all", action="store_true")
         for option in known_options().values():
             option.add_to(self)
-
-    def format_help(self) -> str:
-        return short_help()
 
 
 def known_options() -> dict[str, Option]:
@@ -76,6 +73,9 @@ def given_options(given: Sequence[str], trains: bool = True, known: Iterable[str
     value that it cannot take. Raises ValueError for the rest: a file that cannot be read, a key of it that is unknown, a model
     or data that is not named or not there.
     """
+    if trains and {"-h", "--help"} & set(given):
+        print(short_help(), end="")
+        raise SystemExit(0)
     parser = TrainParser("popsd train" if trains else "popsd diagnose")
     parser.known = known
     flags, rest = parser.parse_known_args(list(given))

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from trl import get_peft_config
 
 from popsd_integrations.commandline.devices import device_named
 from popsd_integrations.commandline.places import loading
 from popsd_integrations.huggingface.sampling import position_limit
 from popsd_integrations.init.columns import Columns, chosen_columns
+from popsd_integrations.init.page import Page
 from popsd_integrations.trl_trainer.command import load_data, load_splits, read_options, split_of
 from popsd_integrations.trl_trainer.dataset import tokenizer_of
 from popsd_integrations.trl_trainer.dry_run import (
@@ -99,18 +99,23 @@ def _written(made: Made) -> tuple[str, str]:
 
 
 def _text(made: Made, batch: dict[str, int], facts: dict[str, str]) -> str:
-    options, columns = made.options, made.columns
-    model, name = options.model_name_or_path, Path(options.model_name_or_path.rstrip("/")).name
-    thinks = "enable_thinking" in str(made.tokenizer.chat_template or "")
-    head, tokens = made.student.config.get_text_config().vocab_size, len(made.tokenizer)
-    limit = position_limit(made.student)
+    page, limit = Page(), position_limit(made.student)
     longest = COMPLETION if limit is None else min(COMPLETION, max(1, limit // 2))
-    page = Page()
+    _data(page, made, facts, None if limit is None else limit - longest)
+    _method(page, made, facts)
+    _steps(page, made, facts, batch | {"max_steps": MAX_STEPS, "max_completion_length": longest})
+    _logs(page, made)
+    return page.text()
+
+
+def _data(page: Page, made: Made, facts: dict[str, str], longest_prompt: int | None) -> None:
+    options, columns = made.options, made.columns
+    model = options.model_name_or_path
     page.note(f"popsd train --config FILE, for {model} on {options.dataset_name}; written by popsd init.")
     page.note("popsd train --help says what the options are; whatever is not here has its default.")
     page.line("model_name_or_path", model)
-    page.line("output_dir", f"runs/{name}-purified", "checkpoints, metrics, report; the same command resumes")
-
+    run = f"runs/{Path(model.rstrip('/')).name}-purified"
+    page.line("output_dir", run, "checkpoints, metrics, report; the same command resumes")
     page.section("data", f"columns of the split {made.split!r}: {', '.join(made.rows.column_names)}")
     page.line("dataset_name", options.dataset_name)
     if options.dataset_config:
@@ -121,105 +126,49 @@ def _text(made: Made, batch: dict[str, int], facts: dict[str, str]) -> str:
     page.line("solution_column", columns.solution, "the reference solution, which only the teachers see")
     if isinstance(made.rows[0][columns.prompt], str) and made.tokenizer.chat_template:
         page.line("text_as_conversation", True, "questions given as text take the chat template")
-    if limit is not None:
-        page.line("max_prompt_length", limit - longest, f"the model has {limit} positions")
+    if longest_prompt is not None:
+        page.line("max_prompt_length", longest_prompt, "what the model's positions leave beside a completion")
         page.line("on_overflow", "drop", "or truncate, which cuts the solution and never the question")
     page.facts(facts.get("rows"))
 
+
+def _method(page: Page, made: Made, facts: dict[str, str]) -> None:
+    head, tokens = made.student.config.get_text_config().vocab_size, len(made.tokenizer)
     page.section("method", "arXiv 2607.02234")
     page.line("loss_target", "purified", "or opsd, to compare")
     page.line("beta", 0.5, "0 is forward KL, 0.5 the symmetric JSD, 1 reverse KL")
     if head > tokens:
-        page.line(
-            "vocab_size", tokens, f"the tokens there are; the head's other {head - tokens} of {head} rows are padding"
-        )
-    if thinks:
-        page.line(
-            "chat_template_kwargs",
-            {"enable_thinking": False},
-            "the student; OPSD's author saw thinking students do worse",
-        )
+        page.line("vocab_size", tokens, f"the tokens there are; {head - tokens} of the head's {head} rows are padding")
+    if "enable_thinking" in str(made.tokenizer.chat_template or ""):
+        why = "the student; OPSD's author saw thinking students do worse"
+        page.line("chat_template_kwargs", {"enable_thinking": False}, why)
         page.line("teacher_chat_template_kwargs", {"enable_thinking": True})
     page.facts(facts.get("prompts"))
     page.facts(facts.get("tokens"))
-
     page.section("LoRA", "the frozen distributions are the model with the adapter off, which costs no memory")
-    for option, value in {"use_peft": True, "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.0}.items():
-        page.line(option, value)
-    page.line("lora_target_modules", ["all-linear"])
-    page.line("learning_rate", 5e-6)
-    page.line("lr_scheduler_type", "constant")
-    page.line("max_grad_norm", 0.1)
+    page.lines_of({"use_peft": True, "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.0})
+    page.lines_of({"lora_target_modules": ["all-linear"], "learning_rate": 5e-6})
+    page.lines_of({"lr_scheduler_type": "constant", "max_grad_norm": 0.1})
 
+
+def _steps(page: Page, made: Made, facts: dict[str, str], steps: dict[str, int]) -> None:
     page.section("steps", f"{STEP} completions per step where there are as many problems; lower the first for memory")
-    for option, value in batch.items():
-        page.line(option, value)
-    page.line("max_steps", MAX_STEPS)
-    page.line("max_completion_length", longest)
-    for option, value in {"temperature": 1.1, "top_p": 0.95, "top_k": 20}.items():
-        page.line(option, value)
+    page.lines_of(steps | {"temperature": 1.1, "top_p": 0.95, "top_k": 20})
     if made.on_cpu:
-        page.note("No GPU was here when this was written: leave the next three lines out on one.")
-        for option, value in {"use_cpu": True, "bf16": False, "dtype": "float32"}.items():
-            page.line(option, value)
+        page.note("No GPU was here when this was written. On one: bf16 true, dtype bfloat16, and no use_cpu.")
+        page.lines_of({"use_cpu": True, "bf16": False, "dtype": "float32"})
     else:
-        page.line("dtype", "bfloat16", "of the weights")
-        page.line("bf16", True)
+        page.lines_of({"bf16": True, "dtype": "bfloat16"})
     page.facts(facts.get("memory"))
 
+
+def _logs(page: Page, made: Made) -> None:
     page.section("logs and evaluation", "report_to: wandb, tensorboard or trackio sends them on")
-    for option, value in {"logging_steps": 1, "save_steps": 50, "report_to": "none"}.items():
-        page.line(option, value)
-    test = next((x for x in ("test", "validation", "val", "dev") if x in made.splits and x != made.split), None)
+    page.lines_of({"logging_steps": 1, "save_steps": 50, "report_to": "none"})
     page.note("Accuracy on held-out problems, while it trains; take the '#' away.")
-    if columns.answer is None:
+    if made.columns.answer is None:
         page.note("It needs a column with the answers alone, or solutions with \\boxed{} in them.")
-    page.idea("test_split_size" if test is None else "dataset_test_split", 0.05 if test is None else test)
-    for option, value in {"eval_strategy": "steps", "eval_steps": 50, "eval_scorer": "math"}.items():
-        page.idea(option, value)
-    page.idea("answer_column", columns.answer or columns.solution)
-    page.idea("eval_problems", 64)
-    return page.text()
-
-
-class Page:
-    """Lines of YAML with comments."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        """A comment."""
-        self.lines.append(f"# {_one_line(text)}")
-
-    def section(self, title: str, text: str) -> None:
-        """A heading."""
-        self.lines += ["", f"# {title}: {_one_line(text)}"]
-
-    def line(self, name: str, value: Any, why: str = "") -> None:
-        """An option, and why it is what it is."""
-        text = f"{name}: {_scalar(value)}"
-        self.lines.append(f"{text:<46}  # {_one_line(why)}" if why else text)
-
-    def idea(self, name: str, value: Any) -> None:
-        """An option that is not set."""
-        self.lines.append(f"#{name}: {_scalar(value)}")
-
-    def facts(self, text: str | None) -> None:
-        """What the dry run says."""
-        self.lines += [f"#   {_one_line(line)}" for line in (text or "").removeprefix("=== ").splitlines()]
-
-    def text(self) -> str:
-        """The file."""
-        return "\n".join(self.lines) + "\n"
-
-
-def _scalar(value: Any) -> str:
-    """A value as YAML has it on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
-    return str(text).removesuffix("...\n").strip()
-
-
-def _one_line(text: str) -> str:
-    """Text for a comment: what would end the line, or act on a terminal, is left out."""
-    return "".join(character if character.isprintable() else " " for character in text)
+    test = next((x for x in ("test", "validation", "val", "dev") if x in made.splits and x != made.split), None)
+    page.ideas({"test_split_size": 0.05} if test is None else {"dataset_test_split": test})
+    page.ideas({"eval_strategy": "steps", "eval_steps": 50, "eval_scorer": "math"})
+    page.ideas({"answer_column": made.columns.answer or made.columns.solution, "eval_problems": 64})

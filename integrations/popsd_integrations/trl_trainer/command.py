@@ -87,6 +87,7 @@ def read_options(
             "--use_cpu",
             "true",
         ]  # transformers refuses bf16 without a GPU, and nothing will be trained here
+    given = [part for text in given for part in (text.split("=", 1) if text.startswith("--config=") else [text])]
     script, args, model_args, mixture = full_parser().parse_args_and_config(list(given))
     adapter = [option for option in fields(model_args) if option.name.startswith(("lora_", "use_dora", "use_rslora"))]
     ignored = [option.name for option in adapter if getattr(model_args, option.name) not in (option.default, None, [])]

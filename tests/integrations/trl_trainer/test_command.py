@@ -139,7 +139,7 @@ def test_the_full_help_names_options_of_all(capsys):
 
 
 def test_flags_override_the_file_and_the_run_is_saved(work, capsys):
-    assert cli.main(["train", "--config", str(work / "config.yaml"), "--max_steps", "1", "--beta", "0.25"]) == 0
+    assert cli.main(["train", f"--config={work / 'config.yaml'}", "--max_steps", "1", "--beta", "0.25"]) == 0
     assert (work / "out" / "adapter_model.safetensors").exists()
     options = torch.load(work / "out" / "training_args.bin", weights_only=False)
     assert (options.beta, options.max_steps, options.loss_target) == (0.25, 1, "purified")
