@@ -65,7 +65,7 @@ def test_options_of_commands_exist(name, capsys):
                 continue
             with pytest.raises(SystemExit, match="0"):
                 cli.main([one, "--help"])
-        known = {"--config", *options(capsys.readouterr().out)}
+        known = {"--config", "--help_all", *options(capsys.readouterr().out)}
         assert options(re.sub(r"\s#.*|'[^']*'", "", rest)) <= known, (command, rest)
 
 
