@@ -65,7 +65,7 @@ def save_all(folder):
 def arguments(files, output, *more):
     inputs = ["--model_name_or_path", files / "base", "--adapters", f"lora={files / 'run'}", files / "whole"]
     inputs += ["--benchmarks", files / "a.jsonl", files / "b.jsonl", "--output_dir", output]
-    inputs += ["--num_completions", "3", "--per_device_eval_batch_size", "4"]
+    inputs += ["--num_generations", "3", "--per_device_eval_batch_size", "4"]
     return ["evaluate", *map(str, inputs), *OPTIONS, *more]
 
 

@@ -311,8 +311,8 @@ def test_dashes_and_underscores_are_one_spelling_of_options_alone():
     [
         (["trian"], "invalid choice: 'trian'.* Did you mean train?"),
         (
-            ["evaluate", "--model_name_or_path", "x", "--num_completion", "1"],
-            "unrecognized arguments: --num_completion 1. Did you mean --num_completions?",
+            ["evaluate", "--model_name_or_path", "x", "--num_generation", "1"],
+            "unrecognized arguments: --num_generation 1. Did you mean --num_generations?",
         ),
         (["compare", "a", "--outputdir", "b"], "Did you mean --output_dir?"),
         (["demo", "--zebra"], "unrecognized arguments: --zebra."),

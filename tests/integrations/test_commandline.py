@@ -35,7 +35,7 @@ AT_ONCE = {
     "diagnose --diagnose_dri x": "Did you mean --diagnose_dir?",
     "diagnose --model_name_or_path a/b --dataset_name c --dry_run": "dry_run: expected none with diagnose",
     "evaluate --model a --benchmarks b": "unrecognized arguments: --model a. Did you mean --model_name_or_path?",
-    "evaluate --samples 3": "Did you mean --num_completions?",
+    "evaluate --samples 3": "Did you mean --num_generations?",
     "evaluate --engine vllm": "Did you mean --use_vllm?",
     "evaluate --model_init_kwargs []": "argument --model_init_kwargs: expected a JSON object such as",
     "evaluate": "model_name_or_path: expected one; got none. Pass --model_name_or_path.",

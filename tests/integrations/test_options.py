@@ -49,7 +49,7 @@ SHOWN = {
     },
     "evaluate": {
         f"{EVALUATE}::test_every_checkpoint_answers_every_problem_beside_the_base": "adapters",
-        f"{EVALUATE}::test_more_samples_and_checkpoints_are_added": "num_completions",
+        f"{EVALUATE}::test_more_samples_and_checkpoints_are_added": "num_generations",
         f"{GIVEN}::test_prompts_and_problems_are_what_the_options_say": "prompt_column answer_column dataset_test_split "
         "seed question_template system_prompt chat_template_kwargs use_vllm model_name_or_path benchmarks",
         f"{EVALUATE}::test_the_sampling_options_reach_the_model": "top_k",
@@ -58,6 +58,7 @@ SHOWN = {
         f"{EVALUATE}::test_two_settings_never_mix_in_one_folder": "model_init_kwargs",
         f"{EVALUATE}::test_judging_again": "from eval_scorer output_dir",
     },
+    "doctor": {},
     "compare": {
         "integrations/evaluate/test_compare.py::test_bad_input_is_named": "runs",
         "integrations/evaluate/test_compare.py::test_curves_of_loop_and_trainer_stand_beside_one_another": "output_dir",
@@ -68,7 +69,7 @@ SHOWN = {
         "integrations/test_cli.py::test_demo_without_matplotlib_skips_the_plots_and_says_so": "max_steps cache_dir",
     },
 }
-"""The options that a test shows, of each command."""
+"""The options that a test shows, of each command. Those of ``popsd bench`` are in tests/benchmarks and test_cli.py."""
 
 
 def options_of(command):
@@ -93,9 +94,9 @@ def _first(node):
     return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
 
 
-@pytest.mark.parametrize("command", [*SHOWN, "doctor"])
+@pytest.mark.parametrize("command", [name for name in cli.build_parser()[1] if name != "bench"])
 def test_every_option_has_a_test(command):
-    shown = SHOWN.get(command, {})
+    shown = SHOWN[command]
     named = " ".join(shown.values()).split()
     missing = sorted(options_of(command) - set(named))
     assert not missing, f"popsd {command}: name a test in SHOWN that shows the effect or the refusal of {missing}"
@@ -108,7 +109,7 @@ def test_every_option_has_a_test(command):
 
 
 def test_a_test_that_is_missing_is_seen():
-    assert {"dry_run", "beta", "pmi_beta"} <= options_of("train") and "num_completions" in options_of("evaluate")
+    assert {"dry_run", "beta", "pmi_beta"} <= options_of("train") and "num_generations" in options_of("evaluate")
     assert not options_of("doctor") and "runs" in options_of("compare")
     texts = texts_of("integrations/test_options.py")
     assert "SHOWN = {" in texts["test_every_option_has_a_test"] and set(texts) == {

@@ -15,7 +15,7 @@ from popsd_integrations.commandline.options import GROUPS, LOSS_TARGETS, own_opt
 from popsd_integrations.commandline.places import check_data, check_folder, check_model
 from popsd_integrations.commandline.suggest import Parser, did_you_mean
 
-_NAMES = 34
+_NAMES, _WIDTH = 34, 120
 _USUAL = """\
 usage: popsd train --model_name_or_path MODEL --dataset_name DATA [--config FILE.yaml] [option value ...]
 Every option may stand in the YAML file too. --help-all has all of TRL's; the most used:
@@ -63,7 +63,13 @@ def _line(names: str, options: Mapping[str, Option]) -> str:
     text, default = first.help.split(". ")[0].rstrip("."), first.default
     shown = default not in (None, False) and isinstance(default, str | int | float) and str(default) not in text
     left = f"  {joined} {value.get(first.kind, 'TEXT')}".rstrip()
-    return f"{left:<{_NAMES}}  {text}" + (f" ({default})" if shown else "")
+    return shorten(f"{left:<{_NAMES}}  {text}", f" ({default})" if shown else "")
+
+
+def shorten(line: str, end: str) -> str:
+    """A line with its end, cut where it would wrap."""
+    room = _WIDTH - len(end)
+    return (line if len(line) <= room else f"{line[: room - 1].rstrip()}…") + end
 
 
 def given_options(given: Sequence[str], trains: bool = True, known: Iterable[str] = ()) -> dict[str, Any]:

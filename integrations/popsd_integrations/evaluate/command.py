@@ -25,7 +25,7 @@ BATCH_SIZES = {"transformers": 8, "vllm": 384}
 _PLAIN = ("temperature", "top_p", "top_k", "max_completion_length", "seed", "question_template")
 _WITH_NEW_COMPLETIONS = (
     *("adapters", "benchmarks", "prompt_column", "answer_column", "dataset_test_split"),
-    *("num_completions", "per_device_eval_batch_size", "model_init_kwargs"),
+    *("num_generations", "per_device_eval_batch_size", "model_init_kwargs"),
 )
 
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--answer_column", help="of the benchmarks (answer or final_answer)")
     add("--dataset_test_split", help="of the benchmarks (test, or train)")
     add = parser.add_argument_group("Sampling").add_argument
-    add("--num_completions", type=int, help="of each problem (12; 1 at temperature 0)")
+    add("--num_generations", type=int, help="of each problem (12; 1 at temperature 0)")
     add("--temperature", type=float, help=f"0 is greedy ({usual['temperature']})")
     add("--top_p", type=float, help=f"1 is no filter ({usual['top_p']})")
     add("--top_k", type=int, help=f"0 is no filter ({usual['top_k']})")
@@ -107,7 +107,7 @@ def _check_given(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"adapters: expected a local folder or a name on the Hub; there is no folder {str(path)!r}."
             )
-    for name in ("num_completions", "per_device_eval_batch_size"):
+    for name in ("num_generations", "per_device_eval_batch_size"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"{name}: expected at least 1; got {getattr(options, name)}.")
 
@@ -146,12 +146,12 @@ def _checked(options: argparse.Namespace) -> Job:
     from popsd_integrations.scoring import check_answer, scorer
 
     config = SamplingConfig(**_given(options))
-    samples = (12 if config.temperature > 0 else 1) if options.num_completions is None else options.num_completions
+    samples = (12 if config.temperature > 0 else 1) if options.num_generations is None else options.num_generations
     size = (
         BATCH_SIZES[config.engine] if options.per_device_eval_batch_size is None else options.per_device_eval_batch_size
     )
     if config.temperature == 0 and samples > 1:
-        raise ValueError(f"num_completions: expected 1 at temperature 0, where all would be the same; got {samples}.")
+        raise ValueError(f"num_generations: expected 1 at temperature 0, where all would be the same; got {samples}.")
     score = scorer(options.eval_scorer)
     tasks = benchmarks.load(
         options.benchmarks, options.prompt_column, options.answer_column, options.dataset_test_split

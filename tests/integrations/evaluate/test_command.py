@@ -107,7 +107,7 @@ def test_nothing_of_the_page_is_loaded_or_run(files, tmp_path):
     evil = "<script>alert(1)</script><img src=http://a.b/c>"
     (tmp_path / "e&vil.jsonl").write_text(json.dumps({"question": evil, "answer": "1 2"}) + "\n")
     output = tmp_path / "out"
-    options = [*OPTIONS, "--question_template", "Q {question} <i> A", "--num_completions", "1"]
+    options = [*OPTIONS, "--question_template", "Q {question} <i> A", "--num_generations", "1"]
     benchmark = f"<b>={tmp_path / 'e&vil.jsonl'}"
     assert (
         main(
@@ -148,9 +148,9 @@ def test_a_cut_off_file_ends_the_same(files, finished, tmp_path, without_plots):
 
 
 def test_more_samples_and_checkpoints_are_added(files, finished, tmp_path, without_plots):
-    output, some = tmp_path / "out", ["--num_completions", "4", "--adapters", str(files / "whole")]
+    output, some = tmp_path / "out", ["--num_generations", "4", "--adapters", str(files / "whole")]
     short = arguments(files, output)
-    assert main([*short, "--adapters", str(files / "whole"), "--num_completions", "2"]) == 0
+    assert main([*short, "--adapters", str(files / "whole"), "--num_generations", "2"]) == 0
     before = lines(output)
     assert main([*short, *some]) == 0
     after = lines(output)

@@ -89,12 +89,12 @@ BAD = {
     ),
     "a whole model of another size": (["--adapters", "{files}/wide_base"], "with hidden_size 16; got 32"),
     "no vllm": (["--use_vllm"], "use_vllm: expected an engine that is installed; vllm is not"),
-    "greedy samples": (["--temperature", "0"], "num_completions: expected 1 at temperature 0"),
+    "greedy samples": (["--temperature", "0"], "num_generations: expected 1 at temperature 0"),
     "top_p": (["--top_p", "1.5"], "top_p: expected a number in (0, 1]"),
     "too many tokens": (["--max_completion_length", "500"], "max_completion_length: expected at most 120"),
     "no such scorer": (["--eval_scorer", "nothing"], "eval_scorer: expected 'math' or an importable module:function"),
     "a template": (["--question_template", "Q"], "question_template: expected the fields"),
-    "no samples": (["--num_completions", "0"], "expected at least 1; got 0"),
+    "no samples": (["--num_generations", "0"], "expected at least 1; got 0"),
     "no batch": (["--per_device_eval_batch_size", "0"], "expected at least 1; got 0"),
 }
 

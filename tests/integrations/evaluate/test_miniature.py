@@ -45,7 +45,7 @@ def test_accuracies_are_those_of_the_demo(demo, tmp_path):
     options += [
         "--question_template",
         "Q {question} A",
-        "--num_completions",
+        "--num_generations",
         "4",
         "--per_device_eval_batch_size",
         "512",

@@ -31,7 +31,7 @@ def test_twelve_samples_of_the_base_and_two_adapters(files, tmp_path):
     """As many as asked for, by the weights asked for: greedily, vLLM and transformers say the same."""
     small = {"enforce_eager": True, "dtype": "float32", "max_num_seqs": 16, "gpu_memory_utilization": 0.1}
     vllm = ["--use_vllm", "--model_init_kwargs", json.dumps(small)]
-    rows = evaluate(files, tmp_path / "sampled", "--num_completions", "12", "--per_device_eval_batch_size", "18", *vllm)
+    rows = evaluate(files, tmp_path / "sampled", "--num_generations", "12", "--per_device_eval_batch_size", "18", *vllm)
     assert len(rows) == 3 * 3 * 12
     for label in {row["model"] for row in rows}:
         for problem in range(3):
