@@ -75,8 +75,8 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
 def underscored(arguments: Sequence[str]) -> list[str]:
     """Options in the spelling of all sub-commands, so that ``--output-dir`` is ``--output_dir``. Their values stay.
 
-    >>> underscored(["demo", "--output-dir=runs/my-run", "--seeds", "-1", "my-name"])
-    ['demo', '--output_dir=runs/my-run', '--seeds', '-1', 'my-name']
+    >>> underscored(["demo", "--output-dir=runs/my-run", "--num-seeds", "-1", "my-name"])
+    ['demo', '--output_dir=runs/my-run', '--num_seeds', '-1', 'my-name']
     """
 
     def spelt(argument: str) -> str:

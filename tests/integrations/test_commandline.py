@@ -22,7 +22,7 @@ AT_ONCE = {
     "train --beta half": "--beta: expected a number; got 'half'",
     "train --use_peft maybe": "--use_peft: expected true or false; got 'maybe'",
     "train --lr_scheduler_type constnat": "Did you mean constant?",
-    "train --on_overflow drpo": "(choose from 'error', 'truncate', 'drop'). Did you mean drop?",
+    "train --on_overflow drpo": "Did you mean drop?",
     "train --scorer math": "Did you mean --eval_scorer?",
     "train": "model_name_or_path: expected a model; got none",
     "train --model_name_or_path a/b": "dataset_name: expected it or a mixture",

@@ -16,6 +16,7 @@ from popsd_integrations.commandline.places import check_data, check_folder, chec
 from popsd_integrations.commandline.suggest import Parser, did_you_mean
 
 _NAMES, _WIDTH = 34, 120
+_VALUES = {"int": "N", "float": "X", "list": "WORD ...", "bool": "", "json": "JSON"}
 _USUAL = """\
 usage: popsd train --model_name_or_path MODEL --dataset_name DATA [--config FILE.yaml] [option value ...]
 Every option may stand in the YAML file too. --help-all has all of TRL's; the most used:
@@ -52,21 +53,14 @@ def short_help() -> str:
 def _line(names: str, options: Mapping[str, Option]) -> str:
     chosen = [options[name] for name in names.split("+")]
     first, joined = chosen[0], ", ".join(f"--{option.name}" for option in chosen)
-    value = {
-        "choice": "|".join(first.choices),
-        "int": "N",
-        "float": "X",
-        "list": "WORD ...",
-        "bool": "",
-        "json": "JSON",
-    }
+    value = _VALUES | {"choice": "|".join(first.choices)}
     text, default = first.help.split(". ")[0].rstrip("."), first.default
     shown = default not in (None, False) and isinstance(default, str | int | float) and str(default) not in text
     left = f"  {joined} {value.get(first.kind, 'TEXT')}".rstrip()
-    return shorten(f"{left:<{_NAMES}}  {text}", f" ({default})" if shown else "")
+    return _shortened(f"{left:<{_NAMES}}  {text}", f" ({default})" if shown else "")
 
 
-def shorten(line: str, end: str) -> str:
+def _shortened(line: str, end: str) -> str:
     """A line with its end, cut where it would wrap."""
     room = _WIDTH - len(end)
     return (line if len(line) <= room else f"{line[: room - 1].rstrip()}…") + end
@@ -134,9 +128,8 @@ def _check(values: Mapping[str, Any]) -> None:
     if data:
         check_data(data)
     target = values.get("loss_target")
-    registry = sys.modules.get(
-        "popsd.engine.chunks.registry"
-    )  # further ones, where Python code called the command line
+    # where Python code called the command line, it may have registered further ones
+    registry = sys.modules.get("popsd.engine.chunks.registry")
     targets = LOSS_TARGETS if registry is None else registry.known_targets()
     if target is not None and ":" not in str(target) and target not in targets:
         raise ValueError(f"loss_target: expected one of {', '.join(targets)}, or module:name; got {target!r}.")
