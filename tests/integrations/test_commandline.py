@@ -31,6 +31,7 @@ AT_ONCE = {
     "train --config no.yaml": "config: expected a YAML file that can be read; got 'no.yaml' (No such file or directory)",
     "train --model_name_or_path a/b --dataset_name c --loss_target purfied": "loss_target: expected one of purified, opsd",
     "train --model_name_or_path a/b --dataset_name c --masks {a": "masks: expected a JSON object such as",
+    "train --model_name_or_path a/b --dataset_name c --resume_from_checkpoint nowhere": "there is no folder 'nowhere'",
     "diagnose --pmi_bta 1": "popsd diagnose: unrecognized arguments: --pmi_bta 1. Did you mean --pmi_beta?",
     "diagnose --diagnose_dri x": "Did you mean --diagnose_dir?",
     "diagnose --model_name_or_path a/b --dataset_name c --dry_run": "dry_run: expected none with diagnose",

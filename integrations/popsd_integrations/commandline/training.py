@@ -10,7 +10,7 @@ from typing import Any
 
 from popsd_integrations.commandline.devices import device_named
 from popsd_integrations.commandline.inherited import inherited
-from popsd_integrations.commandline.kinds import Option, boolean, json_object
+from popsd_integrations.commandline.kinds import FALSE, TRUE, Option, boolean, json_object
 from popsd_integrations.commandline.options import GROUPS, LOSS_TARGETS, own_options
 from popsd_integrations.commandline.places import check_data, check_folder, check_model
 from popsd_integrations.commandline.suggest import Parser, did_you_mean
@@ -139,6 +139,9 @@ def _check(values: Mapping[str, Any]) -> None:
         if not is_true(values.get("dry_run")):
             raise ValueError(f"device: expected none without dry_run, which plans for it; got {device!r}.")
         device_named(device)
+    resumed = values.get("resume_from_checkpoint")
+    if resumed and str(resumed).lower() not in (*TRUE, *FALSE, "none") and not Path(resumed).is_dir():
+        raise ValueError(f"resume_from_checkpoint: expected a folder, true or false; there is no folder {resumed!r}.")
     own = own_options()
     for name, value in values.items():
         if known_options()[name].kind == "json" and isinstance(value, str) and (name in own or value.startswith("{")):
