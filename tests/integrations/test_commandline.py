@@ -23,7 +23,6 @@ AT_ONCE = {
     "train --use_peft maybe": "--use_peft: expected true or false; got 'maybe'",
     "train --lr_scheduler_type constnat": "Did you mean constant?",
     "train --on_overflow drpo": "Did you mean drop?",
-    "train --scorer math": "Did you mean --eval_scorer?",
     "train": "model_name_or_path: expected a model; got none",
     "train --model_name_or_path a/b": "dataset_name: expected it or a mixture",
     "train --model_name_or_path a/b --dataset_name no.jsonl": "got 'no.jsonl' (there is no such file)",
@@ -35,27 +34,34 @@ AT_ONCE = {
     "diagnose --pmi_bta 1": "popsd diagnose: unrecognized arguments: --pmi_bta 1. Did you mean --pmi_beta?",
     "diagnose --diagnose_dri x": "Did you mean --diagnose_dir?",
     "diagnose --model_name_or_path a/b --dataset_name c --dry_run": "dry_run: expected none with diagnose",
-    "evaluate --model a --benchmarks b": "unrecognized arguments: --model a. Did you mean --model_name_or_path?",
-    "evaluate --samples 3": "Did you mean --num_generations?",
-    "evaluate --engine vllm": "Did you mean --use_vllm?",
     "evaluate --model_init_kwargs []": "argument --model_init_kwargs: expected a JSON object such as",
     "evaluate": "model_name_or_path: expected one; got none. Pass --model_name_or_path.",
     "evaluate --model_name_or_path a --benchmarks no.jsonl": "benchmarks: expected a file; there is none at no.jsonl",
     "evaluate --model_name_or_path /no/where --benchmarks b": "there is no folder '/no/where'",
     "evaluate --model_name_or_path a --benchmarks b --adapters /no/where": "adapters: expected a local folder",
     "evaluate --from no.jsonl": "--from: expected a generations.jsonl; there is no file no.jsonl",
-    "diagnose --completions 3": "Did you mean --diagnose_problems?",
     "init": "popsd init: the following arguments are required: MODEL, DATA. See popsd init --help.",
     "init a b --output /no/where.yaml": "output: expected a .yaml file in a folder that exists; got /no/where.yaml",
     "init a b --output pyproject.toml": "output: expected a file that is not there yet; got pyproject.toml",
     "init /no/where b": "there is no folder '/no/where'",
     "init a no.jsonl": "got 'no.jsonl' (there is no such file)",
     "init a b --device tpu": "device: expected one of rtx3090",
-    "demo --seeds 2": "Did you mean --num_seeds?",
-    "demo --lora": "Did you mean --use_peft?",
     "demo --steps_": "popsd demo: unrecognized arguments: --steps_.",
     "compare": "popsd compare: the following arguments are required: runs",
     "doctor --gpu": "popsd doctor: unrecognized arguments: --gpu. See popsd doctor --help.",
+}
+OLD_NAMES = {
+    "train": "eval_max_new_tokens=eval_max_completion_length scorer=eval_scorer lr=learning_rate",
+    "diagnose": "completions=diagnose_problems",
+    "evaluate": "model=model_name_or_path samples=num_generations engine=use_vllm max_new_tokens=max_completion_length "
+    "question_column=prompt_column split=dataset_test_split scorer=eval_scorer engine_kwargs=model_init_kwargs "
+    "batch_size=per_device_eval_batch_size",
+    "demo": "seeds=num_seeds steps=max_steps lora=use_peft processes=num_processes",
+}
+AT_ONCE |= {
+    f"{command} --{old} 1": f"Did you mean --{new}?"
+    for command, names in OLD_NAMES.items()
+    for old, _, new in (name.partition("=") for name in names.split())
 }
 HELP = ["", "train", "diagnose", "init", "evaluate", "demo", "compare", "doctor"]
 SCRIPT = f"""

@@ -25,7 +25,7 @@ OTHER_NAMES = {
     "--max_new_tokens": ["--max_completion_length"],
     "--max_tokens": ["--max_completion_length"],
     "--max_length": ["--max_completion_length", "--max_prompt_length"],
-    "--eval_max_completion_length": ["--eval_max_completion_length"],
+    "--eval_max_new_tokens": ["--eval_max_completion_length"],
     "--batch_size": ["--per_device_train_batch_size", "--per_device_eval_batch_size"],
     "--steps": ["--max_steps"],
     "--seeds": ["--num_seeds"],
