@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
-        resumes = "" if options.run is _diagnose else "; the same command resumes"
+        resumes = "; the same command resumes" if options.command in ("demo", "evaluate", "train", "bench") else ""
         print(f"popsd {options.command}: interrupted{resumes}.", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError) as error:
