@@ -21,7 +21,7 @@ PAGES = [ROOT / "README.md", ROOT / "examples/README.md", *sorted((ROOT / "docs"
 TEXT = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(
-    r"^(?:    )?popsd (train|diagnose|evaluate|compare|demo|bench|doctor)\b((?:[^\n\\]|\\\n)*)", re.MULTILINE
+    r"^(?:    )?popsd (init|train|diagnose|evaluate|compare|demo|bench|doctor)\b((?:[^\n\\]|\\\n)*)", re.MULTILINE
 )
 WITH_CODE = [name for name, text in TEXT.items() if PYTHON.search(text)]
 
@@ -60,9 +60,12 @@ def test_options_of_commands_exist(name, capsys):
     for command, rest in COMMAND.findall(TEXT[name]):
         asked = ("diagnose", "train") if command == "diagnose" else (command,)  # which takes all of train's
         for one in asked:
+            if one == "train":
+                assert cli.main(["train", "--help-all"]) == 0
+                continue
             with pytest.raises(SystemExit, match="0"):
                 cli.main([one, "--help"])
-        known = {"--config", *options(capsys.readouterr().out)}
+        known = {"--config", "--help_all", *options(capsys.readouterr().out)}
         assert options(re.sub(r"\s#.*|'[^']*'", "", rest)) <= known, (command, rest)
 
 

@@ -96,7 +96,15 @@ def how_to_go_on(folder: Path) -> list[str]:
     load = f"AutoModelForCausalLM.from_pretrained({str(place)!r})"
     if saved_as(place) == ADAPTER:
         load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(place)!r})"
-    command = ["popsd", "evaluate", "--model", base, "--adapters", str(folder if steps else place), *options]
+    command = [
+        "popsd",
+        "evaluate",
+        "--model_name_or_path",
+        base,
+        "--adapters",
+        str(folder if steps else place),
+        *options,
+    ]
     return [
         f"Saved: the {'adapter' if saved_as(place) == ADAPTER else 'model'} in {place}{kept}; {', '.join(written)} in {folder}",
         f"Load: {load}",

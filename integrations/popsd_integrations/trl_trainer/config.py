@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from popsd import Impl, MaskConfig, PurifiedConfig, PurifiedOPSDLoss, Strategy, presets
+from popsd.engine.validation import check_workspace
 from popsd.markers import EpistemicMarkers
 from popsd_integrations.commandline.options import MethodOptions
 from popsd_integrations.huggingface.objective import (
@@ -66,12 +67,16 @@ _SHAPING = {
 """TRL's options that the steps of a run depend on."""
 _FREE = {
     *("impl", "strategy", "workspace_mib", "batched_frozen", "frozen_batch_size"),
-    *("diagnostics_steps", "markers", "plot_metrics", "eval_scorer", "eval_problems", "eval_max_new_tokens"),
+    *("diagnostics_steps", "markers", "plot_metrics", "eval_scorer", "eval_problems", "eval_max_completion_length"),
 }
 """Options of the method that change how a run computes or what it logs, but not its steps."""
 
 
-_LEAST = {"skip_first_tokens": 0, "diagnostics_steps": 0, "frozen_batch_size": 1, "eval_problems": 1}
+_LEAST = {
+    **dict.fromkeys(("skip_first_tokens", "diagnostics_steps", "learning_rate"), 0),
+    **dict.fromkeys(("frozen_batch_size", "eval_problems", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
+}
 
 
 @dataclass
@@ -117,10 +122,10 @@ class PurifiedOPSDConfig(MethodOptions, DistillationConfig):
                 f"max_completion_length: expected more than skip_first_tokens ({self.skip_first_tokens}); got "
                 f"{self.max_completion_length}. No token would be left for the loss."
             )
-        longest = self.eval_max_new_tokens
+        longest = self.eval_max_completion_length
         if longest is not None and (self.eval_scorer is None or longest < self.max_completion_length):
             raise ValueError(
-                f"eval_max_new_tokens: expected at least max_completion_length ({self.max_completion_length}), with an "
+                f"eval_max_completion_length: expected at least max_completion_length ({self.max_completion_length}), with an "
                 f"eval_scorer; got {longest} with eval_scorer {self.eval_scorer!r}. Without a scorer nothing reads more."
             )
         if self.frozen_weights not in ("initial", "ema"):
@@ -134,7 +139,13 @@ class PurifiedOPSDConfig(MethodOptions, DistillationConfig):
             )
         Impl(self.impl), Strategy(self.strategy)
         if isinstance(self.pmi_clip, str) and self.pmi_clip != "auto":  # a flag; in YAML a number or null
-            self.pmi_clip = None if self.pmi_clip.lower() in ("none", "null") else float(self.pmi_clip)
+            try:
+                self.pmi_clip = None if self.pmi_clip.lower() in ("none", "null") else float(self.pmi_clip)
+            except ValueError as error:
+                raise ValueError(f"pmi_clip: expected a number, auto or none; got {self.pmi_clip!r}.") from error
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], and 1 for no filter; got {self.top_p}.")
+        check_workspace(self.workspace_mib)
         config = self.loss_function().config
         if (
             isinstance(config, PurifiedConfig)
@@ -226,7 +237,7 @@ class PurifiedOPSDConfig(MethodOptions, DistillationConfig):
         given = {
             "--question_template": self.question_template if self.question_template != "{question}" else None,
             "--chat_template_kwargs": json.dumps(self.chat_template_kwargs) if self.chat_template_kwargs else None,
-            "--scorer": self.eval_scorer if self.eval_scorer != "math" else None,
+            "--eval_scorer": self.eval_scorer if self.eval_scorer != "math" else None,
         }
         return [part for name, value in given.items() if value is not None for part in (name, value)]
 

@@ -235,8 +235,8 @@ class RowCheck:
             if evaluated and self.judge is not None:
                 self.judge.check(row.get(ANSWER_COLUMN))
             prompts = self._fitting(problem)
-            if evaluated and prompts is not None and self.args.eval_max_new_tokens is not None:
-                check_fits(Prompts(prompts.question, [], []), self.args.eval_max_new_tokens, self._limit)
+            if evaluated and prompts is not None and self.args.eval_max_completion_length is not None:
+                check_fits(Prompts(prompts.question, [], []), self.args.eval_max_completion_length, self._limit)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         return prompts
@@ -296,6 +296,8 @@ def tokenizer_of(given: Any, model: Any, args: PurifiedOPSDConfig) -> Any:
         revision = (args.model_init_kwargs or {}).get("revision") or "main"
         options = {"revision": revision, "trust_remote_code": args.trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", truncation_side="left", **options)
+        if not tokenizer("a 0", add_special_tokens=False)["input_ids"]:
+            raise ValueError(f"processing_class: expected a tokenizer; the one of {source!r} has no tokens for text.")
     elif isinstance(given, ProcessorMixin):
         tokenizer = copy.copy(given.tokenizer)
         tokenizer.chat_template = tokenizer.chat_template or given.chat_template

@@ -217,7 +217,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         """
         prompts = [self._prompts(problem_of(row)) for row in inputs]
         evaluated = not self.model.training
-        longest = self.args.eval_max_new_tokens if evaluated else None
+        longest = self.args.eval_max_completion_length if evaluated else None
         with only_given_settings(self.model), generating(self, max_new_tokens=longest):
             batch = super()._generate_and_score_completions([{"prompt": row.question} for row in prompts])
         if evaluated:
@@ -244,7 +244,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         questions = [row.question for row in prompts]
         with (
             only_given_settings(self.model),
-            generating(self, greedy=True, max_new_tokens=self.args.eval_max_new_tokens),
+            generating(self, greedy=True, max_new_tokens=self.args.eval_max_completion_length),
         ):
             greedy = self._generate_single_turn(questions, None, {})
         own = rows_of_data(self, len(inputs))
