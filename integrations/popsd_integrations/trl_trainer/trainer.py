@@ -42,9 +42,6 @@ from popsd_integrations.trl_trainer.compat import (
     accumulation_factor,
     ends_of,
     generating,
-    record,
-    record_extreme,
-    record_means,
     rows_of_data,
     suppress_unused_tokens,
     take_eval_means,
@@ -70,6 +67,8 @@ from popsd_integrations.trl_trainer.frozen import (
     prepare_student,
 )
 from popsd_integrations.trl_trainer.guards import GuardedTrainer
+from popsd_integrations.trl_trainer.logs.console import show_lines
+from popsd_integrations.trl_trainer.logs.recording import record_completions, record_loss
 from popsd_integrations.trl_trainer.vllm.engine import send_student
 
 __all__ = ["PurifiedOPSDConfig", "PurifiedOPSDTrainer"]
@@ -78,8 +77,6 @@ logger = logging.getLogger(__name__)
 
 _PROMPT_OF = {"base": "prompt", "teacher": "teacher_prompt", "reference": "reference_prompt"}
 """What TRL's batch calls each context's prompts, in the order of the fields of `Prompts`."""
-_NONE = 2**40
-"""Longer than a completion: minus this is the longest of none."""
 
 
 class PurifiedOPSDTrainer(GuardedTrainer):
@@ -157,6 +154,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        show_lines(self)
         prepare_student(self.model, fsdp=self.is_fsdp_enabled)
         if args.use_vllm:
             send_student(self)
@@ -232,7 +230,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         batch["lengths"] = [tuple(map(len, (*row, ids))) for row, ids in zip(prompts, completions, strict=True)]
         counted = self.args.token_weights(batch["completion_mask"]) != 0
         batch["num_items_in_batch"] = self.accelerator.reduce(counted.sum(), "sum")
-        self._record_completions(completions)
+        record_completions(self, completions)
         return batch
 
     def _judge_completions(
@@ -272,12 +270,12 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         student = self.accelerator.unwrap_model(model)
         loss, metrics = run_in_forward(model, lambda: self._loss(student, inputs, total, decompose))
         if self.model.training:
-            self._record_loss(metrics)
+            self._nothing_trained.tokens += record_loss(self, metrics)
             # DDP and FSDP average the gradients.
             loss = loss * self.accelerator.num_processes * accumulation_factor(self)
         else:
             loss = loss / metrics["tokens"].clamp(min=1)
-            self._record_loss(metrics | {"loss": loss})
+            record_loss(self, metrics | {"loss": loss})
         return (loss, None) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -349,51 +347,3 @@ class PurifiedOPSDTrainer(GuardedTrainer):
                 "longer one. Pass the dataset when the trainer is built, which drops those rows."
             )
         return prompts
-
-    @torch.no_grad()
-    def _record_completions(self, completions: list[list[int]]) -> None:
-        completions = completions[: rows_of_data(self, len(completions))]
-        counts = self._markers.count_ids(completions, self.processing_class)
-        ends = {*ends_of(self), self.processing_class.pad_token_id}
-        lengths = {"": list(map(len, completions)), "terminated_": [len(ids) for ids in completions if ids[-1] in ends]}
-        local = [*counts.counts.values(), counts.total]
-        local += [number for some in lengths.values() for number in (sum(some), len(some))]
-        local += [max((sign * x for x in some), default=-_NONE) for some in lengths.values() for sign in (-1, 1)]
-        parts = self.accelerator.gather(torch.tensor([local], device=self.accelerator.device)).tolist()
-        *sums, shortest, longest, shortest_ended, longest_ended = map(list, zip(*parts, strict=True))
-        *words, total, tokens, rows, ended_tokens, ended = map(sum, sums)
-        rates = dict(zip(counts.counts, words, strict=True)) | {"per_completion": total}
-        record_means(
-            self,
-            {f"markers/{name}": (value, rows) for name, value in rates.items()}
-            | {
-                "markers/per_thousand_tokens": (1000 * total, tokens),
-                "completions/mean_length": (tokens, rows),
-                "completions/clipped_ratio": (rows - ended, rows),
-                "completions/mean_terminated_length": (ended_tokens, ended),
-            },
-        )
-        extremes = {"": (shortest, longest), "terminated_": (shortest_ended, longest_ended)}
-        for kind, (least, most) in extremes.items():
-            if max(most) > -_NONE:
-                record_extreme(self, f"completions/min_{kind}length", -max(least), min)
-                record_extreme(self, f"completions/max_{kind}length", max(most), max)
-        if self.args.on_overflow != "error":
-            record(self, {"contexts/dropped": self._contexts.dropped, "contexts/truncated": self._contexts.truncated})
-
-    @torch.no_grad()
-    def _record_loss(self, metrics: Mapping[str, torch.Tensor]) -> None:
-        """Of means over this call's tokens, those over all tokens until the next logging step; of kept_share over weights."""
-        metrics = dict(metrics)
-        local = torch.stack([metrics.pop("tokens"), metrics.pop("weight")])
-        of_weight = [name == "kept_share" for name in metrics]
-        sums = torch.stack([x * local[int(of)] for x, of in zip(metrics.values(), of_weight, strict=True)])
-        # Here and not inside the wrapped forward, where a collective could meet FSDP's in another order on another rank.
-        reduced = self.accelerator.reduce(torch.cat([sums, local]), "sum")
-        *values, tokens, weight = reduced.tolist()  # the one wait for the device
-        renamed = {"student_entropy": "entropy", "kept_share": "masks/kept_share"}
-        names = [renamed.get(name, name) for name in metrics]
-        counts = [weight if of else tokens for of in of_weight]
-        record_means(self, dict(zip(names, zip(values, counts, strict=True), strict=True)))
-        if self.model.training:
-            self._nothing_trained.tokens += values[of_weight.index(True)] if any(of_weight) else tokens
