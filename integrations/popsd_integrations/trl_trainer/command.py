@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise ValueError(_no_model(model_args.model_name_or_path, error)) from error
     trainer.train(resume_from_checkpoint=resumed)
+    trainer.create_model_card(dataset_name=None if Path(script.dataset_name or ".").exists() else script.dataset_name)
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
         write_page(Path(args.output_dir))

@@ -67,6 +67,7 @@ from popsd_integrations.trl_trainer.frozen import (
     prepare_student,
 )
 from popsd_integrations.trl_trainer.guards import GuardedTrainer
+from popsd_integrations.trl_trainer.logs import card
 from popsd_integrations.trl_trainer.logs.console import show_lines
 from popsd_integrations.trl_trainer.logs.recording import record_completions, record_loss
 from popsd_integrations.trl_trainer.vllm.engine import send_student
@@ -108,8 +109,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
 
     loss_is_scaled_for_ga = True
     _tag_names: ClassVar[list[str]] = ["trl", "popsd", "purified-opsd"]
-    _name = "Purified OPSD"
-    _paper: ClassVar[dict[str, str]] = {"title": "Purified On-Policy Self-Distillation", "id": "2607.02234"}
+    _name, _paper = card.PURIFIED
 
     def __init__(
         self,
@@ -138,7 +138,8 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         args = copy.copy(args)  # TRL reads the teacher's options from it, and below they are set
         check_models(model, teacher_model, quantization_config, args)
         processing_class = tokenizer_of(processing_class, model, args)
-        own_teacher = teacher_model is not None
+        self._name, self._paper = card.method(args.loss_target)
+        self._own_teacher = teacher_model is not None
         adapter = peft_config is not None or (not isinstance(model, str) and has_adapter(model))
         if teacher_model is None and not adapter and args.frozen_weights == "initial":
             teacher_model = copy_of(model, args)
@@ -179,25 +180,27 @@ class PurifiedOPSDTrainer(GuardedTrainer):
                 )
             self._ema = EMA(self.model, args.ema_decay)
             self.add_callback(EMACallback(self._ema))
-        self._side, self._grouping = self._checked_model(data, own_teacher)
+        self._side, self._grouping = self._checked_model(data)
         self.add_callback(FrozenWeightsCallback(self._frozen_source))
         if args.plot_metrics:
             self.add_callback(PlotMetrics())
         self.add_callback(RunFiles(self.model.config._name_or_path, sizes(data), args.evaluate_options()))
 
-    def _checked_model(self, data: Mapping[str, Any], own_teacher: bool) -> tuple[str, str]:
-        """What `exact_ways` finds. data: as given; a stream that drops rows would count them here.
-
-        own_teacher: of frozen weights that are not the student's.
-        """
+    def _checked_model(self, data: Mapping[str, Any]) -> tuple[str, str]:
+        """What `exact_ways` finds. data: as given; a stream that drops rows would count them here."""
         built = [prompts for name, dataset in data.items() for prompts in self._rows.first(dataset, name, 2)][:2]
         self.model.train()  # as it will be
-        return agreed(lambda: exact_ways(self, self._frozen_source(), built, own_teacher))
+        return agreed(lambda: exact_ways(self, self._frozen_source(), built, self._own_teacher))
 
     def _frozen_source(self) -> AdapterOff | FrozenModel:
         if self.teacher_model is not None:
             return FrozenModel(self.accelerator.unwrap_model(self.teacher_model))
         return self._ema or AdapterOff(self.accelerator.unwrap_model(self.model))
+
+    def create_model_card(self, model_name: str | None = None, *args: Any, **options: Any) -> None:
+        super().create_model_card(model_name or Path(self.args.output_dir).name, *args, **options)
+        if self.is_world_process_zero():
+            card.complete(self)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt", *SOLUTION_COLUMNS, WRONG_COLUMN, OTHER_COLUMN, ANSWER_COLUMN]

@@ -54,6 +54,7 @@ def test_the_trainer_overrides_nothing_else():
     theirs = {name for base in DistillationTrainer.__mro__[:-1] for name in vars(base)}
     overridden = {name for name, value in vars(PurifiedOPSDTrainer).items() if callable(value) and name in theirs}
     expected = {"__init__", "_set_signature_columns_if_needed", "_generate_and_score_completions", "compute_loss"}
+    expected |= {"create_model_card"}
     assert overridden == expected | {"_get_train_sampler", "_tokenize_prompts", "evaluation_loop"}
     guarded = {name for name, value in vars(GuardedTrainer).items() if callable(value) and name in theirs}
     assert guarded == {"train", "save_model", "_prepare_inputs", "_generate_single_turn"}

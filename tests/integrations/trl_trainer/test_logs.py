@@ -3,17 +3,23 @@
 import contextlib
 import io
 import json
+import re
 
 import pytest
+import torch
+import yaml
 
 pytest.importorskip("trl")
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl_helpers import ROWS, build, logs
+from trl_helpers import ROWS, build, completion_of, logs, tiny
 
+import popsd
 from popsd_integrations.runs.line import EVALUATED, FIGURES, MOST, lines
 from popsd_integrations.runs.report import METRICS
+from popsd_integrations.trl_trainer.logs import card
+from popsd_integrations.trl_trainer.trainer import problem_of
 
 _SUMS = [
     f"{family}{name}" for family in ("", "centred_", "weighted_") for name in ("cos_total_reference", "total_norm")
@@ -121,3 +127,60 @@ def test_lines_of_rows_of_any_kind():
     assert lines({"epoch": 1.0, "step": 3}, 3, 9) == []
     both = lines({"loss": 0.1, "step": 3, "kept_share": 0.5, "eval/accuracy": 0.25, "eval/mine": 2}, 3, 9)
     assert both == ["step 3/9  loss 0.1  kept 0.5", "step 3/9  eval/accuracy 0.25  eval/mine 2"]
+
+
+def test_the_model_card_says_what_was_trained_how_and_after_which_papers(tmp_path):
+    """Without a network, and again at each checkpoint."""
+    model = tiny()
+    model.config._name_or_path = "some/model"
+    trainer = build(tmp_path, model, lora=True, masks={"floor": 0.1}, save_strategy="steps", save_steps=1, max_steps=2)
+    trainer.train()
+    (tmp_path / "README.md").unlink()
+    trainer.create_model_card(model_name="mine", dataset_name="some/data")
+    text = (tmp_path / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["base_model"] == "some/model" and {"trl", "popsd", "purified-opsd"} <= set(front["tags"])
+    assert (
+        "[Purified OPSD: On-Policy Self-Distillation Without Losing How to Think](https://huggingface.co/papers/2607"
+        in text
+    )
+    assert "| trained | LORA, r = 4, alpha = 8, on " in text and "| steps | 2 of 2, 4 completions each |" in text
+    options = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+    assert options["masks"] == {"floor": 0.1} and options["learning_rate"] == 1e-2 and options["beta"] == 0.3
+    entries = re.findall(r"^@\w+{([^,]+),", text, re.MULTILINE)
+    assert entries == ["shen2026purified", "zhao2026opsd", "agarwal2024on-policy", "vonwerra2020trl"]
+    bibtex = re.findall(r"```bibtex\n(.*?)```", text, re.DOTALL)
+    assert len(bibtex) == 2 and all(entry.count("{") == entry.count("}") for entry in bibtex)
+    assert text.index("### How it was trained") < text.index("### Framework versions") < text.index("## Citations")
+
+
+def test_the_card_of_a_baseline_cites_the_baseline(tmp_path):
+    model = tiny()
+    model.config._name_or_path = str(tmp_path)
+    trainer = build(tmp_path / "run", model, loss_target="opsd")
+    trainer.create_model_card()
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "trained with OPSD, a method" in text and "2607.02234" not in text
+    assert f"fine-tuned version of `{tmp_path}`." in text and "None" not in text
+    assert "| trained | all weights (" in text
+    assert all(card.method(name)[1]["citation"] for name in popsd.known_targets())
+    name, paper = card.method("beta_opsd")
+    assert paper["id"] == "2607.28582" and "Xu" in paper["citation"] and name == "β-OPSD"
+
+
+def test_kl_base_is_that_of_the_models_own_logits(tmp_path):
+    """Student and base are two models, and first tokens do not count."""
+    other = tiny(seed=5)
+    trainer = build(tmp_path, teacher=other, eval_rows=ROWS, skip_first_tokens=1, loss_temperature=0.7)
+    found, values = trainer.evaluate()["eval_kl_base"], []
+    for row in ROWS:
+        question = trainer._prompts(problem_of(row)).question
+        completion = completion_of(question)
+        ids = torch.tensor([question + completion])
+        with torch.no_grad():
+            log_p, log_base = (
+                (model.eval()(ids).logits[0, len(question) : -1].double() / 0.7).log_softmax(-1)
+                for model in (tiny(), other)
+            )
+        values.append((log_p.exp() * (log_p - log_base)).sum(-1))
+    assert found == pytest.approx(torch.cat(values).mean().item(), rel=1e-4) and found > 0.1
