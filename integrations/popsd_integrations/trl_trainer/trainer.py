@@ -109,7 +109,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
 
     loss_is_scaled_for_ga = True
     _tag_names: ClassVar[list[str]] = ["trl", "popsd", "purified-opsd"]
-    _name, _paper = card.PURIFIED
+    _name, _paper = card.method("purified")
 
     def __init__(
         self,

@@ -3,72 +3,63 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
 
 from popsd_integrations.trl_trainer.compat import DistillationTrainer
 
 
-def _misc(key: str, title: str, authors: str, arxiv: str) -> str:
-    lines = [f"title  = {{{{{title}}}}}", f"author = {{{authors}}}", "year   = 2026"]
-    lines += [f"eprint = {{{arxiv}}}", "archivePrefix = {arXiv}", f"url    = {{https://arxiv.org/abs/{arxiv}}}"]
-    return f"@misc{{{key},\n    " + ",\n    ".join(lines) + "\n}"
+class _Paper(NamedTuple):
+    key: str
+    title: str
+    authors: str
+    arxiv: str
+
+    def bibtex(self) -> str:
+        title = self.title.replace("β", r"$\beta$")
+        lines = [f"title  = {{{{{title}}}}}", f"author = {{{self.authors}}}", "year   = 2026"]
+        lines += [f"eprint = {{{self.arxiv}}}", "archivePrefix = {arXiv}"]
+        lines += [f"url    = {{https://arxiv.org/abs/{self.arxiv}}}"]
+        return f"@misc{{{self.key},\n    " + ",\n    ".join(lines) + "\n}"
 
 
-_OPSD = _misc(
+_OPSD = _Paper(
     "zhao2026opsd",
     "Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models",
     "Siyan Zhao and Zhihui Xie and Mengchen Liu and Jing Huang and Guan Pang and Feiyu Chen and Aditya Grover",
     "2601.18734",
 )
-_PURIFIED = _misc(
+_PURIFIED = _Paper(
     "shen2026purified",
     "Purified OPSD: On-Policy Self-Distillation Without Losing How to Think",
     "Zhanming Shen and Jintao Tong and Shaotian Yan and Chen Shen and Hao Chen and Wentao Ye and "
     "Xiaomeng Hu and Rui Miao and Haobo Wang and Junbo Zhao and Gang Chen and Jieping Ye",
     "2607.02234",
 )
-_BETA = _misc(
+_BETA = _Paper(
     "xu2026beta",
-    r"$\beta$-OPSD: Deriving with Policy Optimization, Training with Self-Distillation",
+    "β-OPSD: Deriving with Policy Optimization, Training with Self-Distillation",
     "Jiawei Xu and Minghui Liu and Juzheng Zhang and Tom Goldstein and Furong Huang",
     "2607.28582",
 )
-_GKD = DistillationTrainer._paper.get("citation", "")
-
-
-def _paper(title: str | None, arxiv: str | None, *citations: str) -> dict[str, str]:
-    """What TRL writes of a method: its title and number, and BibTeX; the divergence of all of them is GKD's."""
-    named = {} if title is None or arxiv is None else {"title": title, "id": arxiv}
-    return named | {"citation": "\n\n".join(x.strip() for x in (*citations, _GKD) if x)}
-
-
-PURIFIED = (
-    "Purified OPSD",
-    _paper("Purified OPSD: On-Policy Self-Distillation Without Losing How to Think", "2607.02234", _PURIFIED, _OPSD),
-)
 _METHODS = {
-    "purified": PURIFIED,
-    "opsd": (
-        "OPSD",
-        _paper("Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models", "2601.18734", _OPSD),
-    ),
-    "beta_opsd": (
-        "β-OPSD",
-        _paper(
-            "β-OPSD: Deriving with Policy Optimization, Training with Self-Distillation", "2607.28582", _BETA, _OPSD
-        ),
-    ),
+    "purified": ("Purified OPSD", [_PURIFIED, _OPSD]),
+    "opsd": ("OPSD", [_OPSD]),
+    "beta_opsd": ("β-OPSD", [_BETA, _OPSD]),
 }
 
 
 def method(loss_target: str) -> tuple[str, dict[str, str]]:
-    """What TRL calls ``_name`` and ``_paper`` of a trainer: the name of a method, and its paper with BibTeX.
+    """What TRL calls ``_name`` and ``_paper`` of a trainer: the name of the method, and its paper with BibTeX.
 
-    Of a target without a paper, the paper of on-policy self-distillation is cited alone.
+    The first paper is the method's own; that of OPSD, and GKD's for the divergence, are cited with it. A target without a
+    paper has these two alone.
     """
-    return _METHODS.get(loss_target, (f"on-policy self-distillation towards {loss_target}", _paper(None, None, _OPSD)))
+    name, papers = _METHODS.get(loss_target, (f"on-policy self-distillation towards {loss_target}", [_OPSD]))
+    own = {"title": papers[0].title, "id": papers[0].arxiv} if loss_target in _METHODS else {}
+    cited = [*(paper.bibtex() for paper in papers), DistillationTrainer._paper.get("citation", "").strip()]
+    return name, own | {"citation": "\n\n".join(filter(None, cited))}
 
 
 def complete(trainer: Any) -> None:
