@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from gkd_helpers import distillation, gkd
 from loop_helpers import CONFIG, PROMPTS, fixed_generate, run
 from tiny_models import tiny_qwen3
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +21,7 @@ from transformers import TrainerCallback
 from trl_helpers import ROWS, FixedTrainer, build
 
 import popsd
+import popsd_integrations
 from popsd import DivergenceConfig, Head, HiddenStates, MaskConfig, PurifiedConfig
 from popsd.engine import operator, workspace
 from popsd_integrations.diagnose import measure
@@ -189,6 +191,28 @@ def test_the_trainer_allocates_no_logits_of_all_tokens(tmp_path, small_workspace
     with Allocations() as seen:
         trainer.train()
     assert not seen.over and seen.largest >= N * V // 64
+
+
+def test_trls_trainers_with_the_patch_allocate_no_logits_of_all_tokens(tmp_path, small_workspace):
+    """A step and an evaluation of GKD, whose own loss is seen to; and distillation."""
+    sizes = {"length": LENGTH, "per_device_train_batch_size": ROWS_OF_COMPLETIONS}
+    sizes |= {"gradient_accumulation_steps": 1, "max_steps": 1, "student": student(), "teacher": student()}
+    with Allocations() as theirs:
+        gkd(tmp_path, **sizes).train()
+    assert len(theirs.over) > 4 and theirs.largest >= N * V
+    popsd_integrations.patch_trl()
+    try:
+        trainer = gkd(tmp_path, **sizes)
+        with Allocations() as seen:
+            trainer.train()
+            trainer.evaluate()
+        trainer = distillation(tmp_path, student(), student(), long_completions)
+        with Allocations() as also_seen:
+            trainer.train()
+    finally:
+        popsd_integrations.unpatch_trl()
+    for one in (seen, also_seen):
+        assert not one.over and one.largest >= N * V // 64
 
 
 def test_the_loop_allocates_no_logits_of_all_tokens(tmp_path, small_workspace):
