@@ -2,6 +2,9 @@
 
 import importlib.util
 import inspect
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -230,3 +233,16 @@ def test_a_model_whose_logits_popsd_does_not_know_is_refused(tmp_path, patched):
     model.lm_head = Odd(model.lm_head.in_features, model.lm_head.out_features, bias=False)
     with pytest.raises(ValueError, match="expected the head read from Qwen3ForCausalLM to give the model's own logits"):
         gkd(tmp_path, teacher=model)
+
+
+@pytest.mark.slow
+def test_gkd_under_ddp_takes_trls_own_steps(tmp_path):
+    """On two gloo processes, with accumulation."""
+    here = Path(__file__).parent
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(here.parents[1]), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += [str(here / "gkd_ranks.py"), str(tmp_path)]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert sorted(path.name for path in tmp_path.glob("done-*")) == ["done-0", "done-1"]
