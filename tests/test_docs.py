@@ -21,7 +21,7 @@ PAGES = [ROOT / "README.md", ROOT / "examples/README.md", *sorted((ROOT / "docs"
 TEXT = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(
-    r"^(?:    )?popsd (train|diagnose|evaluate|compare|demo|bench|doctor)\b((?:[^\n\\]|\\\n)*)", re.MULTILINE
+    r"^(?:    )?popsd (train|diagnose|evaluate|examples|compare|demo|bench|doctor)\b((?:[^\n\\]|\\\n)*)", re.MULTILINE
 )
 WITH_CODE = [name for name, text in TEXT.items() if PYTHON.search(text)]
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from popsd_integrations.commandline import examples
 from popsd_integrations.commandline.suggest import Parser, did_you_mean
 
 
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     _add_evaluate(commands.add_parser("evaluate", help="accuracy and markers of a base model and its checkpoints"))
     _add_compare(commands.add_parser("compare", help="runs beside one another: curves, differences, completions"))
+    examples.add_arguments(commands.add_parser("examples", help="recipes and loops to begin with: list or copy them"))
     train = commands.add_parser(
         "train", help="train a model on your data with TRL; see popsd train --help", add_help=False
     )
