@@ -1,5 +1,6 @@
 """``patch_trl``: TRL's trainers with popsd's loss are TRL's trainers."""
 
+import doctest
 import importlib.util
 import inspect
 import os
@@ -177,6 +178,8 @@ def members():
 
 def test_the_patch_is_one_and_is_undone():
     before, signature = members(), inspect.signature(GKDTrainer)
+    found = doctest.testmod(popsd_integrations)
+    assert found.attempted == 4 and found.failed == 0 and members() == before
     popsd_integrations.unpatch_trl()
     assert members() == before
     path = Path(__file__).parents[3] / "examples" / "fast_jsd_for_trl.py"
