@@ -206,9 +206,8 @@ def student_loss(
         decompose=decompose,
     )
     if decompose and frozen.base is not None:
-        divergence = PurifiedConfig(
-            beta=1.0, temperature=loss_fn.config.temperature, vocab_size=loss_fn.config.vocab_size
-        )
+        shared = {name: getattr(loss_fn.config, name) for name in ("temperature", "vocab_size", "check_finite")}
+        divergence = PurifiedConfig(beta=1.0, **shared)
         drift = PurifiedOPSDLoss(divergence, loss_target="opsd", impl=loss_fn.impl, workspace_mib=loss_fn.workspace_mib)
         with torch.no_grad():
             _, drifted = drift(HiddenStates(student, None, frozen.base, None), student_head, frozen_head, mask=mask)
