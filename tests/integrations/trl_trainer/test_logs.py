@@ -53,8 +53,16 @@ def figures(line):
 def logged(tmp_path_factory):
     folder, tracker = tmp_path_factory.mktemp("logged"), Tracker()
     saved = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
-    options = {"max_steps": 3, "masks": {"floor": 0.1, "top_target_entropy": 0.5}, "eval_rows": ROWS[:4], **saved}
-    trainer, console = build(folder, **options), io.StringIO()
+    options = {
+        "max_steps": 3,
+        "masks": {"floor": 0.1, "top_target_entropy": 0.5},
+        "eval_rows": ROWS[:4],
+        "lora": True,
+        **saved,
+    }
+    model = tiny()
+    model.config._name_or_path = "some/model"
+    trainer, console = build(folder, model, **options), io.StringIO()
     trainer.add_callback(tracker)
     with contextlib.redirect_stdout(console):
         trainer.train()
@@ -85,7 +93,7 @@ def test_a_resumed_run_writes_each_line_once(logged):
     folder, options, unbroken, *_ = logged
     before = (folder / METRICS).read_text().splitlines()
     (folder / METRICS).write_text("\n".join(before) + '\n{"loss": 0.1, "st')
-    resumed = build(folder, **options)
+    resumed = build(folder, tiny(), **options)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     now = (folder / METRICS).read_text().splitlines()
     then, after = ([json.loads(line) for line in some] for some in (before, now))
@@ -128,24 +136,22 @@ def test_lines_of_rows_of_any_kind():
     assert both == ["step 3/9  loss 0.1  kept 0.5", "step 3/9  eval/accuracy 0.25  eval/mine 2"]
 
 
-def test_the_model_card_says_what_was_trained_how_and_after_which_papers(tmp_path):
-    """Without a network, and again at each checkpoint."""
-    model = tiny()
-    model.config._name_or_path = "some/model"
-    trainer = build(tmp_path, model, lora=True, masks={"floor": 0.1}, save_strategy="steps", save_steps=1, max_steps=2)
-    trainer.train()
-    (tmp_path / "README.md").unlink()
-    trainer.create_model_card(model_name="mine", dataset_name="some/data")
-    text = (tmp_path / "README.md").read_text()
+def test_the_model_card_says_what_was_trained_how_and_after_which_papers(logged):
+    """Written at the last checkpoint, without a network."""
+    text = (logged[0] / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "some/model" and {"trl", "popsd", "purified-opsd"} <= set(front["tags"])
     assert (
         "[Purified OPSD: On-Policy Self-Distillation Without Losing How to Think](https://huggingface.co/papers/2607"
         in text
     )
-    assert "| trained | LORA, r = 4, alpha = 8, on " in text and "| steps | 2 of 2, 4 completions each |" in text
+    assert "| trained | LORA, r = 4, alpha = 8, on " in text and "| steps | 3 of 3, 4 completions each |" in text
     options = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
-    assert options["masks"] == {"floor": 0.1} and options["learning_rate"] == 1e-2 and options["beta"] == 0.3
+    assert (
+        options["masks"] == {"floor": 0.1, "top_target_entropy": 0.5}
+        and options["learning_rate"] == 1e-2
+        and options["beta"] == 0.3
+    )
     entries = re.findall(r"^@\w+{([^,]+),", text, re.MULTILINE)
     assert entries == ["shen2026purified", "zhao2026opsd", "agarwal2024on-policy", "vonwerra2020trl"]
     bibtex = re.findall(r"```bibtex\n(.*?)```", text, re.DOTALL)
