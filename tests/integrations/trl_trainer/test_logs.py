@@ -49,6 +49,12 @@ def figures(line):
     return dict(part.rsplit(" ", 1) for part in line.split("  "))
 
 
+def named(name):
+    model = tiny()
+    model.config._name_or_path = name
+    return model
+
+
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
     folder, tracker = tmp_path_factory.mktemp("logged"), Tracker()
@@ -60,9 +66,7 @@ def logged(tmp_path_factory):
         "lora": True,
         **saved,
     }
-    model = tiny()
-    model.config._name_or_path = "some/model"
-    trainer, console = build(folder, model, **options), io.StringIO()
+    trainer, console = build(folder, named("some/model"), **options), io.StringIO()
     trainer.add_callback(tracker)
     with contextlib.redirect_stdout(console):
         trainer.train()
@@ -93,7 +97,7 @@ def test_a_resumed_run_writes_each_line_once(logged):
     folder, options, unbroken, *_ = logged
     before = (folder / METRICS).read_text().splitlines()
     (folder / METRICS).write_text("\n".join(before) + '\n{"loss": 0.1, "st')
-    resumed = build(folder, tiny(), **options)
+    resumed = build(folder, named("some/model"), **options)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     now = (folder / METRICS).read_text().splitlines()
     then, after = ([json.loads(line) for line in some] for some in (before, now))
@@ -160,9 +164,7 @@ def test_the_model_card_says_what_was_trained_how_and_after_which_papers(logged)
 
 
 def test_the_card_of_a_baseline_cites_the_baseline(tmp_path):
-    model = tiny()
-    model.config._name_or_path = str(tmp_path)
-    trainer = build(tmp_path / "run", model, loss_target="opsd")
+    trainer = build(tmp_path / "run", named(str(tmp_path)), loss_target="opsd")
     trainer.create_model_card()
     text = (tmp_path / "run" / "README.md").read_text()
     assert "trained with OPSD, a method" in text and "2607.02234" not in text
