@@ -27,7 +27,8 @@ def tiny(seed=0, **options):
 
 
 def run(folder, config=CONFIG, model=None, prompts=PROMPTS, **options):
-    return train(model or tiny(), build_tokenizer(), prompts, config, output_dir=folder, progress=False, **options)
+    options = {"output_dir": folder, "progress": False, **options}
+    return train(model or tiny(), build_tokenizer(), prompts, config, **options)
 
 
 def deterministic(metrics):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from popsd_integrations.commandline import examples
 from popsd_integrations.commandline.places import check_folder
 from popsd_integrations.commandline.suggest import Parser
 
@@ -59,6 +60,7 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
     _add_init(commands.add_parser("init", help="write a commented configuration for your model and data"))
     _add_evaluate(commands.add_parser("evaluate", help="accuracy and markers of a base model and its checkpoints"))
     _add_compare(commands.add_parser("compare", help="runs beside one another: curves, differences, completions"))
+    examples.add_arguments(commands.add_parser("examples", help="recipes and loops to begin with: list or copy them"))
     train = commands.add_parser(
         "train", help="train a model on your data with TRL; see popsd train --help", add_help=False
     )

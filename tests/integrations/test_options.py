@@ -59,6 +59,7 @@ SHOWN = {
         f"{EVALUATE}::test_judging_again": "from eval_scorer output_dir",
     },
     "doctor": {},
+    "examples": {"integrations/test_examples_command.py::test_an_example_is_copied_once": "name output_dir"},
     "compare": {
         "integrations/evaluate/test_compare.py::test_bad_input_is_named": "runs",
         "integrations/evaluate/test_compare.py::test_curves_of_loop_and_trainer_stand_beside_one_another": "output_dir",

@@ -60,6 +60,16 @@ def test_metrics_of_a_run(tmp_path):
     assert {"markers/per_completion", "markers/wait", "completions/eos_rate", "seconds/generate"} <= lines[0].keys()
 
 
+def test_progress_shows_eight_figures_a_step_of_all_that_is_logged(tmp_path, capsys):
+    config = replace(CONFIG, steps=2, evaluate_every=2, masks=popsd.MaskConfig(floor=0.1))
+    run(tmp_path, config, evaluate=lambda model: {"mine": 0.25}, progress=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    names = [[part.rsplit(" ", 1)[0] for part in line.split("  ")] for line in lines]
+    assert names[0] == ["step", "loss", "kl_base", "kept", "length", "markers", "grad_norm", "s/step"]
+    assert names[1:] == [[name for name in names[0] if name != "kl_base"], ["step", "eval/mine"]]
+    assert "eval/mine 0.25" in lines[2]
+
+
 @pytest.mark.parametrize("target", ["purified", "opsd"])
 def test_training_reaches_the_target(tmp_path, target):
     config = replace(CONFIG, steps=30, batch_size=10, loss_target=target)

@@ -92,6 +92,17 @@ def check_model(
     return side
 
 
+def check_head(model: nn.Module) -> None:
+    """Raise ValueError where the model's states and head do not give its own logits, for a row of token ids alone.
+
+    The first of what `check_model` proves, for a loss that never pads, or leaves padding to others.
+    """
+    model = unwrapped(model)
+    rows = _rows(model, ())
+    with _no_trace(model), eval_mode(model), torch.no_grad():
+        _check_alone(model, rows, [own_logits(model, *row) for row in rows], 0)
+
+
 def _exact_side(
     model: nn.Module, rows: list[Any], own: list[torch.Tensor], pad_token_id: int, sides: Sequence[str]
 ) -> tuple[str, torch.Tensor]:

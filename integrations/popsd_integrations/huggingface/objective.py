@@ -183,6 +183,7 @@ def student_loss(
     packed: questions and completions, as the base has them. frozen: states of the same completions. Where the reference
         was not run, the base takes its place, which makes the purified target β-OPSD's. mask: [B, T] bool or float
         weights, None for all tokens.
+    With ``decompose`` the metrics have kl_base too, KL(student‖base), where the base was run.
     Where student and frozen weights have the same untrained head, one head serves all four streams, which saves a
     matmul. Ranks of a tensor-parallel plan pass the same tokens and keep their own rows of the head.
     """
@@ -193,12 +194,22 @@ def student_loss(
         with torch.no_grad():
             frozen_head = for_loss(model, frozen.head, states.dtype)
     reference = frozen.base if frozen.reference is None else frozen.reference
-    return loss_fn(
-        HiddenStates(packed.predicting(states), frozen.base, frozen.teacher, reference),
-        student_head=for_loss(model, head, states.dtype),
+    student, student_head = packed.predicting(states), for_loss(model, head, states.dtype)
+    mask = packed.completion_mask if mask is None else mask
+    loss, metrics = loss_fn(
+        HiddenStates(student, frozen.base, frozen.teacher, reference),
+        student_head=student_head,
         frozen_head=frozen_head,
-        mask=packed.completion_mask if mask is None else mask,
+        mask=mask,
         num_items=num_items,
         token_ids=packed.completion_ids,
         decompose=decompose,
     )
+    if decompose and frozen.base is not None:
+        shared = {name: getattr(loss_fn.config, name) for name in ("temperature", "vocab_size", "check_finite")}
+        divergence = PurifiedConfig(beta=1.0, **shared)
+        drift = PurifiedOPSDLoss(divergence, loss_target="opsd", impl=loss_fn.impl, workspace_mib=loss_fn.workspace_mib)
+        with torch.no_grad():
+            _, drifted = drift(HiddenStates(student, None, frozen.base, None), student_head, frozen_head, mask=mask)
+        metrics["kl_base"] = drifted["divergence"]
+    return loss, metrics

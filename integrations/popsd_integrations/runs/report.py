@@ -26,6 +26,7 @@ CURVES = {
     "accuracy, held-out, greedy": ("eval/accuracy_greedy", "eval_accuracy_greedy"),
     "markers per completion": ("markers/per_completion",),
     "tokens per completion": ("completions/mean_length",),
+    "KL(student‖base), nats": ("kl_base",),
     "student entropy, nats": ("student_entropy", "entropy"),
     "target entropy, nats": ("target_entropy",),
     "cos(Δ_total, Δ_ref)": ("decomposition/cos_total_reference",),

@@ -51,6 +51,7 @@ from popsd_integrations.run_folder import exclusive, finishing_on_sigterm, writi
 from popsd_integrations.runs import report
 from popsd_integrations.runs.held_out import FILE as COMPLETIONS
 from popsd_integrations.runs.held_out import HeldOut, keep
+from popsd_integrations.runs.line import lines
 from popsd_integrations.runs.report import METRICS
 from popsd_integrations.torch_loop.checkpoint import (
     read_checkpoint,
@@ -113,7 +114,8 @@ def train(
         not covered.
 
     ``output_dir`` receives metrics.jsonl, popsd_config.json (the options), checkpoint.pt and, at its end, report.html and
-    in ``model`` what was trained, with the tokenizer; ``progress`` then prints how to load and evaluate it.
+    in ``model`` what was trained, with the tokenizer. ``progress`` shows a bar and a line of at most eight figures a step, of
+    all that is in metrics.jsonl, and at the end how to load and evaluate the model.
 
     Several processes: ``torchrun --nproc_per_node N script.py``, where every process calls this with the same whole model on
     its own device, the same prompts and options. They share the questions of each step, in the order in which one process
@@ -206,7 +208,7 @@ def _train(
 
     log_path = os.devnull if rank() else output / METRICS
     with writing(output / METRICS), open(log_path, "a", encoding="utf-8") as log:
-        for step in _progress(range(start, config.steps), config, start, progress):
+        for step in (bar := _progress(range(start, config.steps), config, start, progress)):
             began = time.perf_counter()
             indices = share(_rows(step, config, len(prompts)))
             rows = [prompts[index] for index in indices]
@@ -229,6 +231,7 @@ def _train(
             metrics |= {"grad_norm": norm, "step_refused": float(refused)}
             metrics |= _completion_metrics(everybodys, tokenizer, sampler.eos_token_id, config.markers)
             metrics |= {"seconds/generate": generated - began, "seconds/update": time.perf_counter() - generated}
+            taken = {"step_time": time.perf_counter() - began}
             ending = any(asked for _, asked in of_all)
             last = step + 1 == config.steps
             if last or _due(step, config.evaluate_every):
@@ -236,6 +239,8 @@ def _train(
             history.append(metrics)
             log.write(json.dumps(metrics) + "\n")
             log.flush()
+            for line in lines(metrics | taken, step + 1, config.steps) if progress else ():
+                bar.write(line)
             if last or ending or _due(step, config.checkpoint_every):
                 checksum.check()
                 states = everyones(random_state())

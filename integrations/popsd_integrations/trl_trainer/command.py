@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             peft_config=peft_config,
         )
     trainer.train(resume_from_checkpoint=resumed)
+    trainer.create_model_card(dataset_name=None if Path(script.dataset_name or ".").exists() else script.dataset_name)
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
         write_page(Path(args.output_dir))
