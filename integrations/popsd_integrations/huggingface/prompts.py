@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-
 Conversation = str | list[dict[str, Any]]
 """Text, or messages with "role" and "content"."""
 

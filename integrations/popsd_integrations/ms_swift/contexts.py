@@ -82,8 +82,8 @@ def _split(name: str, encoding: Mapping[str, Any]) -> tuple[list[int], list[int]
     """Prompt and response of one encoding."""
     if further := sorted(key for key in encoding.keys() - _TEXT if encoding[key] is not None):
         raise ValueError(
-            f"{name}: expected token ids and labels of ms-swift's template; got {further} too. Images cannot be used, nor weights of "
-            "tokens (--loss_scale); the plugin's masks weigh tokens."
+            f"{name}: expected token ids and labels of ms-swift's template; got {further} too. Images cannot be used, nor "
+            "weights of tokens (--loss_scale); the plugin's masks weigh tokens."
         )
     ids, labels = list(encoding["input_ids"]), list(encoding["labels"])
     answered = [place for place, label in enumerate(labels) if label != IGNORED]

@@ -56,7 +56,9 @@ class Options:
             if value != default:
                 raise ValueError(f"contexts.{name}: expected {default!r}, since {_OF_SWIFT[name]}; got {value!r}.")
         if self.contexts.needs_other:
-            raise ValueError("contexts: expected no 'other_problem', which is drawn from the whole data; write a column.")
+            raise ValueError(
+                "contexts: expected no 'other_problem', which is drawn from the whole data; write a column."
+            )
         Impl(self.impl), Strategy(self.strategy)
         self.loss_function()
 
@@ -98,7 +100,9 @@ def use(loss_target: str = "purified", **options: Any) -> None:
     loss = {name: value for name, value in options.items() if name not in own}
     chosen = Options(loss_target=loss_target, loss=loss, **{name: x for name, x in options.items() if name in own})
     if _chosen and _chosen[0] != chosen:
-        raise ValueError(f"external_plugins: expected one choice; got {_chosen[0]} and {chosen}. Pass one plugin of popsd.")
+        raise ValueError(
+            f"external_plugins: expected one choice; got {_chosen[0]} and {chosen}. Pass one plugin of popsd."
+        )
     require_supported()
     from swift.trainers import TrainerFactory
 
@@ -119,7 +123,9 @@ def require_supported() -> None:
     try:
         version = importlib.metadata.version("ms-swift")
     except importlib.metadata.PackageNotFoundError:
-        raise ImportError(f"popsd's plugin works with {needed}, and none is installed: pip install '{needed}'.") from None
+        raise ImportError(
+            f"popsd's plugin works with {needed}, and none is installed: pip install '{needed}'."
+        ) from None
     if not OLDEST <= Version(version).release < TOO_NEW:
         raise ImportError(f"popsd's plugin works with {needed}, and {version} is installed: pip install '{needed}'.")
 
@@ -129,8 +135,14 @@ _EXACTLY = {
     "sft_alpha": (0, "No cross-entropy is added to this loss."),
     "gkd_logits_topk": (None, "The whole vocabulary is compared, without holding the logits."),
     "use_liger_kernel": (False, "Liger's loss would take the place of popsd's."),
-    "teacher_model_server": (None, "A server sends its top-k alone; docs/remote_teacher.md has a loss for a loop of one's own."),
-    "offload_teacher_model": (False, "The teacher runs beside the student in each micro-batch. Train LoRA, which needs no copy."),
+    "teacher_model_server": (
+        None,
+        "A server sends its top-k alone, for which docs/remote_teacher.md has a loss.",
+    ),
+    "offload_teacher_model": (
+        False,
+        "The teacher runs in each micro-batch. Train LoRA, which needs no copy.",
+    ),
     "padding_free": (False, "Each of the contexts is padded by popsd."),
     "packing": (False, "Each of the contexts is padded by popsd."),
     "sequence_parallel_size": (1, "A context is not split."),
@@ -154,8 +166,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     model, teacher = arguments["model"], arguments["teacher_model"]
     if teacher is None:
         raise ValueError(
-            "teacher_model: expected the model once more; got none, and then ms-swift's teacher is the student as it is at each "
-            f"step, which moves. Pass --teacher_model {model}: under LoRA that is the adapter off, and costs nothing."
+            "teacher_model: expected the model once more; got none, and then ms-swift's teacher is the student as it is at "
+            f"each step, which moves. Pass --teacher_model {model}: under LoRA that is the adapter off, and costs nothing."
         )
     if teacher != model or arguments.get("teacher_adapters"):
         raise ValueError(
@@ -166,12 +178,12 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     lora = arguments.get("tuner_type") != "full"
     if lora and arguments.get("use_vllm"):
         raise ValueError(
-            "use_vllm: expected False with an adapter; got True. ms-swift merges it into the base weights for vLLM and takes it "
-            "out again, which moves teacher and reference. Sample without vLLM, or train with --tuner_type full."
+            "use_vllm: expected False with an adapter; got True. ms-swift merges it into the base weights for vLLM and takes "
+            "it out again, which moves teacher and reference. Sample without vLLM, or train with --tuner_type full."
         )
     steps, accumulated = arguments["steps_per_generation"], arguments["gradient_accumulation_steps"]
     if steps % accumulated:
         raise ValueError(
-            f"steps_per_generation: expected a multiple of gradient_accumulation_steps ({accumulated}), so that the tokens of an "
-            f"optimiser step are known when its first micro-batch is run; got {steps}."
+            f"steps_per_generation: expected a multiple of gradient_accumulation_steps ({accumulated}), so that the tokens of "
+            f"an optimiser step are known when its first micro-batch is run; got {steps}."
         )

@@ -67,8 +67,8 @@ class PurifiedGKDTrainer(GKDTrainer):
         self._loss_fn = self._options.loss_function(beta=self.beta, temperature=self.temperature)
         if (tempered := self._loss_fn.config.temperature) != 1 and self._options.loss_temperature is None:
             logger.warning(
-                f"temperature: {tempered} divides the logits of the loss too, and .9 is ms-swift's default. The paper's loss has "
-                "1: pass --temperature 1, or set loss_temperature=1.0 in the plugin."
+                f"temperature: {tempered} divides the logits of the loss too, and .9 is ms-swift's default. The paper's "
+                "loss has 1: pass --temperature 1, or set loss_temperature=1.0 in the plugin."
             )
         tokenizer, student = self.template.tokenizer, self.accelerator.unwrap_model(self.model)
         ends, self._pad_token_id = special_tokens(student, tokenizer)
@@ -90,7 +90,9 @@ class PurifiedGKDTrainer(GKDTrainer):
     def _exact_side(self, student: nn.Module) -> str:
         source = self._frozen_source()
         if any(map(is_sharded, (*student.parameters(), *source.model.parameters()))):
-            logger.warning("The weights are sharded already, so nothing was run to prove that popsd computes this model's logits.")
+            logger.warning(
+                "The weights are sharded already, so nothing was run to prove that popsd computes this model's logits."
+            )
             return "left"
         student.train()  # as it will be
         return check_model(student, frozen=source, pad_token_id=self._pad_token_id)

@@ -38,7 +38,10 @@ def test_prompts_that_the_data_brings(builder):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"answer": "3"}, r"dataset: expected one of the columns .*got none, beside \['answer'\].*--remove_unused_columns"),
+        (
+            {"answer": "3"},
+            r"dataset: expected one of the columns .*got none, beside \['answer'\].*--remove_unused_columns",
+        ),
         ({"teacher_prompt": None}, "got none"),
         ({"teacher_prompt": "Q", "solution": "3"}, r"got \['solution', 'teacher_prompt'\]"),
         ({"teacher_prompt": "Q R 3"}, "expected the column 'reference_prompt'"),
