@@ -22,7 +22,7 @@ endif
 # Of each package, not of both together.
 COVERED = $(BIN)/python -m coverage report --include='$(1)/*' --show-missing --skip-covered --fail-under=95
 
-.PHONY: demo test test-all lint docs test-vllm test-ms-swift test-unsloth fresh hooks bench report clean
+.PHONY: demo test test-all lint docs test-vllm test-ms-swift test-unsloth test-axolotl fresh hooks bench report clean
 
 demo: $(VENV)/.installed
 	$(BIN)/popsd demo $(ARGS)
@@ -60,6 +60,12 @@ test-unsloth:
 	.venv-unsloth/bin/pip install torch==2.13.0 unsloth==2026.10.9 trl==1.15.0 pytest
 	.venv-unsloth/bin/pip uninstall -y torchvision
 	PYTHONPATH=.:kernels:integrations .venv-unsloth/bin/python -m pytest tests/integrations/unsloth
+
+# Likewise, since Axolotl pins what it imports, and asks for Python 3.12. See docs/unsloth_axolotl.md.
+test-axolotl:
+	$(or $(PYTHON),false) -m venv .venv-axolotl
+	.venv-axolotl/bin/pip install torch==2.13.0 axolotl==0.21.0 pytest
+	PYTHONPATH=.:kernels:integrations .venv-axolotl/bin/python -m pytest tests/integrations/axolotl
 
 fresh:
 	PYTHON="$(PYTHON)" tests/fresh.sh $(ARGS)

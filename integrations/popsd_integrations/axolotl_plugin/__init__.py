@@ -1,1 +1,1 @@
-"""``PurifiedOPSDTrainer`` in Axolotl, by its plugins: docs/unsloth_axolotl.md. ``plugin`` imports Axolotl, ``options`` does not."""
+"""popsd's TRL trainer in Axolotl: docs/unsloth_axolotl.md. ``plugin`` imports Axolotl, ``options`` does not."""

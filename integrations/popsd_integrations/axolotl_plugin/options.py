@@ -34,8 +34,8 @@ def check_config(config: Mapping[str, Any]) -> None:
         for place, entry in enumerate(config.get(part) or []):
             if entry.get("type"):
                 raise ValueError(
-                    f"{part}[{place}].type: expected none, since popsd writes the prompts from the columns 'prompt' and 'solution' "
-                    f"by its own templates; got {entry['type']!r}. Leave it out, and rename columns before."
+                    f"{part}[{place}].type: expected none, since popsd writes the prompts from the columns 'prompt' and "
+                    f"'solution' by its own templates; got {entry['type']!r}. Leave it out, and rename columns before."
                 )
 
 
@@ -55,7 +55,9 @@ def trainer_config(arguments: TrainingArguments, options: Mapping[str, Any]) -> 
         and (value := getattr(arguments, entry.name)) not in (None, False, _default(entry))
     }
     if ignored:
-        raise ValueError(f"{sorted(ignored)[0]}: expected none, since it is read by Axolotl's own trainer; got {ignored}.")
+        raise ValueError(
+            f"{sorted(ignored)[0]}: expected none, since it is read by Axolotl's own trainer; got {ignored}."
+        )
     ours = {entry.name: entry for entry in fields(PurifiedOPSDConfig)}
     if unknown := sorted(options.keys() - (ours.keys() - shared.keys())):
         raise ValueError(

@@ -38,7 +38,9 @@ class AxolotlTrainer(PurifiedOPSDTrainer):
         **further: Any,
     ) -> None:
         if ignored := sorted(further.keys() - _FOR_ITS_OWN):
-            raise ValueError(f"{ignored[0]}: expected none with popsd's plugin, whose trainer does not read it; got {ignored}.")
+            raise ValueError(
+                f"{ignored[0]}: expected none with popsd's plugin, whose trainer does not read it; got {ignored}."
+            )
         super().__init__(
             model=model,
             args=trainer_config(args, PluginManager.get_instance().cfg.popsd or {}),
@@ -47,6 +49,10 @@ class AxolotlTrainer(PurifiedOPSDTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+
+    def create_model_card(self, *args: Any, dataset_tags: list[str] | None = None, **kwargs: Any) -> None:
+        """TRL's, which names one dataset where Axolotl may have several."""
+        super().create_model_card(*args, **{"dataset_name": ", ".join(dataset_tags or []) or None} | kwargs)
 
 
 class PopsdPlugin(BasePlugin):
