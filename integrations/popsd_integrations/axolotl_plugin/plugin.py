@@ -68,7 +68,7 @@ class PopsdPlugin(BasePlugin):
         return AxolotlTrainer
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> TrainDatasetMeta:
-        train, held_out = _rows(cfg.datasets), _rows(cfg.test_datasets)
+        train, held_out = _rows(cfg.datasets), _rows(cfg.test_datasets) if cfg.test_datasets else None
         if held_out is None and cfg.val_set_size:
             parts = train.train_test_split(cfg.val_set_size, seed=cfg.seed or 42)
             train, held_out = parts["train"], parts["test"]
@@ -77,6 +77,5 @@ class PopsdPlugin(BasePlugin):
         return TrainDatasetMeta(train_dataset=train, eval_dataset=held_out, total_num_steps=steps)
 
 
-def _rows(entries: Any) -> Dataset | None:
-    parts = [load_dataset_with_config(entry, use_auth_token=False) for entry in entries or []]
-    return concatenate_datasets(parts) if parts else None
+def _rows(entries: Any) -> Dataset:
+    return concatenate_datasets([load_dataset_with_config(entry, use_auth_token=False) for entry in entries])

@@ -48,7 +48,7 @@ def train(tmp_path, monkeypatch):
         given |= {"output_dir": str(tmp_path / "run"), "save_strategy": "no", "popsd": POPSD}
         written = tmp_path / "run.yaml"
         written.write_text(yaml.safe_dump(given | NO_GPU | STEPS | OPTIMIZER | options), encoding="utf-8")
-        do_cli(written)
+        do_cli(str(written))
         return path, made[0], made[1].steps
 
     return run
