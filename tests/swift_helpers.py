@@ -1,7 +1,7 @@
 """A tiny student, data and watched trainers for ms-swift, in an environment that has it: docs/ms_swift.md."""
 
 import torch
-from byte_models import save
+from byte_models import byte_tokenizer, save
 from swift.pipelines import rlhf_main
 from transformers import TrainerCallback
 
@@ -66,15 +66,18 @@ class Watched(PurifiedGKDTrainer):
         return super()._prepare_batch_inputs(samples)
 
 
+def answer(question):
+    """By the question alone, one to four tokens of which the last ends; one question gets no answer at all."""
+    digit = int(question[0])
+    return [] if digit == 3 else [*[40 + digit, 50, 60][: digit % 4], byte_tokenizer().eos_token_id]
+
+
 class Fixed(Watched):
-    """Answers by the question alone, in one to four tokens the last of which ends; one question gets no answer at all."""
+    """Does not sample."""
 
     def _generate_completions(self, samples):
         for sample in self._preprocess_inputs(samples):
-            digit = int(sample.messages[-1]["content"][0])
-            sample.response_token_ids = [*[40 + digit, 50, 60][: digit % 4], self.template.tokenizer.eos_token_id]
-            if digit == 3:
-                sample.response_token_ids = []
+            sample.response_token_ids = answer(sample.messages[-1]["content"])
             sample.messages.append({"role": "assistant", "content": ""})
             sample.add_eos = False
         return samples
@@ -89,17 +92,21 @@ class Moving(Fixed):
         return super().compute_loss(*args, **kwargs)
 
 
-def run(folder, monkeypatch, given, trainer=Watched, choice="", **changes):
-    """``swift rlhf`` in this process, by a plugin that chooses ``choice``; returns the trainer."""
-    monkeypatch.setattr(options, "_chosen", [])
+def plugin(folder, trainer, choice=""):
+    """Write a plugin that chooses ``choice`` and trains with a class of this file; returns the options that name it."""
     folder.mkdir(exist_ok=True)
-    plugin = folder / "plugin.py"
-    plugin.write_text(
+    file = folder / "plugin.py"
+    file.write_text(
         f"from popsd_integrations.ms_swift import use\nuse({choice})\n"
         "from swift.trainers import TrainerFactory\n"
         f"TrainerFactory.TRAINER_MAPPING['gkd'] = 'swift_helpers.{trainer.__name__}'\n",
         encoding="utf-8",
     )
-    given = given | {"external_plugins": str(plugin), "output_dir": str(folder / "run")} | changes
-    rlhf_main(command(given))
+    return {"external_plugins": str(file), "output_dir": str(folder / "run")}
+
+
+def run(folder, monkeypatch, given, trainer=Watched, choice=""):
+    """``swift rlhf`` in this process; returns the trainer."""
+    monkeypatch.setattr(options, "_chosen", [])
+    rlhf_main(command(given | plugin(folder, trainer, choice)))
     return trainer.last

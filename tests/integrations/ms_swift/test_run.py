@@ -3,8 +3,10 @@
 import inspect
 import json
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,7 @@ pytest.importorskip("swift.rlhf_trainers", reason="ms-swift is not installed")
 import torch
 from byte_models import byte_tokenizer, oracle_loss
 from swift.rlhf_trainers import GKDTrainer
-from swift_helpers import ROWS, Fixed, Moving, command, files, run
+from swift_helpers import ROWS, Fixed, Moving, answer, command, files, plugin, run
 from transformers import AutoModelForCausalLM
 
 import popsd
@@ -163,15 +165,33 @@ def test_methods_of_swift_have_the_signatures_relied_on(name, parameters):
     assert list(inspect.signature(method).parameters) == parameters
 
 
+def logged(given, **environment):
+    """What ``swift rlhf`` logs of its steps, as a process of its own or as several."""
+    line = [sys.executable, "-m", "swift.cli.main", "rlhf", *command(given)]
+    search = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ | search | environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = (Path(given["output_dir"]) / "logging.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, rows) if "divergence" in row]
+
+
+def test_two_processes_share_one_mean(tmp_path, given):
+    """Loss and gradient norm of all rows, though the ranks' completions are of other lengths and their micro-batches too."""
+    on_cpus = {"use_cpu": "true", "ddp_backend": "gloo", "max_steps": "1"}
+    (row,) = logged(given | FULL | plugin(tmp_path, Fixed) | on_cpus, NPROC_PER_NODE="2")
+    student, frozen = (AutoModelForCausalLM.from_pretrained(given["model"]).eval() for _ in range(2))
+    answers = [(question, answer(question)) for question in SOLUTION]
+    loss = oracle_loss(student, frozen, in_contexts(answers), popsd.PurifiedConfig(beta=0.3))
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in student.parameters()]).norm()
+    assert (row["loss"], row["grad_norm"]) == pytest.approx((loss.item(), norm.item()), rel=1e-4)
+
+
 def test_the_command_of_the_documents(tmp_path, given):
     """As a process of its own, with the plugin whose path is printed, and with checkpoints."""
     printed = [sys.executable, "-m", "popsd_integrations.ms_swift"]
-    plugin = subprocess.run(printed, capture_output=True, text=True, check=True).stdout.strip()
-    own = {"external_plugins": plugin, "output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": "1"}
-    line = [sys.executable, "-m", "swift.cli.main", "rlhf", *command(given | LORA | own)]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    log = [json.loads(line) for line in (tmp_path / "logging.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert sum("divergence" in row for row in log) == 2
+    path = subprocess.run(printed, capture_output=True, text=True, check=True).stdout.strip()
+    own = {"external_plugins": path, "output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": "1"}
+    assert len(logged(given | LORA | own)) == 2
     sums = (tmp_path / "checkpoint-2" / "popsd_frozen.json").read_text(encoding="utf-8")
     assert all(isinstance(value, int) for value in json.loads(sums).values())
