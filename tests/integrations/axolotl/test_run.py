@@ -8,8 +8,8 @@ import torch
 import yaml
 from axolotl.cli.train import do_cli
 from byte_models import oracle_loss, save
+from framework_helpers import BETA, ROWS, FixedTrainer, Gradients, flat, in_contexts
 from transformers import AutoModelForCausalLM
-from unsloth_helpers import BETA, ROWS, FixedTrainer, Gradients, flat, in_contexts
 
 import popsd
 from popsd.testing import relative_l2

@@ -22,9 +22,9 @@ rl._patch_trl_rl_trainers("distillation_trainer")
 
 import torch
 import trl
+from framework_helpers import train
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from unsloth_helpers import train
 
 from popsd_integrations import huggingface as hf
 

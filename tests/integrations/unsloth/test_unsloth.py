@@ -12,9 +12,9 @@ pytest.importorskip("unsloth", reason="Unsloth is not installed")  # before tran
 
 import torch
 from byte_models import oracle_loss, save
+from framework_helpers import BETA, flat, in_contexts, train
 from transformers import AutoModelForCausalLM
 from unsloth import FastLanguageModel
-from unsloth_helpers import BETA, flat, in_contexts, train
 
 import popsd
 from popsd.testing import relative_l2
