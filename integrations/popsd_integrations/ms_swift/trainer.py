@@ -95,7 +95,9 @@ class PurifiedGKDTrainer(GKDTrainer):
             )
             return "left"
         student.train()  # as it will be
-        return check_model(student, frozen=source, pad_token_id=self._pad_token_id)
+        # ms-swift has loaded the adapter of the checkpoint by now. The frozen weights are compared with that run's instead.
+        resumed = isinstance(source, AdapterOff) and self.args.resume_from_checkpoint
+        return check_model(student, frozen=None if resumed else source, pad_token_id=self._pad_token_id)
 
     def _prepare_batch_inputs(self, samples: list[Any]) -> list[dict[str, Any]]:
         """A batch for each micro-batch: the rows in their contexts, which tokens count, and what the loss is divided by."""

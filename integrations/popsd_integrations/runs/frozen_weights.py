@@ -28,7 +28,8 @@ class FrozenWeightsCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.checksum = FrozenChecksum(self.source())
-        path = _path(args, state)
+        given = getattr(args, "resume_from_checkpoint", None)  # it may lie in another run's folder
+        path = Path(given) / FROZEN_FILE if isinstance(given, str) else _path(args, state)
         if state.global_step > 0 and path.exists():
             began = json.loads(path.read_text(encoding="utf-8"))
             if began != self.checksum.values:

@@ -128,6 +128,22 @@ def test_frozen_weights_that_move_stop_the_run(tmp_path, monkeypatch, given, tun
         run(tmp_path, monkeypatch, given | tuner | {"max_steps": "1"}, Moving)
 
 
+@pytest.mark.parametrize("tuner", [LORA, FULL], ids=["lora", "full"])
+def test_a_resumed_run_takes_the_unbroken_ones_step(tmp_path, monkeypatch, given, tuner):
+    saving = tuner | {"save_strategy": "steps", "save_steps": "1"}
+    unbroken = run(tmp_path, monkeypatch, given | saving, Fixed)
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    resumed = run(tmp_path / "2", monkeypatch, given | saving | {"resume_from_checkpoint": checkpoint}, Fixed)
+    for name, gradient in unbroken.steps.gradients[1].items():
+        assert torch.equal(resumed.steps.gradients[0][name], gradient), name
+    began = Path(checkpoint) / "popsd_frozen.json"
+    began.write_text(json.dumps({name: x + 1 for name, x in json.loads(began.read_text()).items()}), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"model: expected the initial weights of the run in .*checkpoint-1; got others"
+    ):
+        run(tmp_path / "3", monkeypatch, given | saving | {"resume_from_checkpoint": checkpoint}, Fixed)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
