@@ -22,7 +22,7 @@ endif
 # Of each package, not of both together.
 COVERED = $(BIN)/python -m coverage report --include='$(1)/*' --show-missing --skip-covered --fail-under=95
 
-.PHONY: demo test test-all coverage lint docs test-vllm fresh hooks bench report clean
+.PHONY: demo test test-all coverage lint docs test-vllm test-ms-swift test-unsloth test-axolotl fresh hooks bench report clean
 
 demo: $(VENV)/.installed
 	$(BIN)/popsd demo $(ARGS)
@@ -52,6 +52,25 @@ test-vllm:
 	.venv-vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
 	PYTHONPATH=.:kernels:integrations .venv-vllm/bin/python -m pytest \
 	    tests/integrations/trl_trainer/test_vllm_colocate.py tests/integrations/evaluate/test_vllm.py
+
+# Likewise, since ms-swift asks for an older TRL. See docs/ms_swift.md.
+test-ms-swift:
+	$(or $(PYTHON),false) -m venv .venv-ms-swift
+	.venv-ms-swift/bin/pip install torch==2.13.0 ms-swift==4.6.0 msgspec pytest
+	PYTHONPATH=.:kernels:integrations .venv-ms-swift/bin/python -m pytest tests/integrations/ms_swift
+
+# Likewise, since Unsloth changes what it imports. torchvision comes for CUDA alone. See docs/unsloth_axolotl.md.
+test-unsloth:
+	$(or $(PYTHON),false) -m venv .venv-unsloth
+	.venv-unsloth/bin/pip install torch==2.13.0 unsloth==2026.10.9 trl==1.15.0 pytest
+	.venv-unsloth/bin/pip uninstall -y torchvision
+	PYTHONPATH=.:kernels:integrations .venv-unsloth/bin/python -m pytest tests/integrations/unsloth
+
+# Likewise, since Axolotl pins what it imports, and asks for Python 3.12. See docs/unsloth_axolotl.md.
+test-axolotl:
+	$(or $(PYTHON),false) -m venv .venv-axolotl
+	.venv-axolotl/bin/pip install torch==2.13.0 axolotl==0.21.0 pytest
+	PYTHONPATH=.:kernels:integrations .venv-axolotl/bin/python -m pytest tests/integrations/axolotl
 
 fresh:
 	PYTHON="$(PYTHON)" tests/fresh.sh $(ARGS)

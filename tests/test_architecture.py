@@ -244,6 +244,8 @@ ARROWS = {
         for name, others in {
             "scoring": "own_code",
             "huggingface": "own_code",
+            "axolotl_plugin": "trl_trainer",
+            "ms_swift": "commandline huggingface runs",
             "runs": "huggingface run_folder plotting estimates scoring pages",
             "torch_loop": "huggingface run_folder finite_steps runs",
             "commandline": "huggingface",

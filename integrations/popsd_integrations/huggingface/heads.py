@@ -140,6 +140,9 @@ def _states(causal: Any, given: dict[str, Any], position_ids: torch.Tensor | Non
     if position_ids is not None and _takes_position_ids(module):
         given = {**given, "position_ids": position_ids + _first_position(module)}
     if module is not causal:
+        if type(backbone).forward.__module__.startswith("unsloth."):
+            # Its forwards for a GPU (2026.10) drop the padding mask in training, unless labels or this say otherwise.
+            backbone._unsloth_keep_padding_mask = True
         states: torch.Tensor = backbone(**given)[0]
         return states
     if lm_head is None:

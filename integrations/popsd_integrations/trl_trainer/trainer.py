@@ -28,6 +28,7 @@ from popsd_integrations.huggingface.objective import measures_decomposition, nee
 from popsd_integrations.huggingface.packing import Packed, pack_padded, padded, unpad
 from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts
 from popsd_integrations.huggingface.sampling import check_sampled, only_given_settings, own_randomness
+from popsd_integrations.runs.frozen_weights import FrozenWeightsCallback
 from popsd_integrations.runs.held_out import GREEDY, SAMPLED, Judge, accuracies, log
 from popsd_integrations.trl_trainer.callbacks import (
     EMACallback,
@@ -59,13 +60,7 @@ from popsd_integrations.trl_trainer.dataset import (
     tokenizer_of,
     with_other_solutions,
 )
-from popsd_integrations.trl_trainer.frozen import (
-    FrozenWeightsCallback,
-    check_models,
-    copy_of,
-    exact_ways,
-    prepare_student,
-)
+from popsd_integrations.trl_trainer.frozen import check_models, copy_of, exact_ways, prepare_student
 from popsd_integrations.trl_trainer.guards import GuardedTrainer
 from popsd_integrations.trl_trainer.logs import card
 from popsd_integrations.trl_trainer.logs.console import show_lines

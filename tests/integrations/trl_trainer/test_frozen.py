@@ -13,9 +13,9 @@ from trl_helpers import EOS, LORA, PAD, VOCABULARY, build, logs, tiny
 
 from popsd_integrations.huggingface.frozen import AdapterOff
 from popsd_integrations.miniature.tokenizer import build_tokenizer
+from popsd_integrations.runs.frozen_weights import FROZEN_FILE
 from popsd_integrations.trl_trainer import frozen
 from popsd_integrations.trl_trainer.compat import generating
-from popsd_integrations.trl_trainer.frozen import FROZEN_FILE
 from popsd_integrations.trl_trainer.guards import GuardedTrainer
 
 
