@@ -166,6 +166,11 @@ class MethodOptions:
     batched_frozen: bool = _option(
         False, "Run the frozen contexts as one batch. Faster only where they are equally long."
     )
+    padding_free: bool | None = _option(
+        None,
+        "True: run rows end to end, without padding; refused where a model's rows would see each other. False: in padded "
+        "batches. None: end to end where attention is told where rows end (flash, flex), else rows of like length together.",
+    )
     frozen_batch_size: int | None = _option(None, "Rows per frozen forward. None: all at once.")
 
     diagnostics_steps: int = _option(10, "Log the decomposition of the teacher's signal every so many steps; 0 never.")

@@ -34,8 +34,9 @@ from popsd.engine.chunks.registry import (
     register_target,
     target_named,
 )
+from popsd_integrations.huggingface.forwards import completion_states
 from popsd_integrations.huggingface.frozen import FrozenStates
-from popsd_integrations.huggingface.heads import for_loss, hidden_states, local_head, same_head
+from popsd_integrations.huggingface.heads import for_loss, local_head, same_head
 from popsd_integrations.huggingface.packing import Packed
 from popsd_integrations.own_code import code_fingerprint, is_own
 
@@ -186,7 +187,7 @@ def student_loss(
     Where student and frozen weights have the same untrained head, one head serves all four streams, which saves a
     matmul. Ranks of a tensor-parallel plan pass the same tokens and keep their own rows of the head.
     """
-    states = hidden_states(model, packed.input_ids, packed.attention_mask, packed.position_ids)
+    states = completion_states(model, packed)
     head = local_head(model)
     frozen_head = None
     if head.weight.requires_grad or not same_head(head, frozen.head):
@@ -194,7 +195,7 @@ def student_loss(
             frozen_head = for_loss(model, frozen.head, states.dtype)
     reference = frozen.base if frozen.reference is None else frozen.reference
     return loss_fn(
-        HiddenStates(packed.predicting(states), frozen.base, frozen.teacher, reference),
+        HiddenStates(states, frozen.base, frozen.teacher, reference),
         student_head=for_loss(model, head, states.dtype),
         frozen_head=frozen_head,
         mask=packed.completion_mask if mask is None else mask,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from popsd_integrations.huggingface.heads import causal_model, eval_mode
+from popsd_integrations.huggingface.heads import causal_model, eval_mode, own_logits, tolerance
 from popsd_integrations.huggingface.packing import padded
 from popsd_integrations.huggingface.prompts import Prompts
 
@@ -193,8 +193,6 @@ def _generation_error(model: Any, prompts: list[list[int]], pad_token_id: int) -
     Over a few steps, which are made to the same tokens.
     """
     from transformers import GenerationConfig
-
-    from popsd_integrations.huggingface.invariants import own_logits, tolerance
 
     forced = (prompts[0] * _STEPS)[:_STEPS]
     settings: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True}

@@ -24,7 +24,8 @@ class TrainConfig:
     masks: which completion tokens the loss keeps; logged as kept_share. Under micro-batches a top share is of each.
     decompose_every: log Eq. 4 every so many steps, 0 never; β-OPSD has none. evaluate_every, checkpoint_every: steps, 0
         is at the end only.
-    batched_frozen: run the frozen contexts as one batch. impl: backend of the loss, see ``popsd.Impl``.
+    batched_frozen: run the frozen contexts as one batch. padding_free: run rows end to end (True), padded (False), or as costs
+        least (None), see ``huggingface.exact_layout``. impl: backend of the loss, see ``popsd.Impl``.
     Raises ValueError for values out of range, and TypeError for what is no number or no whole number where one belongs.
     """
 
@@ -49,6 +50,7 @@ class TrainConfig:
     evaluate_every: int = 0
     checkpoint_every: int = 50
     batched_frozen: bool = False
+    padding_free: bool | None = None
     impl: str = "auto"
     seed: int = 0
 
@@ -59,6 +61,8 @@ class TrainConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral if name in _WHOLE else Real):
                 raise TypeError(f"{name}: expected a {kind}{' or None' * (name in _OR_NONE)}; got {value!r}.")
+        if self.padding_free not in (None, True, False):
+            raise TypeError(f"padding_free: expected True, False or None; got {self.padding_free!r}.")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):

@@ -20,7 +20,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from popsd_integrations.huggingface.distributed import (
     rank,
     run_in_forward,
 )
+from popsd_integrations.huggingface.forwards import counting, exact_layout
 from popsd_integrations.huggingface.frozen import FrozenChecksum, FrozenWeights, frozen_states, frozen_weights
 from popsd_integrations.huggingface.heads import causal_model
 from popsd_integrations.huggingface.invariants import check_model
@@ -202,7 +203,9 @@ def _train(
     start = 0 if checkpoint is None else restore(checkpoint, trained, optimizer, rank())
     history = agreed(partial(_begin, model, config, output, start, len(prompts)))
     finite, ending = FiniteSteps(), False
-    backward = partial(_backward, model, source, loss_fn, config, (sampler.pad_token_id, side))
+    batch: dict[str, Any] = {"pad_token_id": sampler.pad_token_id, "side": side, "device": causal_model(model).device}
+    batch["layout"] = exact_layout(model, prompts, padding_free=config.padding_free)
+    backward = partial(_backward, model, source, loss_fn, config, batch)
 
     log_path = os.devnull if rank() else output / METRICS
     with writing(output / METRICS), open(log_path, "a", encoding="utf-8") as log:
@@ -226,9 +229,12 @@ def _train(
 
             of_all = everyones((found, asked_to_end()))
             metrics = {"step": step + 1, **summed([part for part, _ in of_all])}
+            run, positions = metrics.pop("tokens_run"), metrics.pop("positions_run")
             metrics |= {"grad_norm": norm, "step_refused": float(refused)}
             metrics |= _completion_metrics(everybodys, tokenizer, sampler.eos_token_id, config.markers)
             metrics |= {"seconds/generate": generated - began, "seconds/update": time.perf_counter() - generated}
+            metrics["forwards/padding_share"] = 1 - run / positions
+            metrics["forwards/tokens_per_second"] = run / metrics["seconds/update"]
             ending = any(asked for _, asked in of_all)
             last = step + 1 == config.steps
             if last or _due(step, config.evaluate_every):
@@ -265,7 +271,7 @@ def _backward(
     source: FrozenWeights,
     loss_fn: PurifiedOPSDLoss,
     config: TrainConfig,
-    padding: tuple[int, str],
+    batch: Mapping[str, Any],
     rows: Sequence[Prompts],
     completions: Sequence[Sequence[int]],
     decompose: bool,
@@ -273,24 +279,27 @@ def _backward(
 ) -> dict[str, float]:
     """Accumulate the gradient of the rows' part in the batch's mean loss per completion token, and return that of the metrics.
 
-    padding: the token and the side. tokens: of the batch.
+    batch: how it is packed, for `pack_contexts`. tokens: of the batch. The metrics include what the forwards ran.
     """
     size = config.micro_batch_size or len(rows)
     contexts = needed_contexts(config.loss_target, decompose)
     totals: dict[str, torch.Tensor] = {}
-    for first in range(0, len(rows), size):
-        part, ids = rows[first : first + size], completions[first : first + size]
-        pad, side = padding
-        packed = pack_contexts(part, ids, pad_token_id=pad, side=side, device=causal_model(model).device)
-        frozen = frozen_states(source, packed, contexts, batched=config.batched_frozen)
-        options: dict[str, Any] = {"num_items": tokens, "decompose": decompose}
-        # sum_gradients reduces what hidden_states would otherwise look for a wrapper of
-        loss, metrics = run_in_forward(model, partial(student_loss, model, loss_fn, packed["base"], frozen, **options))
-        loss.backward()
-        weighted = {name: value * (sum(map(len, ids)) / tokens) for name, value in metrics.items() if name != "tokens"}
-        weighted["loss"] = loss.detach()
-        totals = {name: value + totals.get(name, 0) for name, value in weighted.items()}
-    return {name: value.item() for name, value in totals.items()}
+    with counting() as work:
+        for first in range(0, len(rows), size):
+            part, ids = rows[first : first + size], completions[first : first + size]
+            packed = pack_contexts(part, ids, **batch)
+            frozen = frozen_states(source, packed, contexts, batched=config.batched_frozen)
+            options: dict[str, Any] = {"num_items": tokens, "decompose": decompose}
+            # sum_gradients reduces what hidden_states would otherwise look for a wrapper of
+            function = partial(student_loss, model, loss_fn, packed["base"], frozen, **options)
+            loss, metrics = run_in_forward(model, function)
+            loss.backward()
+            of_batch = sum(map(len, ids)) / tokens
+            weighted = {name: value * of_batch for name, value in metrics.items() if name != "tokens"}
+            weighted["loss"] = loss.detach()
+            totals = {name: value + totals.get(name, 0) for name, value in weighted.items()}
+    found = {name: value.item() for name, value in totals.items()}
+    return found | {"tokens_run": work.tokens, "positions_run": work.positions}
 
 
 def _not_finite(

@@ -65,7 +65,7 @@ _SHAPING = {
 }
 """TRL's options that the steps of a run depend on."""
 _FREE = {
-    *("impl", "strategy", "workspace_mib", "batched_frozen", "frozen_batch_size"),
+    *("impl", "strategy", "workspace_mib", "batched_frozen", "padding_free", "frozen_batch_size"),
     *("diagnostics_steps", "markers", "plot_metrics", "eval_scorer", "eval_problems", "eval_max_new_tokens"),
 }
 """Options of the method that change how a run computes or what it logs, but not its steps."""

@@ -19,7 +19,7 @@ pytest.importorskip("trl")
 
 HERE = Path(__file__).parent
 NEEDS_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-NOT_COMPARED = ("step_time", "runtime", "per_second", "epoch")
+NOT_COMPARED = ("step_time", "runtime", "per_second", "padding_share", "epoch")
 
 
 def launch(engine, kind, folder):
