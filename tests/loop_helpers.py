@@ -23,7 +23,7 @@ CONFIG = TrainConfig(
 
 def tiny(seed=0, **options):
     special = {"eos_token_id": EOS, "pad_token_id": 10, "bos_token_id": None, "tie_word_embeddings": True}
-    return tiny_qwen3(len(VOCABULARY), seed, initializer_range=0.2, **special | options).eval()
+    return tiny_qwen3(len(VOCABULARY), seed, **{"initializer_range": 0.2} | special | options).eval()
 
 
 def run(folder, config=CONFIG, model=None, prompts=PROMPTS, **options):

@@ -68,6 +68,11 @@ class MethodOptions:
     beta: float = _option(0.5, "JSD coefficient: 0 is forward KL, 0.5 the symmetric JSD, 1 reverse KL.")
     learning_rate: float = _option(5e-6, "The initial learning rate for AdamW.")
     max_completion_length: int | None = _option(1024, "Maximum number of tokens to generate per completion.")
+    num_generations: int = _option(
+        1,
+        "Completions of each prompt. The rows of a step (per_device_train_batch_size x gradient_accumulation_steps x "
+        "processes) are completions, so a step takes so many times fewer prompts. In evaluation there is one of each.",
+    )
 
     loss_target: str = _option(
         "purified",

@@ -40,6 +40,7 @@ from popsd_integrations.huggingface.frozen import (
     frozen_states,
     frozen_weights,
 )
+from popsd_integrations.huggingface.groups import prompts_run_once
 from popsd_integrations.huggingface.heads import eval_mode, gathered, head_from_model, hidden_states, use_head
 from popsd_integrations.huggingface.invariants import check_model
 from popsd_integrations.huggingface.packing import (
@@ -96,6 +97,7 @@ __all__ = [
     "pack_padded",
     "padded",
     "position_limit",
+    "prompts_run_once",
     "run_in_forward",
     "special_tokens",
     "unpad",

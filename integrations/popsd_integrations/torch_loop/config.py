@@ -7,6 +7,7 @@ from numbers import Integral, Real
 
 from popsd import MaskConfig, PurifiedConfig, PurifiedOPSDLoss, TargetConfig
 from popsd.markers import EpistemicMarkers
+from popsd_integrations.huggingface.groups import check_generations
 from popsd_integrations.huggingface.objective import loss_function, target_config
 
 
@@ -14,7 +15,8 @@ from popsd_integrations.huggingface.objective import loss_function, target_confi
 class TrainConfig:
     """Options of ``train``; the defaults are the paper's, with one completion per question.
 
-    steps, batch_size: optimiser steps, and questions per step, which all processes share. micro_batch_size: rows per forward,
+    steps, batch_size: optimiser steps, and completions per step, which all processes share. num_generations: completions of
+        each question; a step takes batch_size / num_generations questions. micro_batch_size: rows per forward,
         None for all of a process; the result does not depend on it.
     lora_rank: None is full fine-tuning, which keeps a frozen copy of the weights.
     temperature: of sampling; 0 is greedy. loss_target: see ``huggingface.objective``, one's own among them; "contrastive_hints"
@@ -31,6 +33,7 @@ class TrainConfig:
 
     steps: int = 200
     batch_size: int = 32
+    num_generations: int = 1
     micro_batch_size: int | None = None
     learning_rate: float = 5e-6
     adam_betas: tuple[float, float] = (0.9, 0.999)
@@ -67,6 +70,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):
                 raise ValueError(f"{name}: expected a number of at least {least}; got {value}.")
+        check_generations(self.num_generations, self.batch_size, "batch_size")
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a positive finite number; got {getattr(self, name)}.")
@@ -88,6 +92,7 @@ _OR_NONE = ("micro_batch_size", "lora_rank")
 _WHOLE = (
     "steps",
     "batch_size",
+    "num_generations",
     "max_new_tokens",
     "decompose_every",
     "evaluate_every",

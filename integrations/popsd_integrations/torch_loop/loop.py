@@ -30,7 +30,6 @@ import torch
 from torch import nn
 
 from popsd import PurifiedOPSDLoss
-from popsd.markers import EpistemicMarkers
 from popsd_integrations.finite_steps import FiniteSteps
 from popsd_integrations.huggingface.distributed import (
     agreed,
@@ -42,6 +41,7 @@ from popsd_integrations.huggingface.distributed import (
 )
 from popsd_integrations.huggingface.forwards import counting, exact_layout
 from popsd_integrations.huggingface.frozen import FrozenChecksum, FrozenWeights, frozen_states, frozen_weights
+from popsd_integrations.huggingface.groups import facts, repeated, within_prompts
 from popsd_integrations.huggingface.heads import causal_model
 from popsd_integrations.huggingface.invariants import check_model
 from popsd_integrations.huggingface.objective import measures_decomposition, needed_contexts, student_loss, target_code
@@ -231,7 +231,7 @@ def _train(
             metrics = {"step": step + 1, **summed([part for part, _ in of_all])}
             run, positions = metrics.pop("tokens_run"), metrics.pop("positions_run")
             metrics |= {"grad_norm": norm, "step_refused": float(refused)}
-            metrics |= _completion_metrics(everybodys, tokenizer, sampler.eos_token_id, config.markers)
+            metrics |= _completion_metrics(everybodys, tokenizer, sampler.eos_token_id, config)
             metrics |= {"seconds/generate": generated - began, "seconds/update": time.perf_counter() - generated}
             metrics["forwards/padding_share"] = 1 - run / positions
             metrics["forwards/tokens_per_second"] = run / metrics["seconds/update"]
@@ -322,25 +322,31 @@ def _not_finite(
 
 
 def _completion_metrics(
-    completions: Sequence[Sequence[int]], tokenizer: Any, eos: Sequence[int], markers: EpistemicMarkers
+    completions: Sequence[Sequence[int]], tokenizer: Any, eos: Sequence[int], config: TrainConfig
 ) -> dict[str, float]:
-    counts = markers.count_ids(completions, tokenizer)
+    counts = config.markers.count_ids(completions, tokenizer)
+    number = config.num_generations
     return {
         "completions/mean_length": sum(map(len, completions)) / len(completions),
         "completions/eos_rate": sum(ids[-1] in eos for ids in completions) / len(completions),
         "markers/per_completion": counts.per_completion(),
         "markers/per_thousand_tokens": counts.per_thousand_tokens(),
         **{f"markers/{word}": counts.per_completion(word) for word in counts.counts},
+        **(within_prompts(facts(completions, config.markers, tokenizer), number) if number > 1 else {}),
     }
 
 
 def _rows(step: int, config: TrainConfig, count: int) -> list[int]:
-    """Rows of a step. An epoch is a permutation drawn from (seed, epoch), so the step alone determines them."""
-    places = range(step * config.batch_size, (step + 1) * config.batch_size)
+    """Rows of a step, those of a question together.
+
+    An epoch is a permutation drawn from (seed, epoch), so the step alone determines them.
+    """
+    questions = config.batch_size // config.num_generations
+    places = range(step * questions, (step + 1) * questions)
     orders = {epoch: list(range(count)) for epoch in {place // count for place in places}}
     for epoch, order in orders.items():
         random.Random(f"{config.seed}:{epoch}").shuffle(order)
-    return [orders[place // count][place % count] for place in places]
+    return repeated([orders[place // count][place % count] for place in places], config.num_generations)
 
 
 def _with_lora(model: nn.Module, config: TrainConfig) -> nn.Module:

@@ -12,6 +12,7 @@ import torch
 from popsd import Impl, MaskConfig, PurifiedConfig, PurifiedOPSDLoss, Strategy, presets
 from popsd.markers import EpistemicMarkers
 from popsd_integrations.commandline.options import MethodOptions
+from popsd_integrations.huggingface.groups import check_generations
 from popsd_integrations.huggingface.objective import (
     loss_function,
     needed_contexts,
@@ -37,8 +38,7 @@ _REFUSED_IN_GENERATION = {
     **dict.fromkeys(("max_new_tokens", "max_length", "max_tokens"), _LENGTH),
     "stop_strings": "Completions end at the ends that the model's generation_config and the tokenizer name.",
     "return_dict_in_generate": "The trainer takes the tokens alone.",
-    "n": "One completion is sampled for each row; repeat a row in the data for more.",
-    "num_return_sequences": "One completion is sampled for each row; repeat a row in the data for more.",
+    **dict.fromkeys(("n", "num_return_sequences"), "num_generations samples several completions of each prompt."),
     "eos_token_id": "The trainer cuts completions at the ends that the model's generation_config and the tokenizer name, and "
     "would train on padding after another; name it there.",
 }
@@ -112,6 +112,10 @@ class PurifiedOPSDConfig(MethodOptions, DistillationConfig):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected at least {least}; got {value}.")
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * max(1, self.world_size)
+        check_generations(
+            self.num_generations, rows, "per_device_train_batch_size × gradient_accumulation_steps × processes"
+        )
         if not self.max_completion_length or self.max_completion_length <= self.skip_first_tokens:
             raise ValueError(
                 f"max_completion_length: expected more than skip_first_tokens ({self.skip_first_tokens}); got "

@@ -135,6 +135,7 @@ def describe_rows(rows: Any, name: str, check: RowCheck, args: PurifiedOPSDConfi
         lines.append(f"  tokens in the {whose}: {points}")
     if name == "train_dataset":
         step = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+        step //= args.num_generations
         check_rows(len(keep), step)
         lines.append(f"  {len(keep) // step} steps per epoch, of {step} problems each; {len(keep)} problems are used")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from popsd.markers import EpistemicMarkers
 from popsd_integrations.huggingface.distributed import agreed, run_in_forward
 from popsd_integrations.huggingface.forwards import exact_layout
 from popsd_integrations.huggingface.frozen import (
@@ -24,12 +25,14 @@ from popsd_integrations.huggingface.frozen import (
     FrozenStates,
     frozen_states,
 )
+from popsd_integrations.huggingface.groups import facts, within_prompts
 from popsd_integrations.huggingface.heads import held, is_sharded, local_head
 from popsd_integrations.huggingface.invariants import check_model
 from popsd_integrations.huggingface.packing import PACKED, PADDED, Packed, pack_padded
 from popsd_integrations.huggingface.prompts import Prompts
-from popsd_integrations.huggingface.sampling import TOGETHER, exact_grouping
+from popsd_integrations.huggingface.sampling import TOGETHER, exact_grouping, exact_sharing
 from popsd_integrations.run_folder import write_whole
+from popsd_integrations.trl_trainer.compat import record
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
 from popsd_integrations.trl_trainer.guards import GuardedTrainer
 
@@ -98,12 +101,13 @@ def copy_of(model: Any, args: PurifiedOPSDConfig) -> Any:
 
 
 class Ways(NamedTuple):
-    """The padding side by `check_model` of student and frozen weights, the grouping of prompts by `exact_grouping`, and the
-    layout of forwards by `exact_layout`."""
+    """The padding side by `check_model` of student and frozen weights, the grouping of prompts by `exact_grouping`, the layout
+    of forwards by `exact_layout`, and whether prompts of several completions are run once, by `exact_sharing`."""
 
     side: str
     grouping: str
     layout: str
+    shares: bool
 
 
 def exact_ways(trainer: Any, source: AdapterOff | FrozenModel, prompts: Sequence[Prompts], given: bool) -> Ways:
@@ -120,7 +124,7 @@ def exact_ways(trainer: Any, source: AdapterOff | FrozenModel, prompts: Sequence
             "model's distributions: head, padding on the left, causality, dropout and frozen weights are not checked. Call "
             "huggingface.check_model where the model is whole, or look for its architecture in docs/architectures.md."
         )
-        return Ways("left", TOGETHER, _layout(trainer, [model], prompts))
+        return Ways("left", TOGETHER, _layout(trainer, [model], prompts), False)
     whole = not any(map(is_sharded, source.model.parameters()))
     side = check_model(model, prompts, source if whole and not given else None, pad_token_id=pad)
     if whole and given:
@@ -132,13 +136,16 @@ def exact_ways(trainer: Any, source: AdapterOff | FrozenModel, prompts: Sequence
         )
     questions = [row.question for row in prompts]
     grouping = TOGETHER if trainer.use_vllm else exact_grouping(model, questions, pad)
-    if grouping != TOGETHER and (trainer.is_fsdp_enabled or trainer._zero3):
+    sharding = trainer.is_fsdp_enabled or trainer._zero3
+    if grouping != TOGETHER and sharding:
         raise ValueError(
             f"model: expected an architecture that generates in padded batches under FSDP and ZeRO-3; "
             f"{type(model).__name__} must sample prompts {grouping}, in another number of calls on each process. Train it on "
             "one device or under DDP, or sample with use_vllm."
         )
-    return Ways(side, grouping, _layout(trainer, [model, source.model] if given or not whole else [model], prompts))
+    layout = _layout(trainer, [model, source.model] if given or not whole else [model], prompts)
+    several = trainer.args.num_generations > 1 and questions and not (trainer.use_vllm or sharding)
+    return Ways(side, grouping, layout, bool(several) and exact_sharing(model, questions, pad))
 
 
 def _layout(trainer: Any, models: Sequence[nn.Module], prompts: Sequence[Prompts]) -> str:
@@ -162,11 +169,13 @@ _PROMPT_OF = {"base": "prompt", "teacher": "teacher_prompt", "reference": "refer
 class FrozenTrainer(GuardedTrainer):
     """TRL's trainer with frozen weights beside the student, and what both run of a micro-batch.
 
-    Its subclass has ``_rows``, ``_ema``, ``_zero3`` and, of `exact_ways`, ``_side`` and ``_layout``. It adds the tokens that
-    forwards ran to ``_tokens_run``; ``forwards/tokens_per_second`` is them by the time in which nothing was generated.
+    Its subclass has ``_rows``, ``_markers``, ``_ema``, ``_zero3`` and, of `exact_ways`, ``_side`` and ``_layout``. It adds
+    the tokens that forwards ran to ``_tokens_run``. By the time in which nothing was generated they are logged as
+    ``forwards/tokens_per_second``.
     """
 
     _rows: Any
+    _markers: EpistemicMarkers
     _ema: EMA | None
     _zero3: bool
     _side: str
@@ -189,6 +198,13 @@ class FrozenTrainer(GuardedTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         self._since += time.perf_counter() - began
         return inputs
+
+    def _record_prompts(self, completions: list[list[int]]) -> None:
+        """How the completions of one prompt differ. One process after the other holds rows in the sampler's order."""
+        if self.args.num_generations == 1 or not self.model.training:
+            return
+        local = torch.tensor(facts(completions, self._markers, self.processing_class), device=self.accelerator.device)
+        record(self, within_prompts(self.accelerator.gather(local).tolist(), self.args.num_generations))
 
     def _checked_model(self, data: Mapping[str, Any], own_teacher: bool) -> Ways:
         """What `exact_ways` finds. data: as given; a stream that drops rows would count them here.

@@ -178,7 +178,7 @@ class PurifiedOPSDTrainer(FrozenTrainer):
                 )
             self._ema = EMA(self.model, args.ema_decay)
             self.add_callback(EMACallback(self._ema))
-        self._side, self._grouping, self._layout = self._checked_model(data, own_teacher)
+        self._side, self._grouping, self._layout, self._shares = self._checked_model(data, own_teacher)
         self.add_callback(FrozenWeightsCallback(self._frozen_source))
         if args.plot_metrics:
             self.add_callback(PlotMetrics())
@@ -188,7 +188,8 @@ class PurifiedOPSDTrainer(FrozenTrainer):
         self._signature_columns = ["prompt", *SOLUTION_COLUMNS, WRONG_COLUMN, OTHER_COLUMN, ANSWER_COLUMN]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        sampler = super()._get_train_sampler(dataset)
+        sampler, number = super()._get_train_sampler(dataset), self.args.num_generations
+        sampler.mini_repeat_count, sampler.batch_size = number, sampler.batch_size // number
         check_rows(sampler.num_samples, sampler.batch_size)
         return EpochSampler(sampler, lambda: self.state.global_step)
 
@@ -216,6 +217,7 @@ class PurifiedOPSDTrainer(FrozenTrainer):
         counted = self.args.token_weights(batch["completion_mask"]) != 0
         batch["num_items_in_batch"] = self.accelerator.reduce(counted.sum(), "sum")
         self._record_completions(completions)
+        self._record_prompts(completions)
         return batch
 
     def _judge_completions(
