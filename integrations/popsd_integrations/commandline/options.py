@@ -69,6 +69,11 @@ class MethodOptions:
     beta: float = _option(0.5, "JSD coefficient: 0 is forward KL, 0.5 the symmetric JSD, 1 reverse KL.")
     learning_rate: float = _option(5e-6, "The initial learning rate for AdamW.")
     max_completion_length: int | None = _option(1024, "Maximum number of tokens to generate per completion.")
+    num_generations: int = _option(
+        1,
+        "Completions of each prompt. The rows of a step (per_device_train_batch_size x gradient_accumulation_steps x "
+        "processes) are completions, so a step takes so many times fewer prompts. In evaluation there is one of each.",
+    )
 
     loss_target: str = _option(
         "purified",
@@ -170,6 +175,11 @@ class MethodOptions:
     ema_decay: float = _option(0.999, "In average = decay * average + (1 - decay) * student, per optimiser step.")
     batched_frozen: bool = _option(
         False, "Run the frozen contexts as one batch. Faster only where they are equally long."
+    )
+    padding_free: bool | None = _option(
+        None,
+        "True: run rows end to end, without padding; refused where a model's rows would see each other. False: in padded "
+        "batches. None: end to end where attention is told where rows end (flash, flex), else rows of like length together.",
     )
     frozen_batch_size: int | None = _option(None, "Rows per frozen forward. None: all at once.")
 

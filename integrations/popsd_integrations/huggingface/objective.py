@@ -34,8 +34,9 @@ from popsd.engine.chunks.registry import (
     register_target,
     target_named,
 )
+from popsd_integrations.huggingface.forwards import completion_states
 from popsd_integrations.huggingface.frozen import FrozenStates
-from popsd_integrations.huggingface.heads import for_loss, hidden_states, local_head, same_head
+from popsd_integrations.huggingface.heads import for_loss, local_head, same_head
 from popsd_integrations.huggingface.packing import Packed
 from popsd_integrations.own_code import code_fingerprint, is_own
 
@@ -187,17 +188,17 @@ def student_loss(
     Where student and frozen weights have the same untrained head, one head serves all four streams, which saves a
     matmul. Ranks of a tensor-parallel plan pass the same tokens and keep their own rows of the head.
     """
-    states = hidden_states(model, packed.input_ids, packed.attention_mask, packed.position_ids)
+    states = completion_states(model, packed)
     head = local_head(model)
     frozen_head = None
     if head.weight.requires_grad or not same_head(head, frozen.head):
         with torch.no_grad():
             frozen_head = for_loss(model, frozen.head, states.dtype)
     reference = frozen.base if frozen.reference is None else frozen.reference
-    student, student_head = packed.predicting(states), for_loss(model, head, states.dtype)
+    student_head = for_loss(model, head, states.dtype)
     mask = packed.completion_mask if mask is None else mask
     loss, metrics = loss_fn(
-        HiddenStates(student, frozen.base, frozen.teacher, reference),
+        HiddenStates(states, frozen.base, frozen.teacher, reference),
         student_head=student_head,
         frozen_head=frozen_head,
         mask=mask,
@@ -210,6 +211,6 @@ def student_loss(
         divergence = PurifiedConfig(beta=1.0, **shared)
         drift = PurifiedOPSDLoss(divergence, loss_target="opsd", impl=loss_fn.impl, workspace_mib=loss_fn.workspace_mib)
         with torch.no_grad():
-            _, drifted = drift(HiddenStates(student, None, frozen.base, None), student_head, frozen_head, mask=mask)
+            _, drifted = drift(HiddenStates(states, None, frozen.base, None), student_head, frozen_head, mask=mask)
         metrics["kl_base"] = drifted["divergence"]
     return loss, metrics

@@ -13,6 +13,7 @@ from popsd import Impl, MaskConfig, PurifiedConfig, PurifiedOPSDLoss, Strategy, 
 from popsd.engine.validation import check_workspace
 from popsd.markers import EpistemicMarkers
 from popsd_integrations.commandline.options import MethodOptions
+from popsd_integrations.huggingface.groups import check_generations
 from popsd_integrations.huggingface.objective import (
     loss_function,
     needed_contexts,
@@ -38,8 +39,7 @@ _REFUSED_IN_GENERATION = {
     **dict.fromkeys(("max_new_tokens", "max_length", "max_tokens"), _LENGTH),
     "stop_strings": "Completions end at the ends that the model's generation_config and the tokenizer name.",
     "return_dict_in_generate": "The trainer takes the tokens alone.",
-    "n": "One completion is sampled for each row; repeat a row in the data for more.",
-    "num_return_sequences": "One completion is sampled for each row; repeat a row in the data for more.",
+    **dict.fromkeys(("n", "num_return_sequences"), "num_generations samples several completions of each prompt."),
     "eos_token_id": "The trainer cuts completions at the ends that the model's generation_config and the tokenizer name, and "
     "would train on padding after another; name it there.",
 }
@@ -66,7 +66,7 @@ _SHAPING = {
 }
 """TRL's options that the steps of a run depend on."""
 _FREE = {
-    *("impl", "strategy", "workspace_mib", "batched_frozen", "frozen_batch_size"),
+    *("impl", "strategy", "workspace_mib", "batched_frozen", "padding_free", "frozen_batch_size"),
     *("diagnostics_steps", "markers", "plot_metrics", "eval_scorer", "eval_problems", "eval_max_completion_length"),
 }
 """Options of the method that change how a run computes or what it logs, but not its steps."""
@@ -117,6 +117,10 @@ class PurifiedOPSDConfig(MethodOptions, DistillationConfig):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected at least {least}; got {value}.")
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * max(1, self.world_size)
+        check_generations(
+            self.num_generations, rows, "per_device_train_batch_size × gradient_accumulation_steps × processes"
+        )
         if not self.max_completion_length or self.max_completion_length <= self.skip_first_tokens:
             raise ValueError(
                 f"max_completion_length: expected more than skip_first_tokens ({self.skip_first_tokens}); got "

@@ -91,6 +91,11 @@ def check_columns(dataset: Any, name: str, args: PurifiedOPSDConfig) -> None:
             f"{name}: expected a datasets.Dataset or IterableDataset; got {type(dataset).__name__}. "
             "datasets.Dataset.from_list makes one of a list of rows; of a DatasetDict pass one split."
         )
+    if name == "train_dataset" and args.num_generations > 1 and isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"{name}: expected a datasets.Dataset with num_generations={args.num_generations}; got a stream, whose rows TRL "
+            "takes once each. Load it whole, or sample one completion of each prompt."
+        )
     columns = dataset.column_names
     if columns is None:  # a stream that does not know them; its first row shows them
         return
@@ -122,7 +127,7 @@ def check_rows(rows: int, step: int) -> None:
     if rows < step:
         raise ValueError(
             f"train_dataset: expected at least the {step} rows of one step (per_device_train_batch_size × "
-            f"gradient_accumulation_steps × processes); got {rows}. Lower one of them, or add data."
+            f"gradient_accumulation_steps × processes / num_generations); got {rows}. Lower one of them, or add data."
         )
 
 

@@ -154,6 +154,7 @@ def describe_counted(counted: Counted, args: PurifiedOPSDConfig) -> str:
         lines.append(f"  tokens in the {whose}: {points}")
     if counted.name == "train_dataset":
         step = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+        step //= args.num_generations
         check_rows(used, step)
         lines.append(f"  {used // step} steps per epoch, of {step} problems each; {used} problems are used")
     return "\n".join(lines)

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from popsd_integrations.huggingface.frozen import AdapterOff, FrozenModel
-from popsd_integrations.huggingface.heads import is_sharded
+from popsd.markers import EpistemicMarkers
+from popsd_integrations.huggingface.distributed import agreed, run_in_forward
+from popsd_integrations.huggingface.forwards import exact_layout
+from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states
+from popsd_integrations.huggingface.groups import facts, within_prompts
+from popsd_integrations.huggingface.heads import held, is_sharded, local_head
 from popsd_integrations.huggingface.invariants import check_model
+from popsd_integrations.huggingface.packing import PACKED, PADDED, Packed, pack_padded
 from popsd_integrations.huggingface.prompts import Prompts
-from popsd_integrations.huggingface.sampling import TOGETHER, exact_grouping
+from popsd_integrations.huggingface.sampling import TOGETHER, exact_grouping, exact_sharing
+from popsd_integrations.trl_trainer.compat import record
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
+from popsd_integrations.trl_trainer.guards import GuardedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +87,18 @@ def copy_of(model: Any, args: PurifiedOPSDConfig) -> Any:
         ) from error
 
 
-def exact_ways(
-    trainer: Any, source: AdapterOff | FrozenModel, prompts: Sequence[Prompts], given: bool
-) -> tuple[str, str]:
-    """The padding side by `check_model` of student and frozen weights, and the grouping of prompts by `exact_grouping`.
+class Ways(NamedTuple):
+    """The padding side by `check_model` of student and frozen weights, the grouping of prompts by `exact_grouping`, the layout
+    of forwards by `exact_layout`, and whether prompts of several completions are run once, by `exact_sharing`."""
+
+    side: str
+    grouping: str
+    layout: str
+    shares: bool
+
+
+def exact_ways(trainer: Any, source: AdapterOff | FrozenModel, prompts: Sequence[Prompts], given: bool) -> Ways:
+    """Ways in which the model is itself.
 
     given: the frozen weights are not the student's own, and may diverge from it. Nothing can be run here of sharded weights;
     left padding is then taken to be exact, which a warning says. Nor can samples of vLLM, which pads nothing.
@@ -95,7 +111,7 @@ def exact_ways(
             "model's distributions: head, padding on the left, causality, dropout and frozen weights are not checked. Call "
             "huggingface.check_model where the model is whole, or look for its architecture in docs/architectures.md."
         )
-        return "left", TOGETHER
+        return Ways("left", TOGETHER, _layout(trainer, [model], prompts), False)
     whole = not any(map(is_sharded, source.model.parameters()))
     side = check_model(model, prompts, source if whole and not given else None, pad_token_id=pad)
     if whole and given:
@@ -107,10 +123,113 @@ def exact_ways(
         )
     questions = [row.question for row in prompts]
     grouping = TOGETHER if trainer.use_vllm else exact_grouping(model, questions, pad)
-    if grouping != TOGETHER and (trainer.is_fsdp_enabled or trainer._zero3):
+    sharding = trainer.is_fsdp_enabled or trainer._zero3
+    if grouping != TOGETHER and sharding:
         raise ValueError(
             f"model: expected an architecture that generates in padded batches under FSDP and ZeRO-3; "
             f"{type(model).__name__} must sample prompts {grouping}, in another number of calls on each process. Train it on "
             "one device or under DDP, or sample with use_vllm."
         )
-    return side, grouping
+    layout = _layout(trainer, [model, source.model] if given or not whole else [model], prompts)
+    several = trainer.args.num_generations > 1 and questions and not (trainer.use_vllm or sharding)
+    return Ways(side, grouping, layout, bool(several) and exact_sharing(model, questions, pad))
+
+
+def _layout(trainer: Any, models: Sequence[nn.Module], prompts: Sequence[Prompts]) -> str:
+    """Of models that are run alike: the student, and frozen weights where they are not its own."""
+    asked, sharding = trainer.args.padding_free, trainer.is_fsdp_enabled or trainer._zero3
+    if any(is_sharded(p) for model in models for p in model.parameters()):
+        if asked:
+            raise ValueError(
+                "padding_free: expected None or False with weights that are sharded already, on which nothing can be run to "
+                "prove that rows do not see each other; got True. Let accelerate shard them, or leave it out."
+            )
+        return PADDED
+    layouts = [exact_layout(model, prompts, padding_free=asked, one_forward=sharding) for model in models]
+    return next((layout for layout in layouts if layout != PACKED), PACKED)
+
+
+_PROMPT_OF = {"base": "prompt", "teacher": "teacher_prompt", "reference": "reference_prompt"}
+"""What TRL's batch calls each context's prompts, in the order of the fields of `Prompts`."""
+
+
+class FrozenTrainer(GuardedTrainer):
+    """TRL's trainer with frozen weights beside the student, and what both run of a micro-batch.
+
+    Its subclass has ``_rows``, ``_markers``, ``_ema``, ``_zero3`` and, of `exact_ways`, ``_side`` and ``_layout``. It adds
+    the tokens that forwards ran to ``_tokens_run``. By the time in which nothing was generated they are logged as
+    ``forwards/tokens_per_second``.
+    """
+
+    _rows: Any
+    _markers: EpistemicMarkers
+    _ema: EMA | None
+    _zero3: bool
+    _own_teacher: bool
+    _side: str
+    _layout: str
+    _tokens_run, _since = 0.0, 0.0
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        self._tokens_run, self._since = 0.0, time.perf_counter()
+        return super().train(*args, **options)
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        now = time.perf_counter()
+        if self.model.training and self._tokens_run > 0:
+            logs["forwards/tokens_per_second"] = self._tokens_run / (now - self._since)
+        self._tokens_run, self._since = 0.0, now
+        super().log(logs, *args, **options)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        began = time.perf_counter()
+        inputs = super()._prepare_inputs(generation_batch)
+        self._since += time.perf_counter() - began
+        return inputs
+
+    def _record_prompts(self, completions: list[list[int]]) -> None:
+        """How the completions of one prompt differ. One process after the other holds rows in the sampler's order."""
+        if self.args.num_generations == 1 or not self.model.training:
+            return
+        local = torch.tensor(facts(completions, self._markers, self.processing_class), device=self.accelerator.device)
+        record(self, within_prompts(self.accelerator.gather(local).tolist(), self.args.num_generations))
+
+    def _checked_model(self, data: Mapping[str, Any]) -> Ways:
+        """What `exact_ways` finds. data: as given; a stream that drops rows would count them here."""
+        built = [prompts for name, dataset in data.items() for prompts in self._rows.first(dataset, name, 2)][:2]
+        self.model.train()  # as it will be
+        return agreed(lambda: exact_ways(self, self._frozen_source(), built, self._own_teacher))
+
+    def _frozen_source(self) -> AdapterOff | FrozenModel:
+        if self.teacher_model is not None:
+            return FrozenModel(self.accelerator.unwrap_model(self.teacher_model))
+        return self._ema or AdapterOff(self.accelerator.unwrap_model(self.model))
+
+    def _packed(self, inputs: dict[str, Any], context: str) -> Packed:
+        """The micro-batch in one context. Its lengths are on the host, so nothing waits for the device."""
+        place = list(_PROMPT_OF).index(context)
+        return pack_padded(
+            *(inputs[f"{name}_{kind}"] for name in (_PROMPT_OF[context], "completion") for kind in ("ids", "mask")),
+            pad_token_id=self.processing_class.pad_token_id,
+            side=self._side,
+            layout=self._layout,
+            lengths=[(row[place], row[-1]) for row in inputs["lengths"]],
+        )
+
+    def _frozen_states(self, student: nn.Module, packed: Mapping[str, Packed], contexts: Sequence[str]) -> FrozenStates:
+        def run(source: Any) -> FrozenStates:
+            options = {"batched": self.args.batched_frozen, "batch_size": self.args.frozen_batch_size}
+            return frozen_states(source, packed, contexts, **options)
+
+        if self.teacher_model is None:
+            return run(self._frozen_source())
+        inner = self.accelerator.unwrap_model(self.teacher_model)
+
+        def run_and_hold() -> FrozenStates:
+            states = run(self._frozen_source())
+            return states._replace(head=held(states.head))
+
+        with torch.no_grad():
+            states = run_in_forward(self.teacher_model, run_and_hold)
+        # FSDP2 may have sharded the head again on leaving, which empties the one that was seen inside.
+        return states if self._zero3 else states._replace(head=local_head(inner))

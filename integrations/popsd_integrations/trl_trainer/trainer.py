@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,11 +20,11 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from popsd_integrations.commandline.options import ANSWER_COLUMN, SOLUTION_COLUMNS, WRONG_COLUMN
-from popsd_integrations.huggingface.distributed import agreed, run_in_forward
-from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states, has_adapter
-from popsd_integrations.huggingface.heads import held, local_head
+from popsd_integrations.huggingface.distributed import run_in_forward
+from popsd_integrations.huggingface.forwards import counting
+from popsd_integrations.huggingface.frozen import EMA, has_adapter
 from popsd_integrations.huggingface.objective import measures_decomposition, needed_contexts, student_loss
-from popsd_integrations.huggingface.packing import Packed, pack_padded, padded, unpad
+from popsd_integrations.huggingface.packing import padded, unpad
 from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts
 from popsd_integrations.huggingface.sampling import check_sampled, only_given_settings, own_randomness
 from popsd_integrations.runs.frozen_weights import FrozenWeightsCallback
@@ -60,8 +59,7 @@ from popsd_integrations.trl_trainer.dataset import (
     tokenizer_of,
     with_other_solutions,
 )
-from popsd_integrations.trl_trainer.frozen import check_models, copy_of, exact_ways, prepare_student
-from popsd_integrations.trl_trainer.guards import GuardedTrainer
+from popsd_integrations.trl_trainer.frozen import FrozenTrainer, check_models, copy_of, prepare_student
 from popsd_integrations.trl_trainer.logs import card
 from popsd_integrations.trl_trainer.logs.console import show_lines
 from popsd_integrations.trl_trainer.logs.recording import record_completions, record_loss
@@ -71,11 +69,8 @@ __all__ = ["PurifiedOPSDConfig", "PurifiedOPSDTrainer"]
 
 logger = logging.getLogger(__name__)
 
-_PROMPT_OF = {"base": "prompt", "teacher": "teacher_prompt", "reference": "reference_prompt"}
-"""What TRL's batch calls each context's prompts, in the order of the fields of `Prompts`."""
 
-
-class PurifiedOPSDTrainer(GuardedTrainer):
+class PurifiedOPSDTrainer(FrozenTrainer):
     """Distil a model into itself on its own completions, towards the purified target or, as a baseline, the teacher.
 
     Args:
@@ -175,22 +170,11 @@ class PurifiedOPSDTrainer(GuardedTrainer):
                 )
             self._ema = EMA(self.model, args.ema_decay)
             self.add_callback(EMACallback(self._ema))
-        self._side, self._grouping = self._checked_model(data)
+        self._side, self._grouping, self._layout, self._shares = self._checked_model(data)
         self.add_callback(FrozenWeightsCallback(self._frozen_source))
         if args.plot_metrics:
             self.add_callback(PlotMetrics())
         self.add_callback(RunFiles(self.model.config._name_or_path, sizes(data), args.evaluate_options()))
-
-    def _checked_model(self, data: Mapping[str, Any]) -> tuple[str, str]:
-        """What `exact_ways` finds. data: as given; a stream that drops rows would count them here."""
-        built = [prompts for name, dataset in data.items() for prompts in self._rows.first(dataset, name, 2)][:2]
-        self.model.train()  # as it will be
-        return agreed(lambda: exact_ways(self, self._frozen_source(), built, self._own_teacher))
-
-    def _frozen_source(self) -> AdapterOff | FrozenModel:
-        if self.teacher_model is not None:
-            return FrozenModel(self.accelerator.unwrap_model(self.teacher_model))
-        return self._ema or AdapterOff(self.accelerator.unwrap_model(self.model))
 
     def create_model_card(self, model_name: str | None = None, *args: Any, **options: Any) -> None:
         super().create_model_card(model_name or Path(self.args.output_dir).name, *args, **options)
@@ -201,7 +185,8 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         self._signature_columns = ["prompt", *SOLUTION_COLUMNS, WRONG_COLUMN, OTHER_COLUMN, ANSWER_COLUMN]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        sampler = super()._get_train_sampler(dataset)
+        sampler, number = super()._get_train_sampler(dataset), self.args.num_generations
+        sampler.mini_repeat_count, sampler.batch_size = number, sampler.batch_size // number
         check_rows(sampler.num_samples, sampler.batch_size)
         return EpochSampler(sampler, lambda: self.state.global_step)
 
@@ -229,6 +214,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         counted = self.args.token_weights(batch["completion_mask"]) != 0
         batch["num_items_in_batch"] = self.accelerator.reduce(counted.sum(), "sum")
         record_completions(self, completions)
+        self._record_prompts(completions)
         return batch
 
     def _judge_completions(
@@ -302,40 +288,13 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         packed = {name: self._packed(inputs, name) for name in dict.fromkeys(("base", *contexts))}
         weights = self.args.token_weights(packed["base"].completion_mask)
         weights[rows_of_data(self, len(weights)) :] = 0
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), counting() as work:
             frozen = self._frozen_states(student, packed, contexts)
             loss, metrics = student_loss(
                 student, self._loss_fn, packed["base"], frozen, mask=weights, num_items=total, decompose=decompose
             )
-        return loss, metrics | {"weight": weights.sum().to(loss.dtype)}
-
-    def _packed(self, inputs: dict[str, Any], context: str) -> Packed:
-        """The micro-batch in one context. Its lengths are on the host, so nothing waits for the device."""
-        place = list(_PROMPT_OF).index(context)
-        return pack_padded(
-            *(inputs[f"{name}_{kind}"] for name in (_PROMPT_OF[context], "completion") for kind in ("ids", "mask")),
-            pad_token_id=self.processing_class.pad_token_id,
-            side=self._side,
-            lengths=[(row[place], row[-1]) for row in inputs["lengths"]],
-        )
-
-    def _frozen_states(self, student: nn.Module, packed: Mapping[str, Packed], contexts: Sequence[str]) -> FrozenStates:
-        def run(source: Any) -> FrozenStates:
-            options = {"batched": self.args.batched_frozen, "batch_size": self.args.frozen_batch_size}
-            return frozen_states(source, packed, contexts, **options)
-
-        if self.teacher_model is None:
-            return run(self._frozen_source())
-        inner = self.accelerator.unwrap_model(self.teacher_model)
-
-        def run_and_hold() -> FrozenStates:
-            states = run(self._frozen_source())
-            return states._replace(head=held(states.head))
-
-        with torch.no_grad():
-            states = run_in_forward(self.teacher_model, run_and_hold)
-        # FSDP2 may have sharded the head again on leaving, which empties the one that was seen inside.
-        return states if self._zero3 else states._replace(head=local_head(inner))
+        run = torch.tensor([work.tokens, work.positions], dtype=loss.dtype).to(loss.device)
+        return loss, metrics | {"weight": weights.sum().to(loss.dtype), "run": run}
 
     def _prompts(self, problem: Problem) -> Prompts:
         prompts = self._rows.prompts(problem, "dataset")

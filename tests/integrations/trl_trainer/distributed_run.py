@@ -80,6 +80,8 @@ def main(engine, kind, folder):
         "gradient_checkpointing": "checkpointed" in kind and processes == 2,
         "masks": {"min_target_entropy": 2.6, "floor": 0.25} if "masked" in kind else None,
     }
+    if "several" in kind:  # the completions of a prompt are on both processes
+        options |= {"num_generations": 4, "padding_free": True, "skip_first_tokens": 0}
     wrapped = []
     if engine == "fsdp2":
         torch.distributed.init_process_group("gloo")

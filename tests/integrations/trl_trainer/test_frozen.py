@@ -11,6 +11,7 @@ pytest.importorskip("trl")
 from peft import LoraConfig
 from trl_helpers import EOS, LORA, PAD, VOCABULARY, build, logs, tiny
 
+from popsd_integrations.huggingface import forwards
 from popsd_integrations.huggingface.frozen import AdapterOff
 from popsd_integrations.miniature.tokenizer import build_tokenizer
 from popsd_integrations.runs.frozen_weights import FROZEN_FILE
@@ -139,8 +140,27 @@ def test_the_trainer_pads_where_check_model_says(tmp_path):
         assert own.tolist() == ids
 
 
+def test_a_step_does_not_depend_on_how_its_rows_are_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(forwards, "_OF_A_FORWARD", 2)
+    found = {}
+    for padding_free in (False, True, None):
+        trainer = build(tmp_path, lora=True, max_steps=2, padding_free=padding_free, per_device_train_batch_size=8)
+        trainer.train()
+        found[trainer._layout] = logs(trainer)
+    shares = {layout: rows[0].pop("forwards/padding_share") for layout, rows in found.items()}
+    assert shares["padded"] > 0.15 and max(shares["packed"], shares["by length"]) < 0.6 * shares["padded"]
+    for step, expected in enumerate(found["padded"]):
+        assert expected["forwards/tokens_per_second"] > 0
+        for name in ("loss", "grad_norm", "target_entropy", "decomposition/cos_total_reference"):
+            for layout in ("packed", "by length"):
+                assert found[layout][step][name] == pytest.approx(expected[name], rel=2e-4), (layout, name)
+
+
 def test_weights_that_are_sharded_are_said_not_to_be_checked(tmp_path, monkeypatch, caplog):
     trainer = build(tmp_path, lora=True)
     monkeypatch.setattr(frozen, "is_sharded", lambda parameter: True)
-    assert trainer._checked_model({}, False) == ("left", "together")
+    assert trainer._checked_model({}, False) == ("left", "together", "padded", False)
     assert "weights of PeftModelForCausalLM are sharded" in caplog.text and "are not checked" in caplog.text
+    trainer.args.padding_free = True
+    with pytest.raises(ValueError, match=r"padding_free: expected None or False with weights that are sharded already"):
+        trainer._checked_model({}, False)

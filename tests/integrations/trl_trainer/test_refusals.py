@@ -20,7 +20,7 @@ from popsd_integrations.trl_trainer.trainer import PurifiedOPSDTrainer, problem_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"generation_kwargs": {"n": 2}}, r"generation_kwargs: expected no 'n'; got 2\. One completion"),
+        ({"generation_kwargs": {"n": 2}}, r"generation_kwargs: expected no 'n'; got 2\. num_generations samples"),
         (
             {"generation_kwargs": '{"num_return_sequences": 2}'},
             r"generation_kwargs: expected no 'num_return_sequences'",

@@ -55,13 +55,15 @@ def record_loss(trainer: Any, metrics: Mapping[str, torch.Tensor]) -> float:
     Returns how many tokens had a part in the loss, or what weight the masks left, on all processes.
     """
     metrics = dict(metrics)
-    local = torch.stack([metrics.pop("tokens"), metrics.pop("weight")])
+    local = torch.cat([torch.stack([metrics.pop("tokens"), metrics.pop("weight")]), metrics.pop("run")])
     of_weight = [name == "kept_share" for name in metrics]
     sums = torch.stack([x * local[int(of)] for x, of in zip(metrics.values(), of_weight, strict=True)])
     # Here and not inside the wrapped forward, where a collective could meet FSDP's in another order on another rank.
     reduced = trainer.accelerator.reduce(torch.cat([sums, local]), "sum")
-    *values, tokens, weight = reduced.tolist()  # the one wait for the device
+    *values, tokens, weight, run, positions = reduced.tolist()  # the one wait for the device
     names = [_RENAMED.get(name, name) for name in metrics]
     counts = [weight if of else tokens for of in of_weight]
     record_means(trainer, dict(zip(names, zip(values, counts, strict=True), strict=True)))
+    record_means(trainer, {"forwards/padding_share": (positions - run, positions)})
+    trainer._tokens_run += run
     return float(values[of_weight.index(True)] if any(of_weight) else tokens)
