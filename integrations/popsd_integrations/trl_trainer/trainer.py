@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,10 +70,9 @@ from popsd_integrations.trl_trainer.frozen import (
 )
 from popsd_integrations.trl_trainer.guards import GuardedTrainer
 from popsd_integrations.trl_trainer.vllm.engine import send_student
+from popsd_integrations.trl_trainer.vllm.lengths import set_max_length
 
 __all__ = ["PurifiedOPSDConfig", "PurifiedOPSDTrainer"]
-
-logger = logging.getLogger(__name__)
 
 _PROMPT_OF = {"base": "prompt", "teacher": "teacher_prompt", "reference": "reference_prompt"}
 """What TRL's batch calls each context's prompts, in the order of the fields of `Prompts`."""
@@ -141,6 +139,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         args = copy.copy(args)  # TRL reads the teacher's options from it, and below they are set
         check_models(model, teacher_model, quantization_config, args)
         processing_class = tokenizer_of(processing_class, model, args)
+        needed = set_max_length(args, data, processing_class) if args.use_vllm else None
         own_teacher = teacher_model is not None
         adapter = peft_config is not None or (not isinstance(model, str) and has_adapter(model))
         if teacher_model is None and not adapter and args.frozen_weights == "initial":
@@ -159,7 +158,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         )
         prepare_student(self.model, fsdp=self.is_fsdp_enabled)
         if args.use_vllm:
-            send_student(self)
+            send_student(self, needed)
         self._zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
         self._loss_fn = args.loss_function(self.processing_class)
         suppress_unused_tokens(self, self._loss_fn.config.vocab_size)
@@ -284,7 +283,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         """transformers' loop, whose loss and metrics are means over the tokens of the whole set, each row counted once.
 
         Of a stream that ends amid a batch the rows that accelerate repeats for other processes are counted again.
-        The random states stay as they are, and every evaluation draws the same numbers; vLLM has its own.
+        The random states stay as they are, and every evaluation draws the same numbers.
         """
         take_eval_means(self)
         with own_randomness(self.args.seed + self.accelerator.process_index):

@@ -148,11 +148,12 @@ class InPlaceOfVLLM:
     """Loads what it is sent into a model of its own, strictly by name, and samples greedily from that."""
 
     def __init__(self, model):
-        self.model, self.syncs, self.sampled = model.eval(), 0, None
+        self.model, self.syncs, self.sampled = model.eval(), 0, []
         runner = SimpleNamespace(model=SimpleNamespace(load_weights=self.load))
         worker = SimpleNamespace(model_runner=runner)
         executor = SimpleNamespace(driver_worker=worker)
-        self.llm_engine = SimpleNamespace(model_executor=executor, model_config=SimpleNamespace(dtype=model.dtype))
+        config = SimpleNamespace(dtype=model.dtype, max_model_len=64, quantization=None)
+        self.llm_engine = SimpleNamespace(model_executor=executor, model_config=config)
 
     @torch.no_grad()
     def load(self, weights):
@@ -165,13 +166,11 @@ class InPlaceOfVLLM:
 
     @torch.no_grad()
     def generate(self, prompts, sampling_params, use_tqdm):
-        self.sampled = sampling_params
+        self.sampled += sampling_params
         outputs = []
-        for prompt in prompts:
+        for prompt, params in zip(prompts, sampling_params, strict=True):
             ids, tokens = list(prompt["prompt_token_ids"]), []
-            while len(tokens) < sampling_params["max_tokens"] and not {*tokens[-1:]} & {
-                *sampling_params["stop_token_ids"]
-            }:
+            while len(tokens) < params.max_tokens and not {*tokens[-1:]} & {*params.stop_token_ids}:
                 tokens.append(int(self.model(input_ids=torch.tensor([ids + tokens])).logits[0, -1].argmax()))
             outputs.append(
                 SimpleNamespace(prompt_token_ids=ids, outputs=[SimpleNamespace(token_ids=tokens, logprobs=None)])
@@ -185,7 +184,7 @@ def vllm(monkeypatch):
     from trl.generation import vllm_generation
 
     def sampling(n=1, max_tokens=16, temperature=1.0, stop_token_ids=(), **others):
-        return {"max_tokens": max_tokens, "stop_token_ids": stop_token_ids, "temperature": temperature}
+        return SimpleNamespace(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=sampling))
     monkeypatch.setattr(vllm_generation, "SamplingParams", sampling, raising=False)
@@ -207,18 +206,29 @@ def test_the_trainer_samples_from_the_student_and_leaves_the_base(lora, vllm, tm
         eval_rows=ROWS,
     )
     llm = trainer.vllm_generation.llm
+    assert trainer.vllm_generation.max_model_length == 4 + 6  # "Q 0 0 A" and a completion
     frozen = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     trainer.train()
-    assert llm.syncs == 4 and llm.sampled["stop_token_ids"] == [EOS]
+    assert llm.syncs == 4 and all(params.stop_token_ids == [EOS] for params in llm.sampled)
+    assert len({params.seed for params in llm.sampled}) == len(llm.sampled) == 16
     assert all(torch.equal(p, frozen[name]) for name, p in trainer.model.named_parameters() if name in frozen)
-    trainer.evaluate()  # at the step of the last checkpoint, with weights that may be those of the best
-    assert llm.syncs == 5
-    student = trainer.model.eval()
-    expected = StudentWeights(student) if lora else student.named_parameters()
-    held = dict(llm.model.named_parameters())
-    assert all(torch.equal(held[name], tensor) for name, tensor in expected)
     logged = [row["vllm_rounding"] for row in trainer.state.log_history if "vllm_rounding" in row]
     assert len(logged) == (4 if lora else 0) and all(0 <= x <= 1.5 for x in logged)
+
+
+def test_the_best_checkpoint_is_sent_when_it_is_loaded(vllm, tmp_path):
+    often = {name: 1 for name in ("eval_steps", "save_steps")} | dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = build(
+        tmp_path, cls=PurifiedOPSDTrainer, lora=True, use_vllm=True, max_steps=2, eval_rows=ROWS[:2], **often, **best
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1") and trainer.state.global_step == 2
+    held = dict(trainer.vllm_generation.llm.model.named_parameters())
+    best = dict(StudentWeights(trainer.model))
+    assert any(not torch.equal(held[name], tensor) for name, tensor in best.items())  # those of step 2
+    trainer.evaluate()
+    assert all(torch.equal(held[name], tensor) for name, tensor in best.items())
 
 
 def test_students_that_cannot_be_sent_are_refused():
