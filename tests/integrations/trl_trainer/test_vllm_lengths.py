@@ -44,7 +44,9 @@ def test_engines_that_would_not_sample_from_the_student_are_refused(tmp_path):
         lengths(tmp_path, vllm_max_model_length=11)
     check_engine(Engine(torch.bfloat16, 12, None), 12)
     check_engine(Engine(torch.bfloat16, 12, None), None)
-    with pytest.raises(ValueError, match=r"expected a server that takes 13 tokens.*; got 12. Start it with --max-model-len"):
+    with pytest.raises(
+        ValueError, match=r"expected a server that takes 13 tokens.*; got 12. Start it with --max-model-len"
+    ):
         check_engine(Engine(torch.bfloat16, 12, None), 13)
     with pytest.raises(ValueError, match=r"expected a server whose weights are not quantised; got 'fp8'"):
         check_engine(Engine(torch.bfloat16, 64, "fp8"), 12)

@@ -1,7 +1,6 @@
 """What vLLM is sent, and that sending moves nothing. A model on the CPU stands in for vLLM; TRL's own code drives it."""
 
 import copy
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +11,8 @@ pytest.importorskip("trl")
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_qwen3
 from trl.generation.vllm_generation import VLLMGeneration
-from trl.trainer import distillation_trainer
 from trl_helpers import EOS, ROWS, build, config, tiny
+from vllm_in_place import put_in_place
 
 from popsd_integrations.trl_trainer.trainer import PurifiedOPSDTrainer
 from popsd_integrations.trl_trainer.vllm.options import check_options, check_sampling
@@ -144,54 +143,9 @@ def test_a_merge_that_fails_leaves_the_model(monkeypatch):
     assert same(bits(model), before)
 
 
-class InPlaceOfVLLM:
-    """Loads what it is sent into a model of its own, strictly by name, and samples greedily from that."""
-
-    def __init__(self, model):
-        self.model, self.syncs, self.sampled = model.eval(), 0, []
-        runner = SimpleNamespace(model=SimpleNamespace(load_weights=self.load))
-        worker = SimpleNamespace(model_runner=runner)
-        executor = SimpleNamespace(driver_worker=worker)
-        config = SimpleNamespace(dtype=model.dtype, max_model_len=64, quantization=None)
-        self.llm_engine = SimpleNamespace(model_executor=executor, model_config=config)
-
-    @torch.no_grad()
-    def load(self, weights):
-        parameters = dict(self.model.named_parameters())
-        for name, tensor in weights:
-            parameters[name].copy_(tensor)
-
-    def reset_prefix_cache(self):
-        self.syncs += 1
-
-    @torch.no_grad()
-    def generate(self, prompts, sampling_params, use_tqdm):
-        self.sampled += sampling_params
-        outputs = []
-        for prompt, params in zip(prompts, sampling_params, strict=True):
-            ids, tokens = list(prompt["prompt_token_ids"]), []
-            while len(tokens) < params.max_tokens and not {*tokens[-1:]} & {*params.stop_token_ids}:
-                tokens.append(int(self.model(input_ids=torch.tensor([ids + tokens])).logits[0, -1].argmax()))
-            outputs.append(
-                SimpleNamespace(prompt_token_ids=ids, outputs=[SimpleNamespace(token_ids=tokens, logprobs=None)])
-            )
-        return outputs
-
-
 @pytest.fixture
 def vllm(monkeypatch):
-    """In place of the package: its trainers find `InPlaceOfVLLM` in ``vllm_generation.llm``."""
-    from trl.generation import vllm_generation
-
-    def sampling(n=1, max_tokens=16, temperature=1.0, stop_token_ids=(), **others):
-        return SimpleNamespace(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
-
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=sampling))
-    monkeypatch.setattr(vllm_generation, "SamplingParams", sampling, raising=False)
-    monkeypatch.setattr(distillation_trainer, "is_vllm_available", lambda: True)
-    monkeypatch.setattr(
-        VLLMGeneration, "_init_vllm", lambda self: setattr(self, "llm", InPlaceOfVLLM(tiny().to(self.model.dtype)))
-    )
+    put_in_place(monkeypatch)
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -217,7 +171,9 @@ def test_the_trainer_samples_from_the_student_and_leaves_the_base(lora, vllm, tm
 
 
 def test_the_best_checkpoint_is_sent_when_it_is_loaded(vllm, tmp_path):
-    often = {name: 1 for name in ("eval_steps", "save_steps")} | dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
+    often = dict.fromkeys(("eval_steps", "save_steps"), 1) | dict.fromkeys(
+        ("eval_strategy", "save_strategy"), "steps"
+    )
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     trainer = build(
         tmp_path, cls=PurifiedOPSDTrainer, lora=True, use_vllm=True, max_steps=2, eval_rows=ROWS[:2], **often, **best

@@ -22,8 +22,8 @@ def send_student(trainer: Any, needed: int | None) -> None:
 
     needed: the longest question and completion together, in tokens, where it is known.
     TRL's ``sync_weights`` stays, in both modes: waking, announcing, loading, the prefix cache. It takes its tensors from
-    ``_iter_named_params``, which is replaced on the instance. In training ``vllm_rounding`` is logged, which is
-    `StudentWeights.rounding`. Without an adapter TRL merges nothing, and its own walk stays.
+    ``_iter_named_params``, which is replaced on the instance, but under FSDP1, where its own walk stays. In training of an
+    adapter ``vllm_rounding`` is logged, which is `StudentWeights.rounding`.
     Completions end at the tokens at which the trainer cuts them, and each has its seed. Weights are sent anew wherever
     ``train`` begins or ends.
     Raises ValueError for weights that cannot be sent exactly, for sampling options that vLLM has not, and for a server
@@ -38,14 +38,14 @@ def send_student(trainer: Any, needed: int | None) -> None:
     seed_each(generation)
     generation.generation_kwargs = generation.generation_kwargs | {"stop_token_ids": ends_of(trainer)}
     trainer.add_callback(SendAnew(trainer))
-    if not has_adapter(trainer.model):
+    if parallel.fsdp_version == 1:
         return
     device = trainer.accelerator.device if parallel.is_fsdp else None
     weights = StudentWeights(generation.model, parallel.gather_params, device, engine.dtype)
 
     def named() -> Iterator[tuple[str, torch.Tensor]]:
         yield from weights
-        if trainer.model.training:
+        if trainer.model.training and has_adapter(trainer.model):
             record(trainer, {"vllm_rounding": weights.rounding})
 
     generation._iter_named_params = named
