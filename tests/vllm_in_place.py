@@ -1,5 +1,6 @@
 """A model on the CPU in place of vLLM, for the trainer's tests: TRL's own code drives it."""
 
+import copy
 import sys
 from types import SimpleNamespace
 
@@ -49,10 +50,10 @@ def put_in_place(patch):
     def sampling(n=1, max_tokens=16, temperature=1.0, stop_token_ids=(), **others):
         return SimpleNamespace(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
 
+    model = tiny()  # built here, where DeepSpeed does not yet partition what is built
+
     def load(generation):
-        generation.llm = InPlaceOfVLLM(
-            tiny(tied=generation.model.config.tie_word_embeddings).to(generation.model.dtype)
-        )
+        generation.llm = InPlaceOfVLLM(copy.deepcopy(model).to(generation.model.dtype))
 
     patch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=sampling))
     patch.setattr(vllm_generation, "SamplingParams", sampling, raising=False)

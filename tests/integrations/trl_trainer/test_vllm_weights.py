@@ -171,9 +171,7 @@ def test_the_trainer_samples_from_the_student_and_leaves_the_base(lora, vllm, tm
 
 
 def test_the_best_checkpoint_is_sent_when_it_is_loaded(vllm, tmp_path):
-    often = dict.fromkeys(("eval_steps", "save_steps"), 1) | dict.fromkeys(
-        ("eval_strategy", "save_strategy"), "steps"
-    )
+    often = dict.fromkeys(("eval_steps", "save_steps"), 1) | dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     trainer = build(
         tmp_path, cls=PurifiedOPSDTrainer, lora=True, use_vllm=True, max_steps=2, eval_rows=ROWS[:2], **often, **best
