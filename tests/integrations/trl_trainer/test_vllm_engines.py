@@ -102,6 +102,11 @@ def free_port():
         return found.getsockname()[1]
 
 
+def environment(**variables):
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
+
+
 @pytest.fixture(scope="module")
 def server(on_cpu, model, tmp_path_factory):
     """The options that name a server, which runs until the last test."""
@@ -109,10 +114,8 @@ def server(on_cpu, model, tmp_path_factory):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--worker-extension-cls", "vllm_on_cpu.Extension", "--max-model-len", "64"]
     command += ["--weight-transfer-config", '{"backend": "nccl"}', "--enforce-eager"]
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(paths)}
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(command, env=environment(VLLM_SERVER_DEV_MODE="1"), stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + STARTS
         while not answers(port):
@@ -151,24 +154,26 @@ class Noting(PurifiedOPSDTrainer):
         return completions
 
 
-def trainer_of(model, folder, greedy=False, **options):
+def trainer_of(model, folder, cls=Noting, **options):
     if "vllm_mode" in options:
         options["vllm_group_port"] = free_port()  # a process keeps the one that it opened
-    trainer = Noting(
+    return cls(
         model=str(model),
         args=config(folder, use_vllm=True, model_init_kwargs={"dtype": torch.bfloat16}, **options),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=build_tokenizer(),
         peft_config=LORA,
     )
-    trainer.greedy = greedy
-    return trainer
+
+
+class Greedy(Noting):
+    greedy = True
 
 
 @pytest.mark.parametrize(("mode", "options"), [("colocate", {"vllm_enable_sleep_mode": True}), ("server", {})])
 def test_vllm_samples_from_the_student_and_the_base_stays(mode, options, model, request, tmp_path):
     options = options | request.getfixturevalue(mode)
-    trainer = trainer_of(model, tmp_path, greedy=True, max_steps=20, **options)
+    trainer = trainer_of(model, tmp_path, cls=Greedy, max_steps=20, **options)
     frozen = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     trainer.train()
     assert all(torch.equal(p, frozen[name]) for name, p in trainer.model.named_parameters() if name in frozen)
@@ -176,6 +181,15 @@ def test_vllm_samples_from_the_student_and_the_base_stays(mode, options, model, 
     assert len(trainer.below) > 100 and max(trainer.below) < 2**-5
     assert sum(x == 0 for x in trainer.below) > 0.9 * len(trainer.below)
     assert any(row.get("vllm_rounding", 0) > 0 for row in trainer.state.log_history)
+
+
+def test_two_processes_share_an_engine(on_cpu, model, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += [str(Path(__file__).with_name("vllm_ranks.py")), str(model), str(tmp_path)]
+    run = subprocess.run(
+        command, env=environment(ACCELERATE_USE_CPU="1"), capture_output=True, text=True, timeout=STARTS
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
 
 
 class Killed(TrainerCallback):
