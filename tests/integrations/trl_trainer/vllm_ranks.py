@@ -2,15 +2,20 @@
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 import vllm_on_cpu  # noqa: F401
 from test_vllm_engines import Noting, trainer_of
 from vllm import LLM
+from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
 from popsd_integrations.huggingface.distributed import everyones
 
-real_barrier, real_generate = torch.distributed.barrier, LLM.generate
+RUN = os.environ["TORCHELASTIC_RUN_ID"]
+real_name, real_barrier, real_generate = _CPUSHMDistributed.make_group_name, torch.distributed.barrier, LLM.generate
+# Under torchrun vLLM's shared memory has the same name in every run, and stays behind.
+_CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"{RUN}{real_name(communicator)}")
 torch.distributed.barrier = lambda *args, device_ids=None, **options: real_barrier(*args, **options)  # gloo has none
 
 
@@ -45,6 +50,8 @@ def main(model, folder):
     assert len(greedy) >= 4 and max(greedy) < 2**-5, max(greedy)
     assert all(torch.equal(p, frozen[name]) for name, p in trainer.model.named_parameters() if name in frozen)
     real_barrier()
+    for left in Path("/dev/shm").glob(f"{RUN}*"):
+        left.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,7 @@ def _of_engine(generation: Any) -> Any:
 
     def seeded(prompts: list[Any], sampling_params: Any, **options: Any) -> Any:
         seeds = _drawn(len(prompts))
-        if (
-            generation.tensor_parallel_size > 1
-        ):  # its processes have gathered their prompts, and sample all of them alike
+        if generation.tensor_parallel_size > 1:  # these processes sample all of their prompts alike
             torch.distributed.broadcast_object_list(seeds, group=generation.tp_group, group_src=0)
         each = []
         for seed in seeds:
