@@ -15,7 +15,7 @@ from popsd_integrations.huggingface.distributed import everyones
 RUN = os.environ["TORCHELASTIC_RUN_ID"]
 real_name, real_barrier, real_generate = _CPUSHMDistributed.make_group_name, torch.distributed.barrier, LLM.generate
 # Under torchrun vLLM's shared memory has the same name in every run, and stays behind.
-_CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"{RUN}{real_name(communicator)}")
+_CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: RUN + real_name(communicator).lstrip("/"))
 torch.distributed.barrier = lambda *args, device_ids=None, **options: real_barrier(*args, **options)  # gloo has none
 
 
