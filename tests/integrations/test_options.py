@@ -14,7 +14,7 @@ TRAINER = "integrations/trl_trainer"
 EVALUATE, GIVEN = "integrations/evaluate/test_command.py", "integrations/evaluate/test_given.py"
 SHOWN = {
     "train": {
-        f"{TRAINER}/test_generations.py::test_a_step_takes_all_completions_of_its_prompts_and_a_run_resumes_to_the_same": "num_generations",
+        f"{TRAINER}/test_generations.py::test_a_step_takes_all_completions_of_its_prompts_and_runs_resume": "num_generations",
         f"{TRAINER}/test_frozen.py::test_a_step_does_not_depend_on_how_its_rows_are_run": "padding_free",
         f"{TRAINER}/test_command.py::test_bad_flags_are_an_exit_status_and_a_message": "prompt_column device dry_run",
         f"{TRAINER}/test_command.py::test_a_wrong_hint_comes_from_a_column_and_joins_the_dry_run": "wrong_solution_column",

@@ -199,6 +199,10 @@ class ContextBuilder:
             "cut. Raise max_prompt_length, or set on_overflow to 'truncate' (cuts the solution) or 'drop'."
         )
 
+    def question(self, problem: Problem) -> list[int]:
+        """What the student reads, of a problem that nothing has checked. Its solution is not looked at."""
+        return self._encode(self.config.question_template, problem, self.config.student_kwargs)
+
     def build_all(self, problems: Sequence[Problem]) -> list[Prompts]:
         """The prompts of all problems but the dropped ones, each with another one's solution where the contexts need that.
 

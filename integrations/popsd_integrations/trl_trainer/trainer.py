@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -64,10 +63,9 @@ from popsd_integrations.trl_trainer.logs import card
 from popsd_integrations.trl_trainer.logs.console import show_lines
 from popsd_integrations.trl_trainer.logs.recording import record_completions, record_loss
 from popsd_integrations.trl_trainer.vllm.engine import send_student
+from popsd_integrations.trl_trainer.vllm.lengths import set_max_length
 
 __all__ = ["PurifiedOPSDConfig", "PurifiedOPSDTrainer"]
-
-logger = logging.getLogger(__name__)
 
 
 class PurifiedOPSDTrainer(FrozenTrainer):
@@ -129,6 +127,7 @@ class PurifiedOPSDTrainer(FrozenTrainer):
         check_models(model, teacher_model, quantization_config, args)
         processing_class = tokenizer_of(processing_class, model, args)
         self._name, self._paper = card.method(args.loss_target)
+        needed = set_max_length(args, data, processing_class) if args.use_vllm else None
         self._own_teacher = teacher_model is not None
         adapter = peft_config is not None or (not isinstance(model, str) and has_adapter(model))
         if teacher_model is None and not adapter and args.frozen_weights == "initial":
@@ -148,7 +147,7 @@ class PurifiedOPSDTrainer(FrozenTrainer):
         show_lines(self)
         prepare_student(self.model, fsdp=self.is_fsdp_enabled)
         if args.use_vllm:
-            send_student(self)
+            send_student(self, needed)
         self._zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
         self._loss_fn = args.loss_function(self.processing_class)
         suppress_unused_tokens(self, self._loss_fn.config.vocab_size)
@@ -266,7 +265,7 @@ class PurifiedOPSDTrainer(FrozenTrainer):
         """transformers' loop, whose loss and metrics are means over the tokens of the whole set, each row counted once.
 
         Of a stream that ends amid a batch the rows that accelerate repeats for other processes are counted again.
-        The random states stay as they are, and every evaluation draws the same numbers; vLLM has its own.
+        The random states stay as they are, and every evaluation draws the same numbers.
         """
         take_eval_means(self)
         with own_randomness(self.args.seed + self.accelerator.process_index):

@@ -3,7 +3,8 @@
 full: a copy of the initial weights; apart: the head untied and sharded by itself; teacher: the frozen weights sharded too;
 path: loaded from files, which ZeRO-3 partitions as it loads; masked: with token masks, under which a trained head is needed
 again in backward; several: four completions of each prompt, packed; accumulated, checkpointed: on the two processes alone;
-evaluated: between the steps, on seven rows, of which the last batch of two processes repeats one.
+evaluated: between the steps, on seven rows, of which the last batch of two processes repeats one; vllm: sampled greedily by
+what is sent to a model in place of vLLM on each process, which two processes must send as one does.
 """
 
 import importlib.util
@@ -61,7 +62,10 @@ def one_process(tmp_path_factory):
         ("ddp", "full-evaluated"),
         pytest.param("ddp", "lora", marks=pytest.mark.slow),
         pytest.param("ddp", "lora-several", marks=pytest.mark.slow),
+        pytest.param("ddp", "lora-vllm", marks=pytest.mark.slow),
         pytest.param("fsdp2", "full", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "lora-vllm", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "full-vllm", marks=pytest.mark.slow),
         pytest.param("fsdp2", "lora", marks=pytest.mark.slow),
         pytest.param("fsdp2", "full-apart", marks=pytest.mark.slow),
         pytest.param("fsdp2", "lora-apart", marks=pytest.mark.slow),
@@ -72,6 +76,8 @@ def one_process(tmp_path_factory):
                 ("zero2", "full"),
                 ("zero2", "lora"),
                 ("zero3", "full-path"),
+                ("zero3", "lora-vllm"),
+                ("zero3", "full-vllm"),
                 ("zero3", "full-apart-masked-accumulated"),
                 ("zero3", "lora-evaluated"),
                 ("zero3", "lora-apart-checkpointed-accumulated"),
@@ -90,5 +96,6 @@ def test_two_processes_are_one(engine, kind, one_process, tmp_path):
         assert {(row["prompts/distinct"], row["prompts/length_std"]) for row in found["logs"]} == {(0.25, 0)}
     assert found["judged"] == expected["judged"] and len(found["judged"]) == len(found["eval"]) * 7 * 2
     assert all(row["eval_accuracy"] == row["eval_accuracy_greedy"] == 3 / 7 for row in found["eval"])
+    assert found["held"] == pytest.approx(expected["held"], rel=1e-5) and bool(found["held"]) == ("vllm" in kind)
     assert found["norm"] == pytest.approx(expected["norm"], rel=1e-5)
     assert expected["logs"][0]["loss"] > 0.005 and expected["logs"][0]["grad_norm"] > 0.01

@@ -25,7 +25,7 @@ class Watched(PurifiedOPSDTrainer):
             hook.remove()
 
 
-def test_a_step_takes_all_completions_of_its_prompts_and_a_run_resumes_to_the_same(tmp_path):
+def test_a_step_takes_all_completions_of_its_prompts_and_runs_resume(tmp_path):
     options = {"num_generations": 2, "max_steps": 4, "shuffle_dataset": True, "save_strategy": "steps", "save_steps": 2}
     whole = build(tmp_path / "whole", cls=Watched, **options)
     whole.train()
