@@ -17,10 +17,11 @@ import torch
 import popsd
 from popsd import oracle
 from popsd.testing import relative_l2
+from popsd_benchmarks.cases import SHAPES, Case
 from popsd_benchmarks.measure import Effort, measure
-from popsd_benchmarks.problems import SHAPES, Problem, make_problem
+from popsd_benchmarks.problems import Problem, make_problem
 from popsd_benchmarks.providers.ours import Popsd
-from popsd_benchmarks.results import Case, Results, describe
+from popsd_benchmarks.results import Results, describe
 
 TARGETS = {"decompose=True": 1.3, "decompose='gram'": 1.05}
 WAYS: dict[str, dict[str, Any]] = {

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from popsd_benchmarks import suite
+from popsd_benchmarks.cases import Case
 from popsd_benchmarks.command import Progress
 from popsd_benchmarks.measure import FIRST_STEP, Effort, UnusableError, described, failure
 from popsd_benchmarks.providers import Provider
-from popsd_benchmarks.results import FINISHED, Case, Results
+from popsd_benchmarks.results import FINISHED, Results
 
 UNUSABLE = 3
 """Exit status of a part whose process a CUDA failure has made unusable."""

@@ -7,11 +7,11 @@ import torch
 
 import popsd
 from popsd_benchmarks.accuracy import GRADIENT, LOSS, Judge
-from popsd_benchmarks.problems import SHAPES, make_problem, matmuls, operations
-from popsd_benchmarks.providers import FLOOR, PROVIDERS
+from popsd_benchmarks.cases import FLOOR, SHAPES, Case, Shape, matmuls, operations
+from popsd_benchmarks.problems import make_problem
+from popsd_benchmarks.providers import PROVIDERS
 from popsd_benchmarks.providers.base import Provider, missing
 from popsd_benchmarks.providers.ours import Popsd
-from popsd_benchmarks.results import Case, Shape
 
 SHAPE = Shape(name="test", tokens=17, vocab=257, width=24)
 JUDGED = [p for p in PROVIDERS.values() if p.computes_loss and not p.compiles]

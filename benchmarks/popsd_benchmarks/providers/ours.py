@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 import popsd
+from popsd_benchmarks.cases import Case
 from popsd_benchmarks.problems import Problem
 from popsd_benchmarks.providers.base import Provider, Step, missing
-from popsd_benchmarks.results import Case
 
 
 @dataclass(frozen=True, kw_only=True)
