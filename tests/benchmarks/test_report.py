@@ -9,7 +9,7 @@ import pytest
 from popsd_benchmarks.cases import FLOOR, SHAPES, Case
 from popsd_benchmarks.providers import PROVIDERS
 from popsd_benchmarks.report import goals, page, plots, tables
-from popsd_benchmarks.results import Cell, Results, Rounds
+from popsd_benchmarks.results import Cell, Results, Rounds, load
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "benchmarks" / "RESULTS.md"
@@ -99,6 +99,49 @@ def test_a_remark_stands_once():
         "popsd-torch, eager, trl: busy",
         "eager: compiled",
     ]
+
+
+def test_other_processes_are_named():
+    cells = [timed("popsd-torch", 1.0, others=0.38), timed("eager", 2.0, others=0.02)]
+    assert tables.disturbance(cells) == "other processes had 38% of the processors meanwhile"
+    assert tables.disturbance(cells[1:]) == tables.disturbance([]) == ""
+    assert tables.case_table(CPU, cells).notes == [f"popsd-torch: {tables.disturbance(cells)}"]
+    assert "held 38% of the GPU's memory" in tables.disturbance([timed("popsd-triton", 1.0, GPU, others=0.38)])
+
+
+def test_a_picture_says_what_its_table_says_and_where_it_was_measured(results):
+    pytest.importorskip("matplotlib")
+    figure, axes, title, cells = plots.figures(results)["table-purified-frozen-float32"]()
+    shown = [text.get_text() for text in figure.axes[0].texts]
+    table = {row[0].split()[0]: row for row in tables.case_table(CPU, the_table()).rows}
+    for cell in cells:
+        text = next(x for x in shown if x.startswith(tables.significant(tables.milliseconds(cell))))
+        ratio = table[cell.provider][2]
+        assert table[cell.provider][1].startswith(text.split()[0]) and (
+            cell.provider == "popsd-torch" or f"{ratio}×" in text
+        )
+    (bars,) = (x for x in figure.axes[0].containers if hasattr(x, "errorbar") and x.errorbar)
+    (whiskers,) = (line.get_segments() for line in bars.errorbar[2])
+    assert [x[0][0] for x in whiskers] == pytest.approx(
+        [1e3 * c.seconds.low for c in sorted(cells, key=tables.milliseconds, reverse=True)]
+    )
+    cells = [replace(cell, others=0.5) for cell in cells]
+    plots._finish(figure, axes, title, cells, META, Path("/dev/null"))
+    words = " ".join(figure._supxlabel.get_text().split())
+    for expected in (
+        "Some CPU, 2 cores, 2 threads",
+        "torch 2.13.0",
+        "abc123",
+        "medians of 3 rounds",
+        "other processes had 50%",
+    ):
+        assert expected in words
+
+
+def test_results_hold_nothing_but_what_was_measured_of_what_there_is():
+    for path in FILES:
+        assert {cell.provider for cell in load(path).cells} <= PROVIDERS.keys()
+        assert not any("estimate" in cell.note for cell in load(path).cells)
 
 
 def test_a_trained_head_has_another_column():

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from popsd_benchmarks import others, suite
 from popsd_benchmarks import results as results_module
-from popsd_benchmarks import suite
 from popsd_benchmarks.cases import SHAPES, Case, operations
 from popsd_benchmarks.measure import FIRST_STEP, Effort, UnusableError, add_kernels, failure, in_turns, measure
 from popsd_benchmarks.providers import PROVIDERS
@@ -284,3 +284,21 @@ def test_scaling_moves_one_dimension_over_the_range_asked_for():
 def test_command_is_recorded_without_this_machines_folders(monkeypatch):
     monkeypatch.setattr("sys.orig_argv", ["x", "/home/me/run.py", "--out=/tmp/a/b.json", "runs/bench", "/tmp/c/"])
     assert results_module._command() == "python run.py --out=b.json runs/bench "
+
+
+def test_what_other_processes_took_is_counted(monkeypatch):
+    """A second of two processors, of which this process used .4 and others .6 and then 1.6."""
+    clock = iter([(10.0, 100.0, 200.0), (10.4, 101.0, 202.0), (10.4, 102.0, 202.0), (10.0, 100.0, 200.1)])
+    monkeypatch.setattr(others, "_seconds", lambda: next(clock))
+    watched = others.Others("cpu")
+    assert watched.share() == pytest.approx(0.3) and watched.share() == pytest.approx(0.8)
+    assert watched.share() is None, "too short to say"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 * 2**30, 16 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 * 2**30)
+    monkeypatch.setattr(others, "_seconds", lambda: (0.0, 0.0, 0.0))
+    assert others.Others("cuda").share() == pytest.approx(4 / 16)
+
+
+def test_the_systems_clock_is_read():
+    own, busy, time = others._seconds()
+    assert 0 < own < busy <= time

@@ -230,6 +230,20 @@ def test_bench_lists_the_valid_names_for_an_unknown_one(suite, tmp_path, capsys,
     assert suite == [] and not (tmp_path / "out").exists()
 
 
+def test_help_and_errors_of_bench_need_no_torch():
+    """Nor would one import it in vain: what cannot be is refused first."""
+    code = "import sys; from popsd_integrations import cli\ntry: cli.main(['bench', *sys.argv[1:]])\n"
+    code += "finally: assert 'torch' not in sys.modules"
+    for arguments, status, message in (
+        (["--help"], 0, "--seconds"),
+        (["--seconds", "0"], 2, "argument --seconds: expected more than 0; got 0"),
+        (["--providers", "liger"], 2, "invalid choice: 'liger'"),
+        (["--provider", "mine:"], 2, "or module:Class"),
+    ):
+        ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        assert ended.returncode == status and message in ended.stdout + ended.stderr, ended
+
+
 def test_bench_refuses_a_gpu_that_is_not_there(tmp_path, capsys):
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
