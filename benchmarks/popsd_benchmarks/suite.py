@@ -63,7 +63,7 @@ def run(
     Raises ValueError for an unknown name, for ``out`` not a results file, and for one of another device or other versions.
     """
     given = None if providers is None else [name for name in providers if ":" not in name]
-    own_ones = [own(name) for name in providers or () if ":" in name]
+    own_ones = [provider for name in providers or () if ":" in name for provider in own(name)]
     valid = {"parts": (parts, PARTS), "shapes": (shapes, SHAPES), "providers": (given, PROVIDERS)}
     for argument, (names, known) in (valid | {"device": ([device], OURS)}).items():
         if unknown := [name for name in names or () if name not in known]:

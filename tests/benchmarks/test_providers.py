@@ -13,7 +13,7 @@ from popsd_benchmarks.memory import peak_on_cpu
 from popsd_benchmarks.problems import make_problem
 from popsd_benchmarks.providers import PROVIDERS, own
 from popsd_benchmarks.providers.base import Provider, missing
-from popsd_benchmarks.providers.ours import Popsd
+from popsd_benchmarks.providers.ours import DIAGNOSTICS, Popsd
 
 SHAPE = Shape(name="test", tokens=17, vocab=257, width=24)
 JUDGED = [p for p in PROVIDERS.values() if p.computes_loss and not p.compiles]
@@ -155,7 +155,7 @@ class Two:
         log_p, log_q = ((x @ weight.T).log_softmax(-1) for x in (hidden.student, hidden.teacher))
         return (log_q.exp() * (log_q - log_p)).sum()
 
-ready, number = PROVIDERS["eager"], 3
+ready, both, number = PROVIDERS["eager"], [PROVIDERS["eager"], PROVIDERS["trl"]], 3
 """
 
 
@@ -163,14 +163,14 @@ def test_a_provider_of_ones_own_is_judged_and_its_memory_measured(tmp_path, monk
     (tmp_path / "my_losses.py").write_text(OWN)
     monkeypatch.setattr("sys.path", sys.path[:])
     monkeypatch.chdir(tmp_path)
-    mine = own("my_losses:Two")
+    (mine,) = own("my_losses:Two")
     case = Case(loss="two", shape=SHAPE, beta=0.0)
     problem = make_problem(case)
     assert Judge(problem).complaint(mine, Judge(problem).errors(mine, mine.prepare(problem)())) is None
     assert mine.name == "my_losses:Two" and mine.remark(case) == "of one's own"
     assert mine.supports(replace(case, loss="purified")) == "has no loss over four distributions"
     assert peak_on_cpu(mine, replace(case, shape=replace(SHAPE, tokens=256, vocab=8192))) > 8, "one [N, V] at least"
-    assert own("my_losses:ready") is PROVIDERS["eager"]
+    assert own("my_losses:ready") == [PROVIDERS["eager"]] and own("my_losses:both")[1] is PROVIDERS["trl"]
     for name, why in (("my_losses:No", "no attribute 'No'"), ("no_such:X", "No module"), ("my_losses:number", "int")):
         with pytest.raises(ValueError, match=f"provider: expected .*got '{name}'.*{why}"):
             own(name)
@@ -181,3 +181,9 @@ def test_eager_code_keeps_few_intermediates():
     """Eight [N, V] at once is what it says of itself; with every intermediate kept there were fourteen."""
     shape = replace(SHAPE, tokens=128, vocab=16384)
     assert peak_on_cpu(PROVIDERS["eager"], Case(loss="two", shape=shape)) < 9.5 * 128 * 16384 * 4 / 2**20
+
+
+@pytest.mark.parametrize("provider", DIAGNOSTICS, ids=lambda p: p.name)
+def test_every_diagnostic_is_a_step_that_can_be_timed(provider):
+    step = provider.prepare(make_problem(Case(loss="purified", shape=SHAPE)))
+    assert step().shape == (SHAPE.tokens,) and provider.supports(Case(loss="two", shape=SHAPE)) is not None
