@@ -66,7 +66,7 @@ class Bench:
         """The case's cells, as `popsd bench` makes them."""
         if self.dry:
             effort = replace(effort, rounds=min(effort.rounds, 1), peak=False, compilers=False)
-        options = {"out": self.path, "skip_failed": self.skip_failed}
+        options = {"out": self.path, "skip_failed": self.skip_failed, "whole": False}
         suite.run_items([suite.Item(part, case, effort)], providers, self.results, progress=Progress(), **options)
 
 

@@ -94,16 +94,18 @@ def run_items(
     progress: Progress | None = None,
     seconds: float | None = None,
     skip_failed: bool = False,
+    whole: bool = True,
 ) -> None:
     """Measures what ``results`` lacks of these cases.
 
     out: written after every cell, and after every round of one. progress: called after every cell, and before the first ones'
     rounds, with (cells done, cells planned, the cell). seconds: shared out as rounds among the cases that are timed; when
-    they are over no other case is started. skip_failed: failed cells stay as they are. Raises
-    `popsd_benchmarks.measure.UnusableError`.
+    they are over no other case is started. skip_failed: failed cells stay as they are. whole: a case that lacks a time is
+    measured again with all who have one, since times are compared; False: what is missing alone, where a part of a run on a GPU
+    has seconds only. Raises `popsd_benchmarks.measure.UnusableError`.
     """
     start, done = time.perf_counter(), 0
-    plan = [(item, _to_measure(results, item, providers, skip_failed)) for item in work]
+    plan = [(item, _to_measure(results, item, providers, skip_failed, whole)) for item in work]
     plan = [(item, beside) for item, beside in plan if beside]
     planned = sum(len(beside) for _, beside in plan)
 
@@ -122,7 +124,9 @@ def run_items(
             shares = sum(1.0 if item.effort.rounds else UNTIMED for item, _ in plan[number:])
             item = item.shared(left / shares)
         names = {provider.name: provider for provider in beside}
-        if item.effort.rounds:  # one of another run, that cannot be measured again, would be compared with this one's
+        if (
+            item.effort.rounds and whole
+        ):  # one of another run, that cannot be measured again, would be compared with this one's
             here = (item.part, item.case)
             results.cells = [
                 c for c in results.cells if c.provider in names or not c.seconds or here != (c.part, c.case)
@@ -136,10 +140,12 @@ def run_items(
                 progress(done, planned, cell)
 
 
-def _to_measure(results: Results, item: Item, providers: Sequence[Provider], skip_failed: bool) -> list[Provider]:
-    """Nobody where all is known. Times are compared, so those of a case come from one run: that of all who have one."""
+def _to_measure(
+    results: Results, item: Item, providers: Sequence[Provider], skip_failed: bool, whole: bool
+) -> list[Provider]:
+    """Nobody where all is known."""
     missing = [provider for provider in providers if _is_missing(results, item, provider, skip_failed)]
-    if not (missing and item.effort.rounds):
+    if not (missing and item.effort.rounds and whole):
         return missing
     known = {cell.provider: cell for cell in results.cells if (cell.part, cell.case) == (item.part, item.case)}
     timed = [name for name, cell in known.items() if cell.seconds]

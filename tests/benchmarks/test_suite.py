@@ -188,6 +188,9 @@ def test_times_of_another_run_are_measured_again_or_go():
     suite.run_items([item], [OURS, FLOOR, Broken(ZeroDivisionError())], results)
     assert {cell.provider for cell in results.cells} == {OURS.name, FLOOR.name, "eager", "broken"}
     assert {cell.seconds.count for cell in results.cells if cell.seconds} == {2}
+    before = {cell.provider: cell.seconds for cell in results.cells}
+    suite.run_items([item], [OURS, FLOOR, mine], results, whole=False)
+    assert {c.provider: c.seconds for c in results.cells if c.provider != "mine"} == before and len(results.cells) == 5
     accuracy = suite.Item("accuracy", CASE, Effort(rounds=0))
     suite.run_items([accuracy], [OURS], results)
     seen = []
