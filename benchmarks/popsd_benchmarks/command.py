@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse_options(arguments)
     folder: Path = options.output_dir
     progress = Progress(folder / "results.json")
-    progress.say("PyTorch and popsd are imported")
+    progress.say("importing PyTorch")
     import torch
 
     from popsd_benchmarks.suite import run
