@@ -63,7 +63,7 @@ AT_ONCE |= {
     for command, names in OLD_NAMES.items()
     for old, _, new in (name.partition("=") for name in names.split())
 }
-HELP = ["", "train", "diagnose", "init", "evaluate", "demo", "compare", "doctor", "examples"]
+HELP = ["", "train", "diagnose", "init", "evaluate", "demo", "compare", "doctor", "examples", "bench"]
 SCRIPT = f"""
 import contextlib, io, sys
 from popsd_integrations import cli
