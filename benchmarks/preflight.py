@@ -1,7 +1,6 @@
 """Does the pre-flight check predict what training does? The miniature in four styles of data, and masks where it fails.
 
     python benchmarks/preflight.py [--seeds 0 1 --cases plain --output-dir runs/preflight]
-    python benchmarks/preflight.py --outcomes runs/preflight/rows.json      # measure again, train nothing
 
 For each case: warm up, diagnose the base model (`popsd diagnose`), then train on the purified target for 50 steps, and set
 the change of the markers' probability beside the markers before and after. Two tables go to stdout and to table.md: the
@@ -67,8 +66,8 @@ MEASURES = ("mass_moved", "target_base_kl", "reference_fraction", "weighted_refe
 """Of `Diagnosis.means`, beside the markers' change under the target and under the teacher."""
 
 
-def run(style: str, masks: str, seeds: list[int], folder: Path, known: dict[str, Any] | None) -> dict[str, Any]:
-    """One case. The miniature's data are written in this style meanwhile. known: what training did, if it did before."""
+def run(style: str, masks: str, seeds: list[int], folder: Path) -> dict[str, Any]:
+    """One case. The miniature's data are written in this style meanwhile."""
     config, of, write = ExperimentConfig(loss=PurifiedConfig(**MASKS[masks])), STYLES[style], task.write_completion
     terse = {name: task.STYLES[name]._replace(terse=getattr(of, name)) for name in ("teacher", "reference")}
     written = write if of.token else lambda *a: [token for token in write(*a) if token != TOKEN_ID["SO"]]
@@ -85,17 +84,11 @@ def run(style: str, masks: str, seeds: list[int], folder: Path, known: dict[str,
         )
         found = diagnose(model, tokenizer, prompts, options, generate=sample, progress=False)
         before = evaluate(model, test)
-        if known is None:
-            ends = [distil(config, "purified", seed, folder / f"{name}-{seed}", cache)[-1] for seed in seeds]
-            known = {
-                "markers": [before.markers, *(end["eval/markers"] for end in ends)],
-                "accuracy": [before.accuracy, *(end["eval/accuracy"] for end in ends)],
-            }
-        elif abs(known["accuracy"][0] - before.accuracy) > 1e-3:
-            raise ValueError(
-                f"--outcomes: expected those of this warm-up, {before.accuracy:.3f}; got {known['accuracy'][0]}."
-            )
-    growth = _after(known["markers"])
+        ends = [distil(config, "purified", seed, folder / f"{name}-{seed}", cache)[-1] for seed in seeds]
+    outcome = {
+        name: [getattr(before, name), *(end[f"eval/{name}"] for end in ends)] for name in ("markers", "accuracy")
+    }
+    growth = _after(outcome["markers"])
     became = "raise" if growth > 1.1 else "lower" if growth < 0.9 else "keep"
     measures = {name: list(found.means[name]) for name in MEASURES}
     measures |= {name: list(found.markers["all"][key]) for name, key in CHANGES.items()}
@@ -103,7 +96,7 @@ def run(style: str, masks: str, seeds: list[int], folder: Path, known: dict[str,
         "style": style,
         "masks": masks,
         "direction": found.direction,
-        **{name: known[name] for name in ("markers", "accuracy")},
+        **outcome,
         "agrees": {became: "yes", CANNOT_TELL: "–"}.get(found.direction, "no"),
         "measures": measures,
     }
@@ -153,21 +146,15 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the distillation runs")
     parser.add_argument("--cases", choices=["plain", "all"], default="all", help="plain: the four styles without masks")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/preflight"))
-    parser.add_argument("--outcomes", type=Path, help="rows.json: what training did, instead of training again")
     options = parser.parse_args()
     torch.set_num_threads(1)  # two threads on busy cores are many times slower at this size
-    known = {}
-    if options.outcomes is not None:
-        found = json.loads(options.outcomes.read_text(encoding="utf-8"))
-        known = {(row["style"], row["masks"]): row for row in found}
     rows = []
     for style, masks in CASES if options.cases == "all" else CASES[: len(STYLES)]:
-        if options.outcomes is None or (style, masks) in known:
-            rows.append(run(style, masks, options.seeds, options.output_dir, known.get((style, masks))))
-            print(as_row(rows[-1]), end="", flush=True)
-            (options.output_dir / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-            table = HEADER + "".join(map(as_row, rows)) + "\n" + agreement(rows)
-            (options.output_dir / "table.md").write_text(table, encoding="utf-8")
+        rows.append(run(style, masks, options.seeds, options.output_dir))
+        print(as_row(rows[-1]), end="", flush=True)
+        (options.output_dir / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        table = HEADER + "".join(map(as_row, rows)) + "\n" + agreement(rows)
+        (options.output_dir / "table.md").write_text(table, encoding="utf-8")
     print("\n" + agreement(rows))
     return 0
 

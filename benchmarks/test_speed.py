@@ -12,10 +12,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from popsd_benchmarks.cases import OURS, Case, Shape
 from popsd_benchmarks.measure import seconds_of
 from popsd_benchmarks.problems import make_problem
-from popsd_benchmarks.providers import OURS, PROVIDERS
-from popsd_benchmarks.results import Case, Shape
+from popsd_benchmarks.providers import PROVIDERS
 
 SHAPES = {
     "cpu": Shape(name="cpu", tokens=256, vocab=32768, width=256),

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from popsd_benchmarks import suite
+from popsd_benchmarks.cases import Case
 from popsd_benchmarks.command import Progress
 from popsd_benchmarks.measure import FIRST_STEP, Effort, UnusableError, described, failure
 from popsd_benchmarks.providers import Provider
-from popsd_benchmarks.results import FINISHED, Case, Results
+from popsd_benchmarks.results import FINISHED, Results
 
 UNUSABLE = 3
 """Exit status of a part whose process a CUDA failure has made unusable."""
@@ -65,8 +66,8 @@ class Bench:
         """The case's cells, as `popsd bench` makes them."""
         if self.dry:
             effort = replace(effort, rounds=min(effort.rounds, 1), peak=False, compilers=False)
-        options = {"out": self.path, "skip_failed": self.skip_failed}
-        suite.run_items([suite.Item(part, case, effort)], providers, self.results, progress=Progress(), **options)
+        options = {"out": self.path, "skip_failed": self.skip_failed, "whole": False}
+        suite.run_items([suite.Item(part, case, effort)], providers, self.results, progress=Progress(self.path), **options)
 
 
 @dataclass(frozen=True)

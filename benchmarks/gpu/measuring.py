@@ -15,13 +15,13 @@ from bench import Bench
 
 from popsd.engine import workspace
 from popsd_benchmarks.accuracy import Judge
+from popsd_benchmarks.cases import FLOOR, LOSSES, OURS, SHAPES, Case, Loss
 from popsd_benchmarks.measure import WHOLE_TILES, Effort, seconds_of
-from popsd_benchmarks.problems import SHAPES, Problem, make_problem
-from popsd_benchmarks.providers import FLOOR, OURS, PROVIDERS, Provider, Step
+from popsd_benchmarks.problems import Problem, make_problem
+from popsd_benchmarks.providers import PROVIDERS, Provider, Step
 from popsd_benchmarks.providers.baselines import project
 from popsd_benchmarks.providers.ours import Popsd
-from popsd_benchmarks.results import Case, Loss, Results
-from popsd_benchmarks.suite import LOSSES
+from popsd_benchmarks.results import Results
 
 EFFORT = Effort(rounds=9, seconds=6.0, compilers=False, judged_rows=256)
 BOTH = ("qwen3-1.7b", "qwen3-8b")

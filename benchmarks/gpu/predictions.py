@@ -9,9 +9,9 @@ takes the longer of its bytes and its instructions: on an H100 6.7 ms and, with 
 from typing import Any, NamedTuple
 
 from popsd.engine.workspace import fill
-from popsd_benchmarks.problems import matmuls, operations
+from popsd_benchmarks.cases import OURS, matmuls, operations
 from popsd_benchmarks.report import goals, tables
-from popsd_benchmarks.results import Cell, Results
+from popsd_benchmarks.results import Cell, Results, ratio
 
 
 class Rates(NamedTuple):
@@ -92,7 +92,8 @@ def comparison(results: Results) -> list[str]:
     groups: dict[str, list[str]] = {}
     for cell in results.cells:
         where = f"{cell.part}, {tables.case_title(cell.case)}"
-        groups.setdefault(where, []).append(f"{cell.provider} {_of_cell(cell, card)}")
+        ours = next((x for x in results.cells if x.key == (cell.part, OURS["cuda"], cell.case)), None)
+        groups.setdefault(where, []).append(f"{cell.provider} {_of_cell(cell, card, ratio(cell, ours))}")
     for row in results.records:
         if row["part"] != "parts":
             where, _, name = f"{row['part']} {row['name']}".partition(" V " if row["part"] == "probe" else " ")
@@ -103,14 +104,14 @@ def comparison(results: Results) -> list[str]:
     return lines + [f"part {row['name']}: {row['note']}" for row in parts]
 
 
-def _of_cell(cell: Cell, card: Rates | None) -> str:
+def _of_cell(cell: Cell, card: Rates | None, times_ours: float | None) -> str:
     if cell.part == "accuracy" and "dhidden" in cell.errors:
         return f"KL {cell.kl or 0.0:.1e} dH {cell.errors['dhidden']:.1e}"
     if cell.seconds is None or cell.status not in ("ok", "inaccurate"):
         return cell.status
     expected = None if card is None else milliseconds(cell, card)
     shown = f"{1e3 * cell.seconds.median:.1f}" + ("" if expected is None else f" ({expected:.1f})")
-    shown += f" = {cell.ratios.median:.2f} x" if cell.part == "planning" and cell.ratios else ""
+    shown += f" = {times_ours:.2f} x" if cell.part == "planning" and times_ours else ""
     return shown + ("" if cell.status == "ok" else " INACCURATE")
 
 

@@ -15,9 +15,11 @@ from torch.profiler import ProfilerActivity
 
 from popsd_benchmarks import memory
 from popsd_benchmarks.accuracy import Judge
-from popsd_benchmarks.problems import Problem, make_problem, operations
-from popsd_benchmarks.providers import FLOOR, OURS, Provider, Step
-from popsd_benchmarks.results import Case, Cell, Rounds, Status
+from popsd_benchmarks.cases import Case
+from popsd_benchmarks.others import Others
+from popsd_benchmarks.problems import Problem, make_problem
+from popsd_benchmarks.providers import Provider, Step
+from popsd_benchmarks.results import Cell, Rounds, Status
 
 T = TypeVar("T")
 LARGEST = 12
@@ -62,9 +64,9 @@ def failure(error: BaseException) -> Status | None:
 class Effort:
     """How much to spend on a case.
 
-    rounds: timed ones, after one that is dropped; 0: accuracy alone, whatever it is. seconds: when no other round starts,
-    once there are three. peak: measure memory too. compilers: also what torch.compile compiles, which costs half a minute
-    a case. judged_rows: see `Judge`.
+    rounds: timed ones, after one that is dropped; 0: accuracy alone, whatever it is. seconds: of the rounds together, after
+    which no other one starts, once there are three. peak: measure memory too. compilers: also what torch.compile compiles,
+    which costs half a minute a case. judged_rows: see `Judge`.
     """
 
     rounds: int
@@ -98,21 +100,19 @@ def measure(
         else:
             runner.save(FIRST_STEP)
             runner.attempt(lambda runner=runner: runner.first_step(judge))  # type: ignore[misc]
-    start, late = time.perf_counter(), None
+            runner.peak_on_cpu()
+    others, start, late = Others(case.device), time.perf_counter(), None
     for i, runner in in_turns(runners, effort.rounds) if effort.rounds else ():
         if i == late:
             break
         if late is None and i >= 3 and time.perf_counter() - start > effort.seconds:
-            late = i + 1  # the round that has begun is finished: ratios need all of it
+            late = i + 1  # the round that has begun is finished: every provider has as many
         if runner.step is not None:
             runner.attempt(runner.warm_up if i == 0 else runner.round)
-    _compare(runners, case)
+    share = others.share()
     for runner in runners:
-        if effort.rounds and effort.peak and case.device == "cpu" and runner.step and runner.provider.computes_loss:
-            try:
-                runner.cell.peak_mib = memory.peak_on_cpu(runner.provider, case)
-            except Exception as error:  # a peer may fail in any way
-                runner.note(f"peak memory not measured: {error}")
+        runner.cell.seconds = Rounds.of(runner.seconds)
+        runner.cell.others = share if runner.seconds else None
         yield runner.cell
 
 
@@ -172,6 +172,15 @@ class _Runner:
         self.step = step
         self.save(self.cell.note)
 
+    def peak_on_cpu(self) -> None:
+        """In a process of its own; on a GPU the first step has measured it."""
+        case, wanted = self.cell.case, self.effort.rounds and self.effort.peak
+        if wanted and case.device == "cpu" and self.step and self.provider.computes_loss:
+            try:
+                self.cell.peak_mib = memory.peak_on_cpu(self.provider, case)
+            except Exception as error:  # a peer may fail in any way
+                self.note(f"peak memory not measured: {error}")
+
     def warm_up(self) -> float:
         assert self.step is not None
         return seconds_of(self.step, self.cell.case.device)
@@ -214,20 +223,6 @@ def seconds_of(step: Callable[[], object], device: str) -> float:
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1e3
-
-
-def _compare(runners: list[_Runner], case: Case) -> None:
-    """Paired by round: those that were not taken out have as many."""
-    seconds = {runner.provider.name: runner.seconds for runner in runners}
-    ours, floor = seconds.get(OURS[case.device], []), seconds.get(FLOOR, [])
-    for runner in runners:
-        cell = runner.cell
-        cell.seconds = Rounds.of(runner.seconds)
-        cell.ratios = Rounds.of([a / b for a, b in zip(runner.seconds, ours, strict=False)])
-        if cell.seconds:
-            cell.tflops = operations(case) / cell.seconds.median / 1e12
-            shares = Rounds.of([b / a for a, b in zip(runner.seconds, floor, strict=False)])
-            cell.floor_share = shares.median if shares else None
 
 
 def _memory_of_machine() -> int:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from popsd_benchmarks.cases import Case
 from popsd_benchmarks.problems import make_problem
 from popsd_benchmarks.providers import Provider
-from popsd_benchmarks.results import Case
 
 MIB = 2**20
 

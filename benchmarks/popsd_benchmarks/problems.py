@@ -6,24 +6,9 @@ from dataclasses import dataclass
 import torch
 
 import popsd
-from popsd_benchmarks.results import Case, Shape
+from popsd_benchmarks.cases import Case
 
 FAVOURITES = 4
-CPU_SHAPE = Shape(name="cpu", tokens=512, vocab=32768, width=512)
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape(name="qwen3-1.7b", tokens=8192, vocab=151936, used=151669, width=2048),
-        Shape(name="qwen3-8b", tokens=8192, vocab=151936, used=151669, width=4096),
-        Shape(name="qwen3-4b", tokens=8192, vocab=151936, used=151669, width=2560),
-        Shape(name="llama-3-8b", tokens=8192, vocab=128256, width=4096),
-        Shape(name="gemma-2-2b", tokens=8192, vocab=256000, width=2304, softcap=30.0),
-        Shape(name="gemma-2-9b", tokens=8192, vocab=256000, width=3584, softcap=30.0),
-        CPU_SHAPE,
-        Shape(name="tiny", tokens=48, vocab=1537, width=32),
-    )
-}
-"""Heads of real models, and two shapes of our own."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +61,3 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
     head = popsd.Head(weight.to(dtype).requires_grad_(case.trainable_head), softcap=shape.softcap)
     config = popsd.PurifiedConfig(beta=case.beta, vocab_size=shape.used)
     return Problem(case, hidden, head, config)
-
-
-def matmuls(case: Case) -> int:
-    """How many matmuls [N, D]·[D, V] the loss and its gradients need at least.
-
-    One per projected stream (student and target; student, base and teacher − reference, which come apart under a soft
-    cap), one for d/d hidden and one for d/d weight where the head is trained.
-    """
-    streams = 2 if case.loss == "two" else 3 if case.shape.softcap is None else 4
-    return streams + 1 + case.trainable_head
-
-
-def operations(case: Case) -> float:
-    """Floating-point operations of those matmuls."""
-    return 2.0 * matmuls(case) * case.shape.tokens * case.shape.vocab * case.shape.width

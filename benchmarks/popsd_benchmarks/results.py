@@ -1,4 +1,4 @@
-"""What is measured: a cell is one provider on one case of one shape. Results are a JSON file of cells, written after each.
+"""A cell is one provider on one case. Results are a JSON file of cells, written after each.
 
 With them goes where they come from: POPSD_COMMIT names the commit where the source has no repository.
 """
@@ -19,45 +19,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
-
-import popsd
+from popsd_benchmarks.cases import Case, Shape, operations
 
 PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "orda-kernel", "numpy")
-Loss = Literal["purified", "two"]
 Status = Literal["ok", "inaccurate", "unsupported", "not installed", "left out", "out of memory", "failed", "stopped"]
 FINISHED = ("ok", "inaccurate", "unsupported", "out of memory")
 """Statuses that a rerun takes as they are. The others it measures again, where they can be measured by now."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """tokens N, vocab V rows of the head, used: leading rows in use (None: all), width D; softcap of the head or None."""
-
-    name: str
-    tokens: int
-    vocab: int
-    width: int
-    used: int | None = None
-    softcap: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """loss: "purified" over four distributions, or the "two"-distribution generalised JSD. dtype: "float32" or "bfloat16".
-
-    spread: how far apart the streams are, a share of the hidden states' deviation; it sets the divergence.
-    deviation: of the logits' bulk.
-    """
-
-    loss: Loss
-    shape: Shape
-    trainable_head: bool = False
-    beta: float = 0.5
-    dtype: str = "float32"
-    device: str = "cpu"
-    spread: float = 0.1
-    deviation: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -83,11 +50,10 @@ class Cell:
     """One provider on one case. Times in seconds, forward and backward together.
 
     part: which table or plot it belongs to. status: "stopped" while it is being measured, so that a process that ends early
-    leaves it so. seconds: over the rounds. ratios: of its time to popsd's, paired round by round. floor_share: time of the
-    bare matmuls over its own, 1 is the floor. tflops: achieved on those matmuls. peak_mib: memory above inputs. errors:
-    relative L2 against float64 of "loss", "dhidden", "dweight". kl: the true mean KL(target ‖ student) in nats. kernels: of
-    part "profile", a row per kernel or operation: name, seconds, calls, share of the step; where known also bytes,
-    gb_per_s and bandwidth_share, of a copy's.
+    leaves it so. seconds: over the rounds. others: share of the processors, or of a GPU's memory, that other processes had
+    meanwhile. peak_mib: memory above inputs. errors: relative L2 against float64 of "loss", "dhidden", "dweight". kl: the true
+    mean KL(target ‖ student) in nats. kernels: of part "profile", a row per kernel or operation: name, seconds, calls, share
+    of the step; where known also bytes, gb_per_s and bandwidth_share, of a copy's.
     """
 
     part: str
@@ -96,9 +62,7 @@ class Cell:
     status: Status = "ok"
     note: str = ""
     seconds: Rounds | None = None
-    ratios: Rounds | None = None
-    floor_share: float | None = None
-    tflops: float | None = None
+    others: float | None = None
     peak_mib: float | None = None
     errors: dict[str, float] = field(default_factory=dict)
     kl: float | None = None
@@ -108,6 +72,21 @@ class Cell:
     def key(self) -> tuple[str, str, Case]:
         """What makes the cell this cell."""
         return self.part, self.provider, self.case
+
+    @property
+    def tflops(self) -> float | None:
+        """Achieved on the matmuls that the case needs."""
+        return operations(self.case) / self.seconds.median / 1e12 if self.seconds else None
+
+
+def ratio(one: Cell | None, other: Cell | None) -> float | None:
+    """Of their median times, which come from one run. Every ratio is this one, so that it is what the times say."""
+    return one.seconds.median / other.seconds.median if one and other and one.seconds and other.seconds else None
+
+
+def named(cells: Iterable[Cell], provider: str) -> Cell | None:
+    """Of the cells of one case, this provider's."""
+    return next((cell for cell in cells if cell.provider == provider), None)
 
 
 @dataclass
@@ -166,7 +145,8 @@ def load(path: Path) -> Results:
 
 def _cell_of(row: dict[str, Any]) -> Cell:
     case = Case(**row["case"] | {"shape": Shape(**row["case"]["shape"])})
-    return Cell(**row | {"case": case} | {name: Rounds(**row[name]) for name in ("seconds", "ratios") if name in row})
+    known = {entry.name: row[entry.name] for entry in fields(Cell) if entry.name in row}  # older files hold ratios too
+    return Cell(**known | {"case": case} | ({"seconds": Rounds(**row["seconds"])} if "seconds" in row else {}))
 
 
 def select(cells: Iterable[Cell], **wanted: Any) -> list[Cell]:
@@ -188,6 +168,8 @@ def _sparse(row: dict[str, Any]) -> dict[str, Any]:
 
 def describe(device: str) -> dict[str, Any]:
     """The ``meta`` of results measured now."""
+    import torch
+
     return {
         "versions": _versions(),
         "device": _device(device),
@@ -200,6 +182,10 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
+    import torch
+
+    import popsd
+
     found = {"popsd": popsd.__version__, "torch": torch.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -209,6 +195,8 @@ def _versions() -> dict[str, str]:
 
 def _device(device: str) -> str:
     if device == "cuda":
+        import torch
+
         return torch.cuda.get_device_name()
     path = Path("/proc/cpuinfo")
     model = re.search(r"model name\s+: (.*)", path.read_text(encoding="utf-8")) if path.exists() else None
@@ -217,7 +205,7 @@ def _device(device: str) -> str:
 
 def _commit() -> str | None:
     """Of the source that runs, "+" where it has changes; None outside a repository."""
-    git, where = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"], Path(popsd.__file__).parent
+    git, where = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"], Path(__file__).parent
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.check_output(git, cwd=where, stderr=subprocess.DEVNULL, text=True).strip()
     return None

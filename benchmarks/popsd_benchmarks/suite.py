@@ -8,14 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from popsd_benchmarks.cases import CPU_SHAPE, FLOOR, LOSSES, OURS, PARTS, SHAPES, Case, Shape
 from popsd_benchmarks.measure import JUDGED_ROWS, WHOLE_TILES, Effort, add_kernels, measure
-from popsd_benchmarks.problems import CPU_SHAPE, SHAPES
-from popsd_benchmarks.providers import FLOOR, OURS, PROVIDERS, Provider
-from popsd_benchmarks.results import FINISHED, Case, Cell, Loss, Results, Shape, describe, load
+from popsd_benchmarks.providers import PROVIDERS, Provider, own
+from popsd_benchmarks.results import FINISHED, Cell, Results, describe, load
 
 Progress = Callable[[int, int, Cell], None]
-PARTS = ("table", "accuracy", "tokens", "vocab", "width", "profile")
-LOSSES: tuple[Loss, ...] = ("purified", "two")
 GPU_TABLE = ("qwen3-1.7b", "qwen3-8b", "gemma-2-2b", "llama-3-8b", "qwen3-4b")
 SPREADS = (0.003, 0.008, 0.02, 0.05, 0.12, 0.3, 0.7, 1.6)
 """KL(target ‖ student) from about 1e-4 to 3 nats."""
@@ -28,12 +26,20 @@ SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     },
 }
 """Of the scaling curves."""
+MOST_ROUNDS = 99
+UNTIMED = 0.05
+"""What a case that is not timed takes of the seconds of one that is, about."""
 
 
 class Item(NamedTuple):
     part: str
     case: Case
     effort: Effort
+
+    def shared(self, seconds: float) -> "Item":
+        """With as many rounds as fit into its share of the seconds; untimed as it is."""
+        rounds = MOST_ROUNDS if self.effort.rounds else 0
+        return self._replace(effort=replace(self.effort, rounds=rounds, seconds=seconds))
 
 
 def run(
@@ -44,16 +50,21 @@ def run(
     quick: bool = True,
     device: str = "cpu",
     out: Path | None = None,
+    begin: Callable[[Results, int], None] | None = None,
     **how: Any,
 ) -> Results:
     """Measures what ``out`` does not hold yet, or holds as failed, and returns all of it; ``how``: as in `run_items`.
 
-    parts, shapes, providers: names in `PARTS`, `SHAPES` and `PROVIDERS`; None: the shapes that suit the device, and all
-    providers. popsd and the bare matmuls are always among them: ratios are to theirs. quick: few rounds, small curves.
+    parts, shapes, providers: names in `PARTS`, `SHAPES` and `PROVIDERS`, or module:name of a provider of one's own, see
+    `popsd_benchmarks.providers.own`; None: the shapes that suit the device, and all providers. popsd and the bare matmuls are
+    always among them: ratios are to theirs. quick: few rounds, small curves. begin: called before anything is measured, with
+    what is known and how many cases there are.
 
     Raises ValueError for an unknown name, for ``out`` not a results file, and for one of another device or other versions.
     """
-    valid = {"parts": (parts, PARTS), "shapes": (shapes, SHAPES), "providers": (providers, PROVIDERS)}
+    given = None if providers is None else [name for name in providers if ":" not in name]
+    own_ones = [provider for name in providers or () if ":" in name for provider in own(name)]
+    valid = {"parts": (parts, PARTS), "shapes": (shapes, SHAPES), "providers": (given, PROVIDERS)}
     for argument, (names, known) in (valid | {"device": ([device], OURS)}).items():
         if unknown := [name for name in names or () if name not in known]:
             raise ValueError(f"{argument}: expected {', '.join(known)}; got {', '.join(unknown)}.")
@@ -61,13 +72,15 @@ def run(
         raise ValueError("device: expected 'cpu' on this machine; got 'cuda', which torch does not see.")
     chosen = [SHAPES[name] for name in shapes or ()]
     work = [item for part in parts for item in cases(part, chosen, quick=quick, device=device)]
-    if providers is not None:
+    if given:
         work = [item._replace(effort=replace(item.effort, compilers=True)) for item in work]
-        providers = [*providers, FLOOR, OURS[device]]
-    beside = [provider for name, provider in PROVIDERS.items() if providers is None or name in providers]
+        given += [FLOOR, OURS[device]]
+    beside = [*(provider for name, provider in PROVIDERS.items() if not given or name in given), *own_ones]
     results = Results(describe(device))
     if out is not None and out.exists():
         results = load(out).continued(results.meta)
+    if begin is not None:
+        begin(results, len(work))
     run_items(work, beside, results, out=out, **how)
     return results
 
@@ -79,38 +92,66 @@ def run_items(
     *,
     out: Path | None = None,
     progress: Progress | None = None,
-    time_budget: float | None = None,
+    seconds: float | None = None,
     skip_failed: bool = False,
+    whole: bool = True,
 ) -> None:
     """Measures what ``results`` lacks of these cases.
 
-    out: written after every cell, and after every round of one. progress: called after every cell with (cells done, cells
-    planned, the cell). time_budget: seconds after which no other case is started. skip_failed: failed cells stay as they
-    are. Raises `popsd_benchmarks.measure.UnusableError`.
+    out: written after every cell, and after every round of one. progress: called after every cell, and before the first ones'
+    rounds, with (cells done, cells planned, the cell). seconds: shared out as rounds among the cases that are timed; when
+    they are over no other case is started. skip_failed: failed cells stay as they are. whole: a case that lacks a time is
+    measured again with all who have one, since times are compared; False: what is missing alone, where a part of a run on a GPU
+    has seconds only. Raises `popsd_benchmarks.measure.UnusableError`.
     """
     start, done = time.perf_counter(), 0
-    missing = [[p.name for p in providers if _is_missing(results, item, p, skip_failed)] for item in work]
+    plan = [(item, _to_measure(results, item, providers, skip_failed, whole)) for item in work]
+    plan = [(item, beside) for item, beside in plan if beside]
+    planned = sum(len(beside) for _, beside in plan)
 
     def keep(cell: Cell) -> None:
-        if cell.provider in names:
-            results.put(cell)
-            if out is not None:
-                results.save(out)
+        results.put(cell)
+        if out is not None:
+            results.save(out)
+        if progress is not None and not done and cell.status == "stopped" and cell.errors and not cell.seconds:
+            progress(done, planned, cell)
 
-    for item, names in zip(work, missing, strict=True):
-        if time_budget is not None and time.perf_counter() - start > time_budget:
-            break
-        if not names:
-            continue
-        # ratios are within a run: popsd and the floor run beside what is missing, though they may be known
-        along = {p.name: p for p in providers if p.name in (*names, FLOOR, OURS[item.case.device])}
-        for cell in measure(item.part, item.case, list(along.values()), item.effort, keep):
+    for number, (item, beside) in enumerate(plan):
+        if seconds is not None:
+            left = seconds - (time.perf_counter() - start)
+            if left < 0:
+                break
+            shares = sum(1.0 if item.effort.rounds else UNTIMED for item, _ in plan[number:])
+            item = item.shared(left / shares)
+        names = {provider.name: provider for provider in beside}
+        if (
+            item.effort.rounds and whole
+        ):  # one of another run, that cannot be measured again, would be compared with this one's
+            here = (item.part, item.case)
+            results.cells = [
+                c for c in results.cells if c.provider in names or not c.seconds or here != (c.part, c.case)
+            ]
+        for cell in measure(item.part, item.case, beside, item.effort, keep):
             if item.part == "profile" and cell.seconds:
-                add_kernels(cell, along[cell.provider])
+                add_kernels(cell, names[cell.provider])
             keep(cell)
-            done += cell.provider in names
-            if progress is not None and cell.provider in names:
-                progress(done, sum(map(len, missing)), cell)
+            done += 1
+            if progress is not None:
+                progress(done, planned, cell)
+
+
+def _to_measure(
+    results: Results, item: Item, providers: Sequence[Provider], skip_failed: bool, whole: bool
+) -> list[Provider]:
+    """Nobody where all is known."""
+    missing = [provider for provider in providers if _is_missing(results, item, provider, skip_failed)]
+    if not (missing and item.effort.rounds and whole):
+        return missing
+    known = {cell.provider: cell for cell in results.cells if (cell.part, cell.case) == (item.part, item.case)}
+    timed = [name for name, cell in known.items() if cell.seconds]
+    return [
+        p for p in {p.name: p for p in (*providers, *PROVIDERS.values())}.values() if p in missing or p.name in timed
+    ]
 
 
 def _is_missing(results: Results, item: Item, provider: Provider, skip_failed: bool) -> bool:

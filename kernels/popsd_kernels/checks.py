@@ -19,9 +19,19 @@ MATRICES = ("student", "base", "difference", "target", "teacher", "reference")
 """Fields of `Rows` that are [C, V]."""
 
 
-def check_rows(function: str, rows: Rows, needed: Sequence[str] = ()) -> None:
+def check_rows(function: str, rows: Rows, options: RowOptions, needed: Sequence[str] = ()) -> None:
     """Every tensor in ``rows``, and that the fields ``needed`` are there."""
+    check_options(function, options)
+    if not isinstance(rows, Rows):
+        raise TypeError(
+            f"{function}: rows must be a popsd_kernels.Rows, got {type(rows).__name__}; pass Rows(student, target=target) with "
+            "logits [tokens, vocabulary]"
+        )
     student = rows.student
+    if not isinstance(student, torch.Tensor):
+        raise TypeError(
+            f"{function}: rows.student must be a tensor, got {type(student).__name__}; pass [tokens, vocabulary]"
+        )
     if student.dim() != 2 or not 0 < student.shape[1] <= MAX_VOCABULARY:
         raise ValueError(
             f"{function}: rows.student must be [tokens, vocabulary] with 1 to {MAX_VOCABULARY} columns, got "
@@ -108,8 +118,16 @@ def composing(rows: Rows) -> tuple[str, ...]:
     return ("base", "difference") if rows.composed is None else ("base", "teacher", "reference")
 
 
+def check_options(function: str, options: RowOptions) -> None:
+    if not isinstance(options, RowOptions):
+        raise TypeError(
+            f"{function}: options must be a popsd_kernels.RowOptions, got {type(options).__name__}; pass RowOptions(beta=0.5)"
+        )
+
+
 def check_not_minus_student(function: str, options: RowOptions) -> None:
     """For launchers that cannot take a stream that is a difference to the student."""
+    check_options(function, options)
     if options.minus_student:
         raise ValueError(
             f"{function}: options.minus_student must be False, got True; pass the stream's own projections, or use "
@@ -154,11 +172,13 @@ def check_device(function: str, name: str, tensor: torch.Tensor) -> None:
     """A device that Triton can launch on in this process."""
     if tensor.device.type == "cpu" and not INTERPRETED:
         raise RuntimeError(
-            f"{function}: {name} is on the CPU, where Triton kernels cannot run; move it to a GPU, use impl='torch', "
-            "or set TRITON_INTERPRET=1 before popsd_kernels is imported to run the interpreter"
+            f"{function}: {name} must be on a GPU, got the CPU, where Triton has an interpreter only; move it with .cuda() or "
+            "set the environment variable TRITON_INTERPRET=1 before the first launcher is imported"
         )
     if tensor.device.type not in ("cpu", "cuda", "xpu"):
-        raise RuntimeError(f"{function}: {name} is on {tensor.device}, which Triton does not drive; use impl='torch'")
+        raise RuntimeError(
+            f"{function}: {name} must be on a GPU that Triton drives, got {tensor.device}; move it with .cuda()"
+        )
 
 
 def check_matrix(
@@ -237,9 +257,13 @@ def _check(
     dtypes: Sequence[torch.dtype],
 ) -> None:
     if tensor.device != device:
-        raise ValueError(f"{function}: {name} must be on {device} like the first argument, got {tensor.device}")
+        raise ValueError(
+            f"{function}: {name} must be on {device} like the first argument, got {tensor.device}; move it with .to()"
+        )
     if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{function}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        raise ValueError(
+            f"{function}: {name} must have shape {list(shape)}, got {list(tensor.shape)}; slice or reshape it"
+        )
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{function}: {name} must be {expected}, got {tensor.dtype}; convert it with .to()")

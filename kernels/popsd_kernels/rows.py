@@ -5,6 +5,7 @@ Nothing here imports Triton, so a machine without it can still describe a sweep.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,13 @@ import torch
 
 LOGIT_FLOOR = -1.0e30
 """Stand-in for a logit of -inf: its probability is exactly 0 in float32, and no inf - inf can arise."""
+
+
+def _require_positive(owner: str, options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not 0.0 < value < math.inf:
+            raise ValueError(f"{owner}: {name} must be finite and above 0, got {value}; leave it out for the default")
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,9 @@ class LogitTransform:
 
     scale: float = 1.0
     softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive("LogitTransform", self, "softcap")
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,15 @@ class RowOptions:
     delta_scale: float = 1.0
     minus_student: bool = False
     renyi: float | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive("RowOptions", self, "inv_temperature", "pmi_beta", "pmi_clip", "entry_clip", "token_clip")
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(
+                f"RowOptions: beta must be between 0 and 1, got {self.beta}; 0 is KL(target‖student), 1 KL(student‖target)"
+            )
+        if self.renyi is not None and not 0.0 < self.renyi < 1.0:
+            raise ValueError(f"RowOptions: renyi must lie between 0 and 1, got {self.renyi}; beta=0 is its limit at 1")
 
 
 _NOT_OF_TOKENS = ("student_bias", "frozen_bias", "target_is_finished", "composed")

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from popsd_benchmarks.problems import SHAPES, make_problem
+from popsd_benchmarks.cases import SHAPES, Case
+from popsd_benchmarks.problems import make_problem
 from popsd_benchmarks.report import page
-from popsd_benchmarks.results import Case, Cell, Results, Rounds, load
+from popsd_benchmarks.results import Cell, Results, Rounds, load
 
 TOOL = """#!{python}
 import subprocess, sys

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from popsd_benchmarks.results import Case, Cell, Shape
+from popsd_benchmarks.cases import Case, Shape
+from popsd_benchmarks.results import Cell
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = {

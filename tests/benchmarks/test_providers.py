@@ -1,5 +1,6 @@
 """Every provider that this machine can run computes the loss it is said to compute, in popsd's terms."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 
 import popsd
 from popsd_benchmarks.accuracy import GRADIENT, LOSS, Judge
-from popsd_benchmarks.problems import SHAPES, make_problem, matmuls, operations
-from popsd_benchmarks.providers import FLOOR, PROVIDERS
+from popsd_benchmarks.cases import FLOOR, SHAPES, Case, Shape, matmuls, operations
+from popsd_benchmarks.memory import peak_on_cpu
+from popsd_benchmarks.problems import make_problem
+from popsd_benchmarks.providers import PROVIDERS, own
 from popsd_benchmarks.providers.base import Provider, missing
-from popsd_benchmarks.providers.ours import Popsd
-from popsd_benchmarks.results import Case, Shape
+from popsd_benchmarks.providers.ours import DIAGNOSTICS, Popsd
 
 SHAPE = Shape(name="test", tokens=17, vocab=257, width=24)
 JUDGED = [p for p in PROVIDERS.values() if p.computes_loss and not p.compiles]
@@ -136,3 +138,52 @@ def test_what_is_missing_says_why():
 
 def test_bounds_cover_every_dtype():
     assert set(LOSS) == set(GRADIENT) == {"float32", "bfloat16"}
+
+
+OWN = """
+from popsd_benchmarks.providers import PROVIDERS
+
+class Two:
+    four = False
+    cpu_note = "of one's own"
+
+    def __init__(self, problem):
+        self.problem = problem
+
+    def __call__(self):
+        hidden, weight = self.problem.hidden, self.problem.head.weight
+        log_p, log_q = ((x @ weight.T).log_softmax(-1) for x in (hidden.student, hidden.teacher))
+        return (log_q.exp() * (log_q - log_p)).sum()
+
+ready, both, number = PROVIDERS["eager"], [PROVIDERS["eager"], PROVIDERS["trl"]], 3
+"""
+
+
+def test_a_provider_of_ones_own_is_judged_and_its_memory_measured(tmp_path, monkeypatch):
+    (tmp_path / "my_losses.py").write_text(OWN)
+    monkeypatch.setattr("sys.path", sys.path[:])
+    monkeypatch.chdir(tmp_path)
+    (mine,) = own("my_losses:Two")
+    case = Case(loss="two", shape=SHAPE, beta=0.0)
+    problem = make_problem(case)
+    assert Judge(problem).complaint(mine, Judge(problem).errors(mine, mine.prepare(problem)())) is None
+    assert mine.name == "my_losses:Two" and mine.remark(case) == "of one's own"
+    assert mine.supports(replace(case, loss="purified")) == "has no loss over four distributions"
+    assert peak_on_cpu(mine, replace(case, shape=replace(SHAPE, tokens=256, vocab=8192))) > 8, "one [N, V] at least"
+    assert own("my_losses:ready") == [PROVIDERS["eager"]] and own("my_losses:both")[1] is PROVIDERS["trl"]
+    for name, why in (("my_losses:No", "no attribute 'No'"), ("no_such:X", "No module"), ("my_losses:number", "int")):
+        with pytest.raises(ValueError, match=f"provider: expected .*got '{name}'.*{why}"):
+            own(name)
+
+
+@pytest.mark.slow
+def test_eager_code_keeps_few_intermediates():
+    """Eight [N, V] at once is what it says of itself; with every intermediate kept there were fourteen."""
+    shape = replace(SHAPE, tokens=128, vocab=16384)
+    assert peak_on_cpu(PROVIDERS["eager"], Case(loss="two", shape=shape)) < 9.5 * 128 * 16384 * 4 / 2**20
+
+
+@pytest.mark.parametrize("provider", DIAGNOSTICS, ids=lambda p: p.name)
+def test_every_diagnostic_is_a_step_that_can_be_timed(provider):
+    step = provider.prepare(make_problem(Case(loss="purified", shape=SHAPE)))
+    assert step().shape == (SHAPE.tokens,) and provider.supports(Case(loss="two", shape=SHAPE)) is not None

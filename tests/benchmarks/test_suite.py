@@ -1,17 +1,18 @@
 """The run: what fails fails alone, what is known is not measured again, unknown names are refused, files survive."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from popsd_benchmarks import others, suite
 from popsd_benchmarks import results as results_module
-from popsd_benchmarks import suite
+from popsd_benchmarks.cases import SHAPES, Case, operations
 from popsd_benchmarks.measure import FIRST_STEP, Effort, UnusableError, add_kernels, failure, in_turns, measure
-from popsd_benchmarks.problems import SHAPES
 from popsd_benchmarks.providers import PROVIDERS
 from popsd_benchmarks.providers.base import Provider
-from popsd_benchmarks.results import FINISHED, Case, Cell, Results, Rounds, load
+from popsd_benchmarks.results import FINISHED, Cell, Results, load, ratio
 
 TINY = SHAPES["tiny"]
 CASE = Case(loss="two", shape=TINY)
@@ -50,8 +51,8 @@ class Broken(Provider):
 def test_a_provider_that_fails_fails_alone(error, status, after):
     ours, broken, floor = measure("table", CASE, [OURS, Broken(error, after), FLOOR], FAST)
     assert broken.status == status and type(error).__name__ in broken.note
-    assert not broken.seconds and not broken.ratios
-    assert ours.status == floor.status == "ok" and ours.seconds.count == floor.ratios.count == 2
+    assert not broken.seconds
+    assert ours.status == floor.status == "ok" and ours.seconds.count == floor.seconds.count == 2
 
 
 class AcceleratorError(RuntimeError):
@@ -88,10 +89,11 @@ def test_a_cuda_failure_ends_the_process_and_is_kept(after):
     assert (kept[0].provider, kept[0].status, kept[0].note) == (OURS.name, "stopped", FIRST_STEP)
 
 
-def test_ratios_are_to_popsd_and_shares_to_the_floor():
+def test_a_ratio_is_what_the_times_beside_it_say():
     ours, floor = measure("table", CASE, [OURS, FLOOR], FAST)
-    assert ours.ratios == Rounds(1.0, 1.0, 1.0, 2) and floor.floor_share == 1.0
-    assert 0 < floor.ratios.low <= floor.ratios.median <= floor.ratios.high
+    assert ratio(floor, ours) == floor.seconds.median / ours.seconds.median and ratio(ours, ours) == 1.0
+    assert ratio(None, ours) is None and ratio(replace(floor, seconds=None), ours) is None
+    assert ours.tflops == pytest.approx(operations(CASE) / ours.seconds.median / 1e12)
     assert ours.kl > 0 and set(ours.errors) == {"loss", "dhidden"} and not floor.errors
 
 
@@ -144,7 +146,7 @@ def test_quick_run_end_to_end_and_resumed(tmp_path):
     first = suite.run(["table"], ["tiny"], names, out=out, progress=lambda *x: seen.append(x))
     assert len(first.cells) == 2 * 5 == seen[-1][0] == seen[-1][1]
     by_name = {cell.provider: cell for cell in first.cells if cell.case.loss == "purified"}
-    assert by_name["popsd-torch"].peak_mib > 0 and by_name["eager"].ratios
+    assert by_name["popsd-torch"].peak_mib > 0 and by_name["eager"].seconds
     assert by_name["popsd-triton"].status == "unsupported"
     assert {"versions", "device", "threads", "commit", "command", "date", "load"} <= set(first.meta)
 
@@ -153,8 +155,8 @@ def test_quick_run_end_to_end_and_resumed(tmp_path):
     out.write_text(json.dumps(content))
     seen.clear()
     again = suite.run(["table"], ["tiny"], names, out=out, progress=lambda *x: seen.append(x))
-    assert [(done, planned, cell.provider) for done, planned, cell in seen] == [(1, 1, "eager")]
-    assert seen[0][2].ratios, "measured beside popsd once more"
+    finished = [cell for _, planned, cell in seen if planned == 5 and cell.status != "stopped"]
+    assert {(cell.provider, cell.case.loss) for cell in finished} == {(name, "two") for name in by_name}, "from one run"
     assert {c.key for c in again.cells} == {c.key for c in first.cells} == {c.key for c in load(out).cells}
     assert len(again.meta["continued"]) == 1
 
@@ -173,10 +175,27 @@ def test_failed_cells_are_measured_again_and_finished_ones_are_not(tmp_path):
         return seen
 
     assert again(OURS, Broken(ZeroDivisionError()), FLOOR, skip_failed=True) == []
-    assert again(OURS, Broken(ZeroDivisionError(), after=99), FLOOR) == ["broken"]
-    assert [cell.status for cell in load(out).cells] == ["ok", "ok", "ok"] and results.cells[0].seconds == first
-    results.put(Cell(part="table", provider=OURS.name, case=CASE, status="stopped"))
-    assert again(OURS, FLOOR) == [OURS.name]
+    assert results.cells[0].seconds == first
+    assert again(OURS, Broken(ZeroDivisionError(), after=99), FLOOR)[-3:] == [OURS.name, "broken", FLOOR.name]
+    assert [cell.status for cell in load(out).cells] == ["ok", "ok", "ok"]
+    assert results.cells[0].seconds != first, "times that are compared come from one run"
+
+
+def test_times_of_another_run_are_measured_again_or_go():
+    item, results, mine = suite.Item("table", CASE, FAST), Results({}), replace(PROVIDERS["eager"], name="mine")
+    suite.run_items([item], [OURS, FLOOR, PROVIDERS["eager"], mine], results)
+    assert len(results.cells) == 4
+    suite.run_items([item], [OURS, FLOOR, Broken(ZeroDivisionError())], results)
+    assert {cell.provider for cell in results.cells} == {OURS.name, FLOOR.name, "eager", "broken"}
+    assert {cell.seconds.count for cell in results.cells if cell.seconds} == {2}
+    before = {cell.provider: cell.seconds for cell in results.cells}
+    suite.run_items([item], [OURS, FLOOR, mine], results, whole=False)
+    assert {c.provider: c.seconds for c in results.cells if c.provider != "mine"} == before and len(results.cells) == 5
+    accuracy = suite.Item("accuracy", CASE, Effort(rounds=0))
+    suite.run_items([accuracy], [OURS], results)
+    seen = []
+    suite.run_items([accuracy], [OURS, PROVIDERS["eager"]], results, progress=lambda *x: seen.append(x[2].provider))
+    assert set(seen) == {"eager"}, "errors are not compared with one another"
 
 
 def test_results_survive_a_round_trip(tmp_path):
@@ -205,8 +224,24 @@ def test_every_cell_is_on_disk_before_it_is_shown(tmp_path):
     assert finished() == 2
 
 
-def test_time_budget_starts_no_other_case():
-    assert suite.run(["accuracy"], ["tiny"], ["popsd-torch"], time_budget=-1.0).cells == []
+def test_seconds_are_shared_out_and_when_they_are_over_no_other_case_starts(monkeypatch):
+    assert suite.run(["accuracy"], ["tiny"], ["popsd-torch"], seconds=-1.0).cells == []
+    given, now = [], [100.0]
+
+    def measured(part, case, providers, effort, keep):
+        given.append((part, effort.rounds, effort.seconds))
+        now[0] += 30.0
+        yield from (Cell(part=part, provider=provider.name, case=case) for provider in providers)
+
+    monkeypatch.setattr(suite, "measure", measured)
+    monkeypatch.setattr(suite.time, "perf_counter", lambda: now[0])
+    work = [suite.Item("table", replace(CASE, spread=spread), FAST) for spread in (0.1, 0.2, 0.3, 0.4)]
+    suite.run_items(work, [OURS], Results({}), seconds=80.0)
+    assert given == [
+        ("table", suite.MOST_ROUNDS, 20.0),
+        ("table", suite.MOST_ROUNDS, pytest.approx(50 / 3)),
+        ("table", suite.MOST_ROUNDS, 10.0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -252,3 +287,21 @@ def test_scaling_moves_one_dimension_over_the_range_asked_for():
 def test_command_is_recorded_without_this_machines_folders(monkeypatch):
     monkeypatch.setattr("sys.orig_argv", ["x", "/home/me/run.py", "--out=/tmp/a/b.json", "runs/bench", "/tmp/c/"])
     assert results_module._command() == "python run.py --out=b.json runs/bench "
+
+
+def test_what_other_processes_took_is_counted(monkeypatch):
+    """A second of two processors, of which this process used .4 and others .6 and then 1.6."""
+    clock = iter([(10.0, 100.0, 200.0), (10.4, 101.0, 202.0), (10.4, 102.0, 202.0), (10.0, 100.0, 200.1)])
+    monkeypatch.setattr(others, "_seconds", lambda: next(clock))
+    watched = others.Others("cpu")
+    assert watched.share() == pytest.approx(0.3) and watched.share() == pytest.approx(0.8)
+    assert watched.share() is None, "too short to say"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 * 2**30, 16 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 * 2**30)
+    monkeypatch.setattr(others, "_seconds", lambda: (0.0, 0.0, 0.0))
+    assert others.Others("cuda").share() == pytest.approx(4 / 16)
+
+
+def test_the_systems_clock_is_read():
+    own, busy, time = others._seconds()
+    assert 0 < own < busy <= time

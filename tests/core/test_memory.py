@@ -2,9 +2,9 @@
 
 import pytest
 
+from popsd_benchmarks.cases import Case, Shape
 from popsd_benchmarks.memory import peak_on_cpu
 from popsd_benchmarks.providers.ours import Popsd
-from popsd_benchmarks.results import Case, Shape
 
 SHAPE = Shape(name="memory", tokens=1024, vocab=32768, width=64)
 WORKSPACE_MIB = 16

@@ -165,9 +165,9 @@ def test_no_or_an_unknown_command_is_answered_with_the_choices(arguments, capsys
 @pytest.fixture
 def suite(monkeypatch):
     """The measurement, replaced by one finished cell; returns what it was called with, and may be told to fail."""
-    from popsd_benchmarks import command
-    from popsd_benchmarks.problems import SHAPES
-    from popsd_benchmarks.results import Case, Cell, Results, Rounds
+    from popsd_benchmarks import suite
+    from popsd_benchmarks.cases import SHAPES, Case
+    from popsd_benchmarks.results import Cell, Results, Rounds
 
     calls = []
     meta = {"versions": {"popsd": "0.1.0"}, "device": "Some CPU", "commit": "abc", "command": "", "date": "2026-11-24"}
@@ -177,8 +177,9 @@ def suite(monkeypatch):
         part="table", provider="orda", case=case, status="not installed", note="No module named 'orda_kernel'"
     )
 
-    def run(parts, shapes, providers, *, quick, device, out, progress, time_budget):
-        calls.append((parts, shapes, providers, quick, device, time_budget))
+    def run(parts, shapes, providers, *, quick, device, out, progress, seconds, begin):
+        calls.append((parts, shapes, providers, quick, device, seconds))
+        begin(Results(meta), 1)
         results = Results(meta, [cell, absent])
         results.save(out)
         progress(1, 2, cell)
@@ -187,7 +188,7 @@ def suite(monkeypatch):
         progress(2, 2, absent)
         return results
 
-    monkeypatch.setattr(command, "run", run)
+    monkeypatch.setattr(suite, "run", run)
     return calls
 
 
@@ -200,10 +201,10 @@ def test_bench_shows_and_writes_what_was_measured(suite, tmp_path, capsys):
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"results.json", "results.csv", "table-two-frozen-float32.png"}
     captured = capsys.readouterr()
-    assert "[1/2, 0 s] table: two, frozen head, float32: popsd-torch 500 ms" in captured.err
+    assert "1/2 table: two, frozen head, float32: popsd-torch 500 ms" in captured.err
     for text in (
         "generalised JSD, two distributions",
-        "popsd-torch  500",
+        "500 (500–500)",
         "Some CPU; commit abc",
         "2 cells",
         "results.csv",
@@ -215,7 +216,8 @@ def test_bench_shows_and_writes_what_was_measured(suite, tmp_path, capsys):
 def test_bench_passes_its_options_on(suite, tmp_path):
     arguments = [
         "--full",
-        "--gpu",
+        "--device",
+        "cuda",
         "--shapes",
         "tiny",
         "qwen3-8b",
@@ -257,11 +259,25 @@ def test_bench_lists_the_valid_names_for_an_unknown_one(suite, tmp_path, capsys,
     assert suite == [] and not (tmp_path / "out").exists()
 
 
+def test_help_and_errors_of_bench_need_no_torch():
+    """Nor would one import it in vain: what cannot be is refused first."""
+    code = "import sys; from popsd_integrations import cli\ntry: cli.main(['bench', *sys.argv[1:]])\n"
+    code += "finally: assert 'torch' not in sys.modules"
+    for arguments, status, message in (
+        (["--help"], 0, "--seconds"),
+        (["--seconds", "0"], 2, "argument --seconds: expected more than 0; got 0"),
+        (["--providers", "liger"], 2, "invalid choice: 'liger'"),
+        (["--provider", "mine:"], 2, "or module:Class"),
+    ):
+        ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        assert ended.returncode == status and message in ended.stdout + ended.stderr, ended
+
+
 def test_bench_refuses_a_gpu_that_is_not_there(tmp_path, capsys):
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    assert cli.main(["bench", "--gpu", "--output-dir", str(tmp_path)]) == 2
+    assert cli.main(["bench", "--device", "cuda", "--output-dir", str(tmp_path)]) == 2
     assert "expected 'cpu' on this machine; got 'cuda'" in capsys.readouterr().err
 
 

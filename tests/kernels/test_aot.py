@@ -14,7 +14,7 @@ from kernel_helpers import run_without_interpreter
 
 import popsd_kernels
 from popsd_kernels import launch
-from popsd_kernels.aot import cases, report
+from popsd_kernels.aot import cases, command, report
 from popsd_kernels.aot.streaming_cases import StreamCase
 from popsd_kernels.streaming import plan
 
@@ -40,7 +40,7 @@ DROPS_NAN = {
 COMPILED = """
 import json, re, sys, tempfile
 from pathlib import Path
-from popsd_kernels.aot import cases, report
+from popsd_kernels.aot import cases, command, report
 architecture, wanted = sys.argv[1:]
 shipped, found = cases.shipped_cases(), []
 if (architecture, wanted) == ("sm_90", "largest"):
@@ -65,8 +65,8 @@ if wanted == "largest":
     for case in shipped:
         kernel = case.kernel, case.launch(case.config(architecture), False).kernel.__name__
         chosen[kernel] = max(chosen.get(kernel, case), case, key=lambda case: len(case.flags))
-    report.shipped_cases = lambda: list(dict.fromkeys(chosen.values()))
-status = report.main(["--arch", architecture])
+    command.shipped_cases = lambda: list(dict.fromkeys(chosen.values()))
+status = command.main(["--arch", architecture])
 print(json.dumps(found))
 sys.exit(status)
 """.replace("MAIN", str(("purified", *BUDGET)))
@@ -191,9 +191,69 @@ def test_a_spilling_configuration_fails_the_command():
     assert re.search(r"FAIL: \d+ spill instructions", finished.stdout)
 
 
-def test_the_interpreter_is_refused(monkeypatch):
-    with pytest.raises(SystemExit):
-        report.main([])
+def test_code_is_written_and_described(tmp_path):
+    """Two kernels by name on one GPU of each maker, in two calls: what is written is what the document names."""
+    calls = {("sm_90", "row_statistics", "difference"): "ptx,sass", ("gfx942", "logit_difference_kernel"): "amdgcn"}
+    small = "from popsd_kernels.aot import cases, command; import sys; shipped = cases.shipped_cases()\n"
+    small += "command.shipped_cases = lambda: [c for c in shipped if c.flags in ('purified', 'log-sum-exp')]\n"
+    small += "sys.exit(command.main(sys.argv[1:]))"
+    for (architecture, *kernels), kinds in calls.items():
+        names = [name.replace("logit_", "row_") for name in kernels]
+        arguments = (
+            "--kernel",
+            *names,
+            "--arch",
+            architecture,
+            "--emit",
+            kinds,
+            "--output-dir",
+            str(tmp_path),
+            "--json",
+        )
+        finished = run_without_interpreter("-c", small, *arguments)
+        assert finished.returncode == 0, finished.stderr[-2000:]
+        found = json.loads(finished.stdout)
+        assert found["failures"] == 0 and len(found["cases"]) == len(kernels)
+        for case in found["cases"]:
+            paths = [Path(name) for name in case["files"]]
+            assert [path.suffix for path in paths] == [f".{kind}" for kind in kinds.split(",")]
+            assert all(case["kernel"] in path.read_text() for path in paths) and case["registers"] > 0
+    assert len(list(tmp_path.rglob("*.*"))) == 5
+
+
+def test_no_two_cases_share_a_file(tmp_path):
+    rows = [
+        {"architecture": "sm_90", "kernel": x.kernel, "flags": x.flags}
+        for x in (*cases.all_cases(), *cases.shipped_cases())
+    ]
+    assert len({command._written("", "ptx", row, tmp_path).lower() for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "TRITON_INTERPRET is set: .* unset it"),
+        (["--kernel", "stats"], "--kernel.*invalid choice: 'stats' .*'statistics'"),
+        (["--arch", "sm_70"], "--arch.*invalid choice: 'sm_70' .*'sm_80'"),
+        (["--emit", "ptx,elf"], "--emit: expected some of .*sass.*; got 'elf'"),
+        (["--emit", "ptx", "--arch", "sm_90", "gfx942"], "--emit: expected some of .*amdgcn.* for gfx942; got ptx"),
+        (["--emit", "ptx,amdgcn"], "--emit: expected kinds of one maker's GPUs; got ptx, amdgcn"),
+        (["--output_dir", "code"], "--output_dir: expected --emit beside it.*; got none"),
+        (["--config", "2048,4"], "--config: expected three numbers such as 2048,4,8; got '2048,4'"),
+        (["--config", "2000,4,8"], "--config: expected three numbers .*powers of two"),
+        (["--config", "2048,4,3"], "--config: expected a power of two for WARPS; got 3"),
+        (["--config", "2048,4,8"], "--config: expected row kernels.*; got stream_statistics"),
+        (["--all", "--kernel", "masks"], "--all: has no case of masks"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(arguments)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_every_flag_has_help():
+    assert all(action.help for action in command.parser()._actions)
 
 
 def test_limits_are_checked():

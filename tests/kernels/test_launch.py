@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import pytest
 import torch
 from kernel_helpers import run_without_interpreter
 
-from popsd_kernels import checks, launch
+import popsd_kernels
+from popsd_kernels import LogitTransform, RowOptions, Rows, checks, launch
 
 COUNT_COMPILATIONS = """
 from dataclasses import replace
@@ -80,12 +84,12 @@ def test_annealing_and_the_number_of_tokens_never_recompile(compiling):
 
 def test_cpu_tensors_without_the_interpreter_are_refused(compiling):
     assert compiling.returncode == 1
-    assert "row_statistics: rows.student is on the CPU" in compiling.stderr
+    assert "row_statistics: rows.student must be on a GPU, got the CPU" in compiling.stderr
     assert "TRITON_INTERPRET=1" in compiling.stderr
 
 
 def test_devices_triton_does_not_drive_are_refused():
-    with pytest.raises(RuntimeError, match="does not drive"):
+    with pytest.raises(RuntimeError, match=r"x must be on a GPU that Triton drives, got meta; move it"):
         checks.check_device("f", "x", torch.zeros(1, device="meta"))
 
 
@@ -125,3 +129,64 @@ def test_result_rows_are_aligned_whatever_the_number_of_tokens(rows):
     out = launch.result_rows(9, rows, torch.device("cpu"))
     assert out.shape == (9, rows)
     assert len({(x.data_ptr() - out.data_ptr()) % 64 for x in out}) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: (x, RowOptions()), TypeError, r"rows must be a popsd_kernels\.Rows, got Tensor; pass Rows\(student"),
+        (
+            lambda x: (Rows(None, target=x), RowOptions()),
+            TypeError,
+            r"rows\.student must be a tensor, got NoneType; pass",
+        ),
+        (
+            lambda x: (Rows(x, target=x), 0.5),
+            TypeError,
+            r"options must be a popsd_kernels\.RowOptions, got float; pass",
+        ),
+        (
+            lambda x: (Rows(x, target=x[:1]), RowOptions()),
+            ValueError,
+            r"rows\.target must have shape .* got \[1, 8\]; slice",
+        ),
+        (lambda x: RowOptions(beta=1.5), ValueError, r"RowOptions: beta must be between 0 and 1, got 1\.5; 0 is KL"),
+        (lambda x: RowOptions(renyi=1.0), ValueError, "RowOptions: renyi must lie between 0 and 1, got 1.0; beta=0 is"),
+        (
+            lambda x: RowOptions(pmi_beta=0),
+            ValueError,
+            "RowOptions: pmi_beta must be finite and above 0, got 0; leave it out",
+        ),
+        (lambda x: RowOptions(token_clip=float("nan")), ValueError, "token_clip must be finite and above 0, got nan"),
+        (
+            lambda x: LogitTransform(softcap=-1.0),
+            ValueError,
+            "LogitTransform: softcap must be finite and above 0, got -1.0",
+        ),
+    ],
+)
+def test_errors_are_in_the_words_of_the_kernels(call, error, message):
+    with pytest.raises(error, match=message):
+        popsd_kernels.row_statistics(*call(torch.zeros(2, 8)))
+
+
+def test_without_triton_a_launcher_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "popsd_kernels.sweeps.statistics", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="row_statistics needs Triton, got none; pip install triton"):
+        popsd_kernels.row_statistics  # noqa: B018
+
+
+def test_every_name_is_listed():
+    assert dir(popsd_kernels) == sorted(popsd_kernels.__all__) and all(
+        hasattr(popsd_kernels, x) for x in dir(popsd_kernels)
+    )
+
+
+def test_the_snippet_of_the_package_runs(capsys, interpreter):
+    lines = popsd_kernels.__doc__.splitlines()
+    snippet = [line[4:] for line in lines if line.startswith("    ")]
+    assert 10 < len(snippet) <= 20
+    exec("\n".join(snippet), {})
+    _loss, error = capsys.readouterr().out.splitlines()
+    assert float(re.search(r"\d[\d.e-]*", error)[0]) < 1e-6

@@ -1,13 +1,15 @@
 """The interface of everything that is measured."""
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
+from popsd_benchmarks.cases import Case
 from popsd_benchmarks.problems import Problem
-from popsd_benchmarks.results import Case
 
 Compute = Callable[[], torch.Tensor]
 Step = Callable[[], torch.Tensor | None]
@@ -83,3 +85,26 @@ def missing(module: str) -> str | None:
     except Exception as error:  # a peer's import may fail in any way
         return f"{module}: {type(error).__name__}: {error}".splitlines()[0]
     return None
+
+
+def own(name: str) -> list[Provider]:
+    """Providers of one's own, called by its place: module:name of a function of the problem, or of a class made with it.
+
+    What comes back is called at every step for the loss, [N] or a scalar, of ``problem.hidden`` and ``problem.head``; gradients
+    go by ``backward``. Attributes of the function or class called as a field of `Provider`, such as ``four = False``, say what
+    it cannot do. Or a `Provider`, or a list of them. Raises ValueError where there is no such thing.
+    """
+    module, _, attribute = name.partition(":")
+    sys.path[:0] = [] if os.getcwd() in sys.path else [os.getcwd()]
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"provider: expected module:name that can be imported; got {name!r} ({error}).") from error
+    if isinstance(found, Provider | list):
+        return found if isinstance(found, list) else [found]
+    if not callable(found):
+        raise ValueError(
+            f"provider: expected a function of the problem, or a class; got {name!r}, {type(found).__name__}."
+        )
+    traits = {entry.name: getattr(found, entry.name) for entry in fields(Provider) if hasattr(found, entry.name)}
+    return [Provider(**traits | {"name": name, "loss": found})]

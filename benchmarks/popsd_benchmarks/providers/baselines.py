@@ -5,10 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
-import popsd
-from popsd_benchmarks.problems import Problem, matmuls
+from popsd_benchmarks.cases import matmuls
+from popsd_benchmarks.problems import Problem
 from popsd_benchmarks.providers.base import Compute, Provider, Step
 
 CHUNK = 2048
@@ -52,46 +51,46 @@ def project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> No
         torch.mm(hidden, weight.t())
 
 
-def full_logit_loss(
-    hidden: popsd.HiddenStates, weight: torch.Tensor, problem: Problem, logits_in_float32: bool
-) -> torch.Tensor:
-    """[N]: every stream's logits at once, autograd through the student's."""
-    config, softcap = problem.config, problem.head.softcap
-
-    def log_probs(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        logits = states.float() @ rows.float().T if logits_in_float32 else (states @ rows.T).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return F.log_softmax(logits / config.temperature, dim=-1)
-
-    log_p = log_probs(hidden.student, weight)
-    with torch.no_grad():
-        frozen = weight.detach()
-        log_q = log_probs(hidden.teacher, frozen)
-        if hidden.base is not None and hidden.reference is not None and config.pmi_clip is not None:
-            log_base, log_reference = log_probs(hidden.base, frozen), log_probs(hidden.reference, frozen)
-            delta = log_q - log_reference
-            delta = delta - delta.mean(dim=-1, keepdim=True)
-            delta = config.pmi_clip * torch.tanh(delta / config.pmi_clip)
-            log_q = F.log_softmax(log_base + delta / config.pmi_beta, dim=-1)
-
-    def kl(of: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
-        return F.kl_div(to, of, reduction="none", log_target=True).sum(-1)
-
-    if config.beta in (0.0, 1.0):
-        return kl(log_p, log_q) if config.beta else kl(log_q, log_p)
-    log_m = torch.logaddexp(log_p + math.log(1 - config.beta), log_q + math.log(config.beta))
-    return config.beta * kl(log_q, log_m) + (1 - config.beta) * kl(log_p, log_m)
-
-
 def eager(problem: Problem, logits_in_float32: bool = True, compiled: bool = False) -> Compute:
-    """logits_in_float32: False leaves the logits in the inputs' 16 bits, and only then goes to float32, as
+    """The loss as a good engineer writes it with autograd: all logits at once, and the frozen streams' work in place.
+
+    logits_in_float32: False leaves the logits in the inputs' 16 bits, and only then goes to float32, as
     ``model(...).logits.float()`` does; True multiplies in float32.
     """
+    config, softcap, weight = problem.config, problem.head.softcap, problem.head.weight
+
+    def logits(states: torch.Tensor) -> torch.Tensor:
+        found = states.float() @ weight.float().T if logits_in_float32 else (states @ weight.T).float()
+        found = found if softcap is None else softcap * torch.tanh(found / softcap)
+        return found if config.temperature == 1.0 else found / config.temperature
+
+    @torch.no_grad()
+    def target(teacher: torch.Tensor, base: torch.Tensor | None, reference: torch.Tensor | None) -> torch.Tensor:
+        """Its log-probabilities. The normalisers of teacher and reference vanish with the mean of their difference."""
+        found = logits(teacher)
+        if base is not None and reference is not None:
+            clip = config.pmi_clip
+            assert clip is not None
+            found.sub_(logits(reference))
+            found.sub_(found.mean(dim=-1, keepdim=True)).div_(clip).tanh_().mul_(clip / config.pmi_beta)
+            found.add_(logits(base))
+        return found.log_softmax(dim=-1)
 
     def forward(*streams: torch.Tensor | None) -> torch.Tensor:
-        hidden = popsd.HiddenStates(*streams)  # type: ignore[arg-type]
-        return full_logit_loss(hidden, problem.head.weight, problem, logits_in_float32)
+        student, base, teacher, reference = streams
+        assert student is not None and teacher is not None
+        log_q, beta = target(teacher, base, reference), config.beta
+        log_p = logits(student).log_softmax(dim=-1)
+        if beta == 0.0:
+            return torch.linalg.vecdot(log_q.exp(), log_q - log_p)
+        with torch.no_grad():  # the mixture m and log p are constants of the gradient: Σ m·d(log m) = dΣ m = 0
+            log_m = log_q
+            if beta < 1.0:
+                log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
+            target_kl = torch.linalg.vecdot(log_q.exp(), log_q - log_m)
+            log_ratio = log_p - log_m
+        student_kl = torch.linalg.vecdot(log_p.exp(), log_ratio)
+        return student_kl if beta == 1.0 else beta * target_kl + (1 - beta) * student_kl
 
     run: Callable[..., torch.Tensor] = torch.compile(forward, dynamic=False) if compiled else forward
     return lambda: run(*problem.hidden)

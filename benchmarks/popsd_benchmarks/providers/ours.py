@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 import popsd
+from popsd_benchmarks.cases import Case
 from popsd_benchmarks.problems import Problem
 from popsd_benchmarks.providers.base import Provider, Step, missing
-from popsd_benchmarks.results import Case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class Popsd(Provider):
             return "Triton kernels need a GPU"
         if self.impl == "torch" and case.device == "cuda":
             return "made for a CPU's caches: a sweep's call for every row, seconds a step"
+        if self.options and case.loss == "two":
+            return "compares two distributions, which leaves nothing to diagnose"
         if self.strategy == "single_read" and case.loss == "purified" and case.shape.softcap is not None:
             return "needs teacher − reference as one projection, which a soft cap forbids"
         return None
@@ -78,3 +80,14 @@ def _captured(step: Callable[[], torch.Tensor], problem: Problem) -> Step:
         return loss
 
     return replay
+
+
+_WAYS: dict[str, dict[str, Any]] = {
+    "decompose=True": {"decompose": True},
+    "decompose='gram'": {"decompose": "gram"},
+    "telemetry=True": {"telemetry": True},
+    "masks by entropy": {"masks": popsd.MaskConfig(top_student_entropy=0.2)},
+    "plausibility": {"config": popsd.PurifiedConfig(plausibility=0.1)},
+}
+DIAGNOSTICS = [Popsd(name, impl="auto", options=way, computes_loss=False) for name, way in _WAYS.items()]
+"""What a step costs with each of them: popsd bench --providers popsd_benchmarks.providers.ours:DIAGNOSTICS"""

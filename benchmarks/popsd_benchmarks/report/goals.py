@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from popsd_benchmarks.problems import SHAPES
-from popsd_benchmarks.providers import FLOOR, OURS
-from popsd_benchmarks.results import Cell, Results, select
+from popsd_benchmarks.cases import FLOOR, OURS, SHAPES
+from popsd_benchmarks.results import Cell, Results, ratio, select
 
 MIB = 2**20
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -37,13 +36,14 @@ def _cpu(results: Results) -> Iterator[Verdict]:
     def cell(provider: str, loss: str = "purified", trainable: bool = False) -> Cell | None:
         return _cell(results, provider, "cpu", loss=loss, dtype="float32", trainable_head=trainable, device="cpu")
 
-    yield Verdict("purified, frozen head: time / the four bare matmuls", 1.25, _over(cell(FLOOR)))
-    yield Verdict("purified, frozen head: time / eager", 0.33, _over(cell("eager")))
-    ours, theirs = (getattr(cell(name), "peak_mib", None) for name in (OURS["cpu"], "eager"))
-    yield Verdict("purified, frozen head: peak memory / eager", 0.125, _ratio(ours, theirs))
+    ours, eager = cell(OURS["cpu"]), cell("eager")
+    yield Verdict("purified, frozen head: time / the four bare matmuls", 1.25, ratio(ours, cell(FLOOR)))
+    yield Verdict("purified, frozen head: time / eager", 0.33, ratio(ours, eager))
+    memory = ours.peak_mib / eager.peak_mib if ours and eager and ours.peak_mib and eager.peak_mib else None
+    yield Verdict("purified, frozen head: peak memory / eager", 0.125, memory)
     for head, trl, liger in (("frozen", 0.2, 0.42), ("trainable", 1.0, 1.0)):
         for peer, name, most in (("TRL", "trl", trl), ("Liger chunked", "liger-chunked", liger)):
-            value = _over(cell(name, "two", head == "trainable"))
+            value = ratio(*(cell(x, "two", head == "trainable") for x in (OURS["cpu"], name)))
             yield Verdict(f"two distributions, {head} head: time / {peer}", most, value)
     yield Verdict("float32: dH error, KL 1e-3 to 2", 2e-5, _worst_error(results, "dhidden", "cpu", "float32"))
     for loss, shown in (("purified", "purified"), ("two", "two distributions")):
@@ -57,19 +57,19 @@ def _gpu(results: Results) -> Iterator[Verdict]:
     for shape, width in (("qwen3-1.7b", 2048), ("qwen3-8b", 4096)):
         at = f"purified, frozen head, V = 151,936, D = {width:,}"
         floor, ours = (_cell(results, name, shape, loss="purified", **bf16) for name in (FLOOR, OURS["cuda"]))
-        yield Verdict(f"{at}: time / the four bare matmuls", 1.25, _over(floor))
+        yield Verdict(f"{at}: time / the four bare matmuls", 1.25, ratio(ours, floor))
         for peer, name, most in (("TRL with", "trl", 0.5), ("Liger fused with", "liger-triton", 1.0)):
-            theirs = _cell(results, name, shape, loss="two", **bf16)  # another case, so median over median
-            value = _ratio(_median(ours, "seconds"), _median(theirs, "seconds"))
+            value = ratio(ours, _cell(results, name, shape, loss="two", **bf16))
             yield Verdict(f"{at}: time / {peer} two{' distributions' if name == 'trl' else ''}", most, value)
-        yield Verdict(f"{at}: GiB beyond inputs and dH", 2.0, _ratio(_beyond_dhidden(ours), 1024))
+        beyond = _beyond_dhidden(ours)
+        yield Verdict(f"{at}: GiB beyond inputs and dH", 2.0, None if beyond is None else beyond / 1024)
     for kind, claim, most in (("dhidden", "dH error, KL 1e-3 to 2", 6e-3), ("loss", "loss error, KL 0.05 to 2", 2e-3)):
         yield Verdict(f"bfloat16: {claim}", most, _worst_error(results, kind, "cuda", "bfloat16"))
     yield from _growth(results, "cuda")
     for mib, most in ((1024, 1.15), (400, 1.5)):
-        cell = _cell(results, f"popsd {mib} MiB", "qwen3-1.7b", part="planning", loss="purified", **bf16)
-        claim = f"purified: time at workspace_mib={mib} / at the default"
-        yield Verdict(claim, most, _median(cell))
+        names = (f"popsd {mib} MiB", OURS["cuda"])
+        cells = (_cell(results, name, "qwen3-1.7b", part="planning", loss="purified", **bf16) for name in names)
+        yield Verdict(f"purified: time at workspace_mib={mib} / at the default", most, ratio(*cells))
     over = results.found("step", "purified").get("over_opsd")
     yield Verdict("training step: purified / standard OPSD", 1.15, over)
 
@@ -94,20 +94,6 @@ def _cell(results: Results, provider: str, shape: str, part: str = "table", **ca
     found = select(results.cells, part=part, provider=provider, beta=0.5, **case)
     found = [cell for cell in found if cell.status in ("ok", "inaccurate")]
     return next((cell for cell in found if replace(cell.case.shape, used=None) == wanted), None)
-
-
-def _median(cell: Cell | None, name: str = "ratios") -> float | None:
-    rounds = getattr(cell, name, None)
-    return rounds.median if rounds else None
-
-
-def _ratio(ours: float | None, theirs: float | None) -> float | None:
-    return ours / theirs if ours is not None and theirs else None
-
-
-def _over(theirs: Cell | None) -> float | None:
-    """Our time over another provider's, round by round."""
-    return _ratio(1.0, _median(theirs))
 
 
 def _beyond_dhidden(cell: Cell | None) -> float | None:

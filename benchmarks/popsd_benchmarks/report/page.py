@@ -9,7 +9,6 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from popsd_benchmarks.report import goals, plots, tables
 from popsd_benchmarks.results import Results, load
@@ -30,12 +29,12 @@ UNMEASURED = {
 }
 """What a reader might take for granted."""
 READING = """\
-How to read the tables: times are medians of forward and backward together, of rounds in which every provider has its turn;
-a ratio is the median over rounds of a provider's time over popsd's in the same round, with quartiles. The floor is the
-matmuls that the loss needs, alone. Peak memory is above the inputs: of the allocator on a GPU, of the resident set of a fresh
-process on a CPU. Errors are relative (L2) against float64 on the same inputs; `dH` is the gradient of the student's hidden
-states. A provider with an error beyond the bounds is marked `inaccurate` beside its time. Inputs: logits with a bulk of
-standard deviation 2 and four favourites 6 to 14 above it per token (`popsd_benchmarks/problems.py`)."""
+How to read the tables: times are medians and quartiles of forward and backward together, of rounds in which every provider
+has its turn; a ratio is that of two medians of one run. The floor is the matmuls that the loss needs, alone. Peak memory is
+above the inputs: of the allocator on a GPU, of the resident set of a fresh process on a CPU. Errors are relative (L2) against
+float64 on the same inputs; `dH` is the gradient of the student's hidden states. A provider with an error beyond the bounds is
+marked `inaccurate` beside its time. Inputs: logits with a bulk of standard deviation 2 and four favourites 6 to 14 above it
+per token (`popsd_benchmarks/problems.py`)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,12 +83,10 @@ def _machines(linked: dict[str, Results]) -> tables.Rows:
         sessions = [meta, *meta.get("continued", [])]
         commits = ", ".join(dict.fromkeys(str(session["commit"]) for session in sessions))
         commands = ", ".join(dict.fromkeys(f"`{session['command']}`" for session in sessions))
-        rows.append([f"[{link}]({link})", meta["date"][:10], _device(meta), commits, commands, tables.versions(meta)])
+        rows.append(
+            [f"[{link}]({link})", meta["date"][:10], tables.machine(meta), commits, commands, tables.versions(meta)]
+        )
     return rows
-
-
-def _device(meta: dict[str, Any]) -> str:
-    return f"{meta['device']}, {meta['threads']} thread{'s' if meta['threads'] > 1 else ''}"
 
 
 def _goals(linked: dict[str, Results]) -> tables.Rows:
@@ -105,7 +102,7 @@ def _goals(linked: dict[str, Results]) -> tables.Rows:
 
 def _section(results: Results, path: Path, output: Path) -> list[str]:
     link, folder = (os.path.relpath(x, output.parent) for x in (path, path.parent / PLOTS))
-    blocks = [f"## {_device(results.meta)}: {path.stem}", f"From `{link}`."]
+    blocks = [f"## {tables.machine(results.meta)}: {path.stem}", f"From `{link}`."]
     if (remarks := path.with_suffix(".md")).exists():
         blocks.append(remarks.read_text(encoding="utf-8").strip())
     drawn = list(plots.figures(results))

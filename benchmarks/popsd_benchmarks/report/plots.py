@@ -1,20 +1,23 @@
 """Results as figures: a provider has one look throughout, and popsd is the thick blue line."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from popsd_benchmarks.providers import FLOOR, OURS
+from popsd_benchmarks.cases import FLOOR, LOOKS, OURS, Case, Look
+from popsd_benchmarks.report import tables
 from popsd_benchmarks.report.tables import LOSS_NAMES, Of, cases_of, fixed_sizes, milliseconds, setting, significant
-from popsd_benchmarks.results import Case, Cell, Results, select
+from popsd_benchmarks.results import Cell, Results, named, ratio, select
+
+Drawn = tuple[Any, Sequence[Any], str, Sequence[Cell]]
+"""A figure, those of its axes that share a legend, its title, and whose figures it shows."""
 
 _PEAK = attrgetter("peak_mib")
 INK, FAINT = "#333333", "#999999"
 LETTERS = {"tokens": "N, tokens", "vocab": "V, vocabulary", "width": "D, hidden width"}
-
-
 STYLE = {
     "axes.labelsize": 9, "axes.spines.right": False, "axes.spines.top": False, "axes.titlecolor": INK,
     "axes.titlelocation": "left", "axes.titlesize": 10, "legend.fontsize": 8, "legend.frameon": False,
@@ -23,39 +26,13 @@ STYLE = {
 }  # fmt: skip
 
 
-class Look(NamedTuple):
-    colour: str
-    line: Any = "-"
-    label: str = ""
-
-
-# Okabe-Ito: told apart by colour-blind readers too. A family has a colour, its members a line each.
-LOOKS = {
-    "popsd-torch": Look("#0072B2", "-", "popsd"),
-    "popsd-triton": Look("#0072B2", "-", "popsd"),
-    "popsd-graph": Look("#0072B2", "--", "popsd, CUDA graph"),
-    "popsd-single-read": Look("#56B4E9", "-", "popsd, single read"),
-    "popsd-streaming": Look("#56B4E9", "--", "popsd, streaming"),
-    "matmuls": Look("#000000", ":", "bare matmuls"),
-    "eager": Look("#D55E00", "-", "eager"),
-    "eager-16bit-logits": Look("#D55E00", "--", "eager, bf16 logits"),
-    "eager-compiled": Look("#D55E00", ":", "torch.compile"),
-    "trl": Look("#009E73", "-", "TRL"),
-    "trl-port-estimate": Look("#009E73", "--", "port in TRL's way (estimate)"),
-    "liger-triton": Look("#CC79A7", "-", "Liger fused"),
-    "liger-chunked": Look("#CC79A7", "--", "Liger chunked"),
-    "liger-compiled": Look("#CC79A7", ":", "Liger chunked, compiled"),
-    "orda": Look("#E69F00", "-", "orda-kernel"),
-}
-
-
 def look(provider: str) -> Look:
     return LOOKS.get(provider, Look(FAINT, "-", provider))
 
 
-def figures(results: Results) -> dict[str, Callable[[Path], None]]:
-    """What these results can show: {name: function that draws it to a PNG}. Needs matplotlib only when called."""
-    found: dict[str, Callable[[Path], None]] = {}
+def figures(results: Results) -> dict[str, Callable[[], Drawn]]:
+    """What these results can show: {name: function that draws it}. Needs matplotlib only when called."""
+    found: dict[str, Callable[[], Drawn]] = {}
     accuracy = [cell for cell in select(results.cells, part="accuracy") if "dhidden" in cell.errors]
     if len({cell.case.spread for cell in accuracy}) > 1:
         found["accuracy"] = partial(_accuracy, accuracy)
@@ -74,7 +51,7 @@ def figures(results: Results) -> dict[str, Callable[[Path], None]]:
 
 
 def draw(results: Results, folder: Path, prefix: str = "") -> list[Path]:
-    """Writes every figure; returns the paths. Raises ImportError without matplotlib."""
+    """Writes every figure to a PNG, with its machine below; returns the paths. Raises ImportError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -82,11 +59,11 @@ def draw(results: Results, folder: Path, prefix: str = "") -> list[Path]:
     paths = {folder / f"{prefix}{name}.png": drawing for name, drawing in figures(results).items()}
     with matplotlib.rc_context(STYLE):
         for path, drawing in paths.items():
-            drawing(path)
+            _finish(*drawing(), results.meta, path)
     return list(paths)
 
 
-def _accuracy(cells: Sequence[Cell], path: Path) -> None:
+def _accuracy(cells: Sequence[Cell]) -> Drawn:
     """A panel per loss and dtype: relative error of dH against the true divergence."""
     drawn = {(cell.case.dtype, cell.case.loss) for cell in cells}
     panels = [(loss, dtype) for dtype, loss in sorted(drawn)]  # which is also the order of the names
@@ -100,10 +77,10 @@ def _accuracy(cells: Sequence[Cell], path: Path) -> None:
         axis.set_xlabel("true KL(target ‖ student), nats per token")
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    _finish(figure, axes, "How wrong is the gradient? Against float64, lower is better", path)
+    return figure, axes, "How wrong is the gradient? Against float64, lower is better", cells
 
 
-def _scaling(curves: dict[str, list[Cell]], loss: str, path: Path) -> None:
+def _scaling(curves: dict[str, list[Cell]], loss: str) -> Drawn:
     """Columns: what is swept. Rows: time, memory."""
     figure, axes = _panels(2, len(curves), 3.9, [3.4] * 2)
     rows: dict[str, Of[float | None]] = {"time, ms": milliseconds, "peak memory above inputs, MiB": _PEAK}
@@ -118,32 +95,42 @@ def _scaling(curves: dict[str, list[Cell]], loss: str, path: Path) -> None:
             axis.set_xticks(points, [f"{point // 1024}k" if point % 1024 == 0 else str(point) for point in points])
             axis.minorticks_off()
             _plain_ticks(axis.yaxis)
-    case = next(iter(curves.values()))[0].case
-    _finish(figure, axes, f"{LOSS_NAMES[loss]}, {setting(case)}: forward and backward", path)
+    drawn = [cell for cells in curves.values() for cell in cells]
+    return figure, axes, f"{LOSS_NAMES[loss]}, {setting(drawn[0].case)}: forward and backward", drawn
 
 
-def _bars(cases: Sequence[tuple[Case, list[Cell]]], path: Path) -> None:
-    """Rows: shapes. Columns: time and memory, the fastest on top; hatched: what computes a wrong answer."""
+def _bars(cases: Sequence[tuple[Case, list[Cell]]]) -> Drawn:
+    """Rows: shapes. Columns: time, with its ratio to popsd's, and memory, the fastest on top; hatched: a wrong answer."""
     figure, axes = _panels(len(cases), 2, 5.6, [0.25 * len(cells) + 0.95 for _, cells in cases])
     for row, (case, cells) in enumerate(cases):
         ranked, shape = sorted(cells, key=milliseconds, reverse=True), case.shape
         size = f"{shape.name}: N = {shape.tokens:,}, V = {shape.vocab:,}, D = {shape.width:,}"
-        ratios = [f"  {c.ratios.median:.2f}×" if c.ratios and c.provider not in OURS.values() else "" for c in ranked]
+        ours = named(cells, OURS[case.device])
+        ratios = ["" if c is ours or ours is None else f"  {ratio(c, ours):.2f}×" for c in ranked]
         marks = ["" if cell.status == "ok" else f"  {cell.status}" for cell in ranked]
         times = [f"{significant(milliseconds(c))}{a}{b}" for c, a, b in zip(ranked, ratios, marks, strict=True)]
         peaks = [f"{significant(cell.peak_mib)}" if cell.peak_mib else "" for cell in ranked]
-        _bar_panel(axes[2 * row], ranked, list(map(milliseconds, ranked)), times)
+        _bar_panel(axes[2 * row], ranked, list(map(milliseconds, ranked)), times, _whiskers(ranked))
         _bar_panel(axes[2 * row + 1], ranked, [cell.peak_mib or 0.0 for cell in ranked], peaks)
         for cell in select(ranked, provider=FLOOR):
             axes[2 * row].axvline(milliseconds(cell), color=INK, linestyle=":", linewidth=1.2)
         axes[2 * row].set(title=size, xlabel="median time, ms")
         axes[2 * row + 1].set(xlabel="peak memory above inputs, MiB", yticklabels=[])
-    case = cases[0][0]
-    _finish(figure, [], f"{LOSS_NAMES[case.loss]}, {setting(case)}: forward and backward", path)
+    title = f"{LOSS_NAMES[cases[0][0].loss]}, {setting(cases[0][0])}: forward and backward"
+    return figure, [], title, [cell for _, cells in cases for cell in cells]
 
 
-def _bar_panel(axis: Any, cells: Sequence[Cell], values: Sequence[float], texts: Sequence[str]) -> None:
-    bars = axis.barh([look(c.provider).label for c in cells], values, height=0.7)
+def _whiskers(cells: Sequence[Cell]) -> list[list[float]]:
+    """How far the quartiles lie below and above the median time, in ms."""
+    times = [cell.seconds for cell in cells if cell.seconds]
+    return [[1e3 * (x.median - x.low) for x in times], [1e3 * (x.high - x.median) for x in times]]
+
+
+def _bar_panel(
+    axis: Any, cells: Sequence[Cell], values: Sequence[float], texts: Sequence[str], spread: Any = None
+) -> None:
+    names, lines = [look(c.provider).label for c in cells], {"elinewidth": 1.0, "capsize": 2.0, "ecolor": INK}
+    bars = axis.barh(names, values, height=0.7, xerr=spread, error_kw=lines)
     labels = axis.bar_label(bars, texts, padding=3, fontsize=8, color=INK)
     for bar, cell, label, tick in zip(bars, cells, labels, axis.get_yticklabels(), strict=True):
         ours, colour = cell.provider in OURS.values(), look(cell.provider).colour
@@ -162,11 +149,14 @@ def _curves(axis: Any, cells: Sequence[Cell], x: Of[Any], y: Of[float | None]) -
     axis.set(xscale="log", yscale="log")
     names = dict.fromkeys(cell.provider for cell in cells)
     for name in sorted(names, key=lambda name: name in OURS.values()):
-        points = sorted((x(cell), y(cell)) for cell in select(cells, provider=name))
+        points = sorted(select(cells, provider=name), key=x)
         (colour, line, label), ours = look(name), name in OURS.values()
         width, size = (3.0, 5.0) if ours else (1.6, 3.5)
         style = {"color": colour, "linestyle": line, "linewidth": width, "marker": "o", "markersize": size}
-        axis.plot(*zip(*points, strict=True), label=label, **style)
+        spread = _whiskers(points) if y is milliseconds else None
+        axis.errorbar(
+            [*map(x, points)], [*map(y, points)], yerr=spread, label=label, capsize=2.0, elinewidth=1.0, **style
+        )
 
 
 def _plain_ticks(axis: Any, unit: str = "") -> None:
@@ -190,8 +180,10 @@ def _panels(rows: int, columns: int, width: float, heights: Sequence[float]) -> 
     return figure, list(grid.flat)
 
 
-def _finish(figure: Any, axes: Sequence[Any], title: str, path: Path) -> None:
-    """With one legend beside all of the axes."""
+def _finish(
+    figure: Any, axes: Sequence[Any], title: str, cells: Sequence[Cell], meta: dict[str, Any], path: Path
+) -> None:
+    """With one legend beside all of the axes, and below them where, how often and beside what it was measured."""
     import matplotlib.pyplot as plt
 
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -199,5 +191,12 @@ def _finish(figure: Any, axes: Sequence[Any], title: str, path: Path) -> None:
         names = sorted(handles, key=lambda name: name != "popsd")
         figure.legend([handles[name] for name in names], names, loc="outside right upper")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK, fontweight="bold")
+    counts = sorted({cell.seconds.count for cell in cells if cell.seconds})
+    often = "–".join(map(str, [*counts[:1], *counts[1:][-1:]]))
+    rounds = f"medians of {often} rounds, whiskers from quartile to quartile" if counts else ""
+    where = f"{tables.machine(meta)}, {meta['date'][:10]}; commit {meta['commit']}, {tables.versions(meta)}"
+    text = "; ".join(filter(None, [where, rounds, tables.disturbance(cells)]))
+    wrapped = textwrap.fill(text, int(18 * figure.get_figwidth()))
+    figure.supxlabel(wrapped, x=0.01, ha="left", fontsize=7, color=INK)
     figure.savefig(path)
     plt.close(figure)

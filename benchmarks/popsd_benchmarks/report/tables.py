@@ -9,8 +9,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from popsd_benchmarks.providers import FLOOR, OURS
-from popsd_benchmarks.results import Case, Cell, select
+from popsd_benchmarks.cases import FLOOR, OURS, Case
+from popsd_benchmarks.results import Cell, named, ratio, select
 
 T = TypeVar("T")
 Of = Callable[[Cell], T]
@@ -18,6 +18,8 @@ Rows = list[list[str]]
 LOSS_NAMES = {"purified": "purified loss, four distributions", "two": "generalised JSD, two distributions"}
 SWEPT = {"tokens": "N", "vocab": "V", "width": "D"}
 """Parts that sweep one dimension of the shape, and its letter."""
+DISTURBED = 0.05
+"""Share of the device that others may have before it is said."""
 
 
 class Table(NamedTuple):
@@ -38,19 +40,20 @@ def cases_of(cells: Iterable[Cell]) -> list[tuple[Case, list[Cell]]]:
 
 
 def case_table(case: Case, cells: Sequence[Cell]) -> Table:
-    """The floor first, then by time. The ratio is to popsd's time, round by round: its median and quartiles."""
-    ours = OURS.get(case.device, "popsd-torch")
+    """The floor first, then by time, with its quartiles. The ratio is that of the medians beside it."""
+    name = OURS.get(case.device, "popsd-torch")
+    ours, floor = named(cells, name), named(cells, FLOOR)
     measured = sorted((c for c in cells if c.seconds), key=lambda c: (c.provider != FLOOR, milliseconds(c)))
     errors = {"loss": "loss", "dhidden": "dH", "dweight": "dW"}
     if not any("dweight" in cell.errors for cell in measured):
         del errors["dweight"]
-    header = ["provider", "ms", f"time / {ours} (quartiles)", "share of floor", "TFLOP/s", "peak MiB"]
+    header = ["provider", "ms (quartiles)", f"time / {name}", "share of floor", "TFLOP/s", "peak MiB"]
     rows = [[*header, *(f"{letters} error" for letters in errors.values())]]
     for cell in measured:
         name = f"{cell.provider} (floor)" if cell.provider == FLOOR else cell.provider
-        shares = [_optional(cell.floor_share, "{:.0%}"), _optional(cell.tflops, "{:.3g}"), _peak(cell)]
+        shares = [_optional(ratio(floor, cell), "{:.0%}"), _optional(cell.tflops, "{:.3g}"), _peak(cell)]
         wrong = [_optional(cell.errors.get(name), "{:.1e}") for name in errors]
-        rows.append([name, _time(cell), _ratio(cell), *shares, *wrong])
+        rows.append([name, _time(cell, quartiles=True), _optional(ratio(cell, ours), "{:.2f}"), *shares, *wrong])
     return Table(case_title(case), rows, _notes(measured), _absent(cells))
 
 
@@ -123,11 +126,24 @@ def _curves(cells: Sequence[Cell], fixed: Callable[[Case], str]) -> list[tuple[C
     return [(group[0].case, key[-1], group) for key, group in groups.items()]
 
 
+def disturbance(cells: Iterable[Cell]) -> str:
+    """What is to be said of other processes, or nothing."""
+    share, device = max(((cell.others or 0.0, cell.case.device) for cell in cells), default=(0.0, ""))
+    what = "had {:.0%} of the processors" if device == "cpu" else "held {:.0%} of the GPU's memory"
+    return f"other processes {what.format(share)} meanwhile" if share > DISTURBED else ""
+
+
+def machine(meta: dict[str, Any]) -> str:
+    """Where it was measured, in a line."""
+    threads = f", {meta['threads']} thread{'s' if meta['threads'] > 1 else ''}" if "threads" in meta else ""
+    return f"{meta['device']}{threads}"
+
+
 def _notes(cells: Sequence[Cell]) -> list[str]:
     """Each remark once, with whom it concerns."""
     remarks: dict[str, list[str]] = {}
     for cell in cells:
-        for remark in filter(None, cell.note.split("; ")):
+        for remark in filter(None, [*cell.note.split("; "), disturbance([cell])]):
             remarks.setdefault(remark, []).append(cell.provider)
     return [f"{'all' if len(names) == len(cells) else ', '.join(names)}: {text}" for text, names in remarks.items()]
 
@@ -190,10 +206,12 @@ def versions(meta: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
 
 
-def _time(cell: Cell) -> str:
+def _time(cell: Cell, quartiles: bool = False) -> str:
     if cell.seconds is None:
         return cell.status
-    return significant(milliseconds(cell)) + ("" if cell.status == "ok" else f" ({cell.status})")
+    spread = "–".join(significant(1e3 * x) for x in (cell.seconds.low, cell.seconds.high))
+    shown = significant(milliseconds(cell)) + (f" ({spread})" if quartiles else "")
+    return shown + ("" if cell.status == "ok" else f", {cell.status}" if quartiles else f" ({cell.status})")
 
 
 def _peak(cell: Cell) -> str:
@@ -202,13 +220,6 @@ def _peak(cell: Cell) -> str:
 
 def _error(cell: Cell) -> str:
     return _optional(cell.errors.get("dhidden"), "{:.1e}")
-
-
-def _ratio(cell: Cell) -> str:
-    if cell.ratios is None:
-        return "–"
-    spread = f" ({cell.ratios.low:.2f}–{cell.ratios.high:.2f})"
-    return f"{cell.ratios.median:.2f}" + ("" if cell.provider in OURS.values() else spread)
 
 
 def _optional(value: float | None, form: str) -> str:

@@ -1,1 +1,1 @@
-"""Compiles every kernel for five GPUs without having one: ``python -m popsd_kernels.aot``."""
+"""Compiles the kernels for GPUs without having one: ``python -m popsd_kernels.aot``."""

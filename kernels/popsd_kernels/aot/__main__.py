@@ -2,6 +2,6 @@
 
 import sys
 
-from popsd_kernels.aot.report import main
+from popsd_kernels.aot.command import main
 
 sys.exit(main())

@@ -1,17 +1,13 @@
-"""``python -m popsd_kernels.aot``: compiles the shipped kernels for GPUs that are not there, and reports what came out.
+"""Compiles a case for a GPU that is not there, and reports what came out.
 
 The launchers' own argument builders run on meta tensors under a stand-in driver: what is compiled is what is shipped.
-Prints registers, spill instructions, shared memory, programs per multiprocessor, SASS instructions per vocabulary entry
-of each inner loop, and whether matrix units are used (a row sweep uses none). Exits with 1 on any spill, on shared
-memory above the device's limit, and on more than 1,024 threads. Needs Triton, neither a GPU nor its driver.
+Needs Triton, neither a GPU nor its driver.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +16,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-from popsd_kernels import launch
-from popsd_kernels.aot.cases import AnyCase, all_cases, shipped_cases
-from popsd_kernels.launch import LaunchConfig
+from popsd_kernels.aot.cases import AnyCase
 
 
 @dataclass(frozen=True)
@@ -41,11 +35,16 @@ DEVICES = {
     "sm_120": Device(GPUTarget("cuda", 120, 32), 101376, 1536),
     "gfx942": Device(GPUTarget("hip", "gfx942", 64), 65536, 2048),
 }
+CODE = {
+    "cuda": ("ttir", "ttgir", "llir", "ptx", "sass", "cubin"),
+    "hip": ("ttir", "ttgir", "llir", "amdgcn", "hsaco"),
+}
+"""Kinds of code that a backend of Triton leaves, from Triton's own to the machine's."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a case."""
+    """What the compiler made of a case. instructions: per vocabulary entry, of each inner loop."""
 
     registers: int
     spills: int
@@ -71,19 +70,23 @@ class _AbsentGPU:
         return 0
 
 
-def compile_case(case: AnyCase, architecture: str, config: Any = None, fast: bool = True) -> Report:
-    """Compiles one case for one architecture, with the shipped configuration unless told otherwise."""
+def compile_case(
+    case: AnyCase, architecture: str, config: Any = None, fast: bool = True
+) -> tuple[Report, dict[str, str | bytes]]:
+    """Compiles one case for one architecture, with the shipped configuration unless told otherwise; the code by kind."""
     device = DEVICES[architecture]
     nvidia = device.target.backend == "cuda"
     planned = case.launch(config or case.config(architecture), fast and nvidia)
     select_target(architecture, planned.kernel)
     compiled = planned.compile()
     threads = planned.config.num_warps * device.target.warp_size
+    code = {kind: compiled.asm[kind] for kind in CODE[device.target.backend] if kind != "sass"}
     if nvidia:
-        registers, spills, loops, matrix = _inspect_cubin(compiled.asm["cubin"], case.read_bytes)
+        usage, code["sass"] = _disassembled(code["cubin"])
+        registers, spills, loops, matrix = _inspect_sass(usage, code["sass"], case.read_bytes)
     else:
-        registers, spills, loops, matrix = _inspect_gcn(compiled.asm["amdgcn"])
-    return Report(registers, spills, compiled.metadata.shared, threads, loops, matrix)
+        registers, spills, loops, matrix = _inspect_gcn(code["amdgcn"])
+    return Report(registers, spills, compiled.metadata.shared, threads, loops, matrix), code
 
 
 def select_target(architecture: str, kernel: Any) -> None:
@@ -106,11 +109,23 @@ def problems(report: Report, device: Device) -> list[str]:
     return found
 
 
-def _inspect_cubin(cubin: bytes, read_bytes: int) -> tuple[int, int, tuple[float, ...], bool]:
+def programs_per_sm(report: Report, device: Device) -> int | None:
+    """How many programs a multiprocessor of NVIDIA holds at once, by threads and registers."""
+    if device.target.backend != "cuda":
+        return None
+    per_warp = (report.registers * 32 + 255) // 256 * 256
+    return min(device.max_threads_per_sm // report.threads, 65536 // per_warp // (report.threads // 32))
+
+
+def _disassembled(cubin: bytes) -> tuple[str, str]:
+    """Its resource usage and its SASS."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage, sass = (_cuobjdump(path, option) for option in ("--dump-resource-usage", "-sass"))
+        return _cuobjdump(path, "--dump-resource-usage"), _cuobjdump(path, "-sass")
+
+
+def _inspect_sass(usage: str, sass: str, read_bytes: int) -> tuple[int, int, tuple[float, ...], bool]:
     found = re.search(r"REG:(\d+)", usage)
     lines = [(int(a, 16), text) for a, text in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass, re.MULTILINE)]
     if found is None or not lines:
@@ -164,47 +179,3 @@ def _inspect_gcn(assembly: str) -> tuple[int, int, tuple[float, ...], bool]:
 def _cuobjdump(path: Path, option: str) -> str:
     tool = triton.knobs.nvidia.cuobjdump.path
     return subprocess.run([tool, option, str(path)], check=True, capture_output=True, text=True).stdout
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m popsd_kernels.aot", description=__doc__)
-    parser.add_argument("--arch", nargs="+", choices=sorted(DEVICES), default=sorted(DEVICES), metavar="ARCH")
-    parser.add_argument("--all", action="store_true", help="240 flag combinations, not one per flag (minutes)")
-    kernels = sorted({case.kernel for case in shipped_cases()})
-    parser.add_argument("--kernel", choices=kernels, help="only this kernel")
-    parser.add_argument("--config", metavar="BLOCK,VEC,WARPS", help="these sizes instead of the shipped ones")
-    parser.add_argument("--portable", action="store_true", help="without the approximate NVIDIA instructions")
-    arguments = parser.parse_args(argv)
-    if launch.INTERPRETED:
-        parser.error("TRITON_INTERPRET is set: kernels cannot be compiled in this process; unset it")
-    config = LaunchConfig(*map(int, arguments.config.split(","))) if arguments.config else None
-    failures = 0
-    print(f"Triton {triton.__version__}; registers and loops per thread; not yet run on a GPU")
-    for architecture in arguments.arch:
-        device = DEVICES[architecture]
-        for case in all_cases() if arguments.all else shipped_cases():
-            if arguments.kernel not in (None, case.kernel):
-                continue
-            report = compile_case(case, architecture, config, fast=not arguments.portable)
-            found = problems(report, device)
-            failures += bool(found)
-            print(_line(architecture, case, report, device), *(f"  FAIL: {problem}" for problem in found), flush=True)
-    print(f"{failures} failures")
-    return int(failures > 0)
-
-
-def _line(architecture: str, case: AnyCase, report: Report, device: Device) -> str:
-    programs = "-"
-    if device.target.backend == "cuda":
-        per_warp = (report.registers * 32 + 255) // 256 * 256
-        programs = str(min(device.max_threads_per_sm // report.threads, 65536 // per_warp // (report.threads // 32)))
-    loops = " + ".join(str(cost) for cost in report.instructions) or "-"
-    matrix = "yes" if report.matrix_units else "no"
-    return (
-        f"{architecture:7} {case.kernel:14} {case.flags:52} regs {report.registers:3}  spills {report.spills}  "
-        f"shared {report.shared:5}  programs/SM {programs:2}  instructions/entry {loops:12}  matrix units {matrix}"
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

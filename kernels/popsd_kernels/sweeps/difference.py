@@ -34,7 +34,7 @@ def logit_difference(rows: Rows, options: RowOptions, *, center: bool, out: torc
     entries leave the mean, and ``out`` gets offset / inv_temperature there, so that the centred difference is 0.
     Raises ValueError, TypeError or RuntimeError before any launch.
     """
-    check_rows(_NAME, rows, needed=("teacher", "reference"))
+    check_rows(_NAME, rows, options, needed=("teacher", "reference"))
     check_not_minus_student(_NAME, options)
     check_output(_NAME, "out", out, rows, dtypes=FLOAT32, replaceable=("teacher", "reference"))
     tokens, device = rows.student.shape[0], rows.student.device

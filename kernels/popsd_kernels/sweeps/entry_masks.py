@@ -89,7 +89,7 @@ def _check(function: str, rows: Rows, masks: EntryMasks, options: RowOptions, ne
             f"tail_reach={masks.tail_reach}; leave both out for no mask on the tail"
         )
     check_not_minus_student(function, options)
-    check_rows(function, rows, needed=(*needed, *(("base",) if masks.plausibility is not None else ())))
+    check_rows(function, rows, options, needed=(*needed, *(("base",) if masks.plausibility is not None else ())))
 
 
 def plan_thresholds(

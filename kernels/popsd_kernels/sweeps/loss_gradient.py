@@ -59,7 +59,7 @@ def row_loss_gradient(
     >>> bool(torch.allclose(gradient, student.softmax(dim=1) - target.softmax(dim=1), atol=1e-6))
     True
     """
-    check_rows(_NAME, rows)
+    check_rows(_NAME, rows, options)
     check_target(_NAME, rows, composed=False, finished=True)
     count, device = rows.student.shape[0], rows.student.device
     for name, tensor in zip(RowStatistics._fields, statistics, strict=True):

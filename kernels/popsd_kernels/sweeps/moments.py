@@ -61,7 +61,7 @@ def shard_moments(rows: Rows, options: RowOptions, *, masked: bool = True) -> to
     Returns [21, C] float32: those 13; Σ Δ_total and Σ Δ_ref, each entry weighted by π_θ; and of student, reference and teacher
     each the largest logit and log Σ exp(z − max).
     """
-    check_rows(_NAME, rows, needed=("reference",))
+    check_rows(_NAME, rows, options, needed=("reference",))
     if (rows.teacher is None) == (rows.difference is None):
         given = "both" if rows.teacher is not None else "neither"
         raise ValueError(

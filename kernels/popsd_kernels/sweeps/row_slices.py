@@ -101,7 +101,7 @@ def partials_for(rows: Rows, config: LaunchConfig) -> torch.Tensor:
 
 def check_slices(function: str, rows: Rows, options: RowOptions, gradient: torch.Tensor | None) -> None:
     """What both launchers ask of their arguments. Programs of one row may read the student's slices of their siblings."""
-    check_rows(function, rows)
+    check_rows(function, rows, options)
     check_target(function, rows, finished=True)
     check_not_minus_student(function, options)
     check_output(

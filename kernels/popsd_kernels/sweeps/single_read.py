@@ -114,7 +114,9 @@ def resident_programs(num_warps: int, registers: int | None, device: torch.devic
     most, limits nothing. Without a bound (AMD): one per multiprocessor, which fits wherever the kernel runs at all.
     """
     if device.type != "cuda":
-        raise RuntimeError(f"{_NAME}: rows.student must be on a CUDA or ROCm GPU, got {device}; use impl='torch'")
+        raise RuntimeError(
+            f"{_NAME}: rows.student must be on a CUDA or ROCm GPU, got {device}; row_split_sweeps needs no waiting programs"
+        )
     properties, threads = torch.cuda.get_device_properties(device), 32 * num_warps
     held = 1
     if registers is not None:

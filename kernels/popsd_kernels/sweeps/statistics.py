@@ -52,7 +52,7 @@ def row_statistics(rows: Rows, options: RowOptions, *, target_out: torch.Tensor 
     True
     >>> loss = row_loss_gradient(rows.with_target(difference), statistics, RowOptions())
     """
-    check_rows(_NAME, rows)
+    check_rows(_NAME, rows, options)
     check_target(_NAME, rows, finished=not options.minus_student)
     check_output(
         _NAME, "target_out", target_out, rows, dtypes=FLOAT32, replaceable=composing(rows), untouchable=("student",)

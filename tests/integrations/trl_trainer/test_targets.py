@@ -44,15 +44,7 @@ def per_token(loss_of, prompts):
     return rows
 
 
-@pytest.mark.parametrize(
-    ("strength", "lora"),
-    [
-        (2.0, False),
-        (0.5, True),
-        pytest.param(2.0, True, marks=pytest.mark.slow),
-        pytest.param(0.5, False, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("strength", "lora"), [(2.0, False), pytest.param(0.5, True, marks=pytest.mark.slow)])
 def test_beta_opsd_runs_no_reference(tmp_path, monkeypatch, lora, strength):
     seen, real = [], frozen.hidden_states
     monkeypatch.setattr(frozen, "hidden_states", lambda *args: seen.append(0) or real(*args))
