@@ -28,7 +28,7 @@ def test_the_length_is_that_of_the_longest_question_and_completion(tmp_path):
     assert lengths(tmp_path) == (6 + 6, 12)
     assert lengths(tmp_path, rows=ROWS, evaluated=LONGER) == (12, 12)
     assert lengths(tmp_path, max_prompt_length=5, on_overflow="drop") == (4 + 6, 10)
-    scored = {"eval_scorer": "trl_helpers:begins", "eval_max_new_tokens": 9}
+    scored = {"eval_scorer": "trl_helpers:begins", "eval_max_completion_length": 9}
     assert lengths(tmp_path, **scored) == (6 + 9, 15)
     assert lengths(tmp_path, vllm_max_model_length=12) == (12, 12)
     assert lengths(tmp_path, vllm_mode="server") == (12, None)

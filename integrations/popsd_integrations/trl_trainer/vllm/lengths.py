@@ -19,7 +19,7 @@ def set_max_length(args: Any, data: Mapping[str, Any], tokenizer: Any) -> int | 
     vLLM takes the model's own.
     Raises ValueError for a ``vllm_max_model_length`` that is less: vLLM would cut completions short.
     """
-    completion = max(args.max_completion_length, args.eval_max_new_tokens or 0)
+    completion = max(args.max_completion_length, args.eval_max_completion_length or 0)
     question = _longest_question(
         list(data.values()), ContextBuilder(tokenizer, args.context_config(), text_as_chat=False)
     )
