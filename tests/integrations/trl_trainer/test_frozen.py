@@ -120,7 +120,7 @@ def test_the_trainer_pads_where_check_model_says(tmp_path):
     trainer = build(tmp_path, model=transformers.AutoModelForCausalLM.from_config(config), batched_frozen=True)
     trainer._zero3 = True
     with pytest.raises(ValueError, match=r"FSDP and ZeRO-3; RecurrentGemmaForCausalLM must sample prompts by length"):
-        trainer._checked_model({"train_dataset": trainer.train_dataset}, False)
+        trainer._checked_model({"train_dataset": trainer.train_dataset})
     trainer._zero3 = False
     seen, real = [], trainer._packed
 
@@ -159,8 +159,8 @@ def test_a_step_does_not_depend_on_how_its_rows_are_run(tmp_path, monkeypatch):
 def test_weights_that_are_sharded_are_said_not_to_be_checked(tmp_path, monkeypatch, caplog):
     trainer = build(tmp_path, lora=True)
     monkeypatch.setattr(frozen, "is_sharded", lambda parameter: True)
-    assert trainer._checked_model({}, False) == ("left", "together", "padded", False)
+    assert trainer._checked_model({}) == ("left", "together", "padded", False)
     assert "weights of PeftModelForCausalLM are sharded" in caplog.text and "are not checked" in caplog.text
     trainer.args.padding_free = True
     with pytest.raises(ValueError, match=r"padding_free: expected None or False with weights that are sharded already"):
-        trainer._checked_model({}, False)
+        trainer._checked_model({})
