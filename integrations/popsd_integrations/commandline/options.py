@@ -178,8 +178,8 @@ class MethodOptions:
     )
     padding_free: bool | None = _option(
         None,
-        "True: run rows end to end, without padding; refused where a model's rows would see each other. False: in padded "
-        "batches. None: end to end where attention is told where rows end (flash, flex), else rows of like length together.",
+        "Run forwards without padding. True: rows end to end, refused where rows would see each other. False: padded. "
+        "None: end to end where attention is told where rows end (flash, flex), else rows of like length together.",
     )
     frozen_batch_size: int | None = _option(None, "Rows per frozen forward. None: all at once.")
 
@@ -209,8 +209,9 @@ GROUPS = {
     "Loss": "beta entry_clip token_clip loss_temperature vocab_size skip_first_tokens masks protect_markers position_weights "
     "loss_kwargs impl strategy workspace_mib",
     "Prompts and completions": "question_template teacher_template+reference_template reference teacher_reference "
-    "teacher_chat_template_kwargs+reference_chat_template_kwargs max_prompt_length on_overflow max_completion_length",
-    "Training": "learning_rate frozen_weights ema_decay batched_frozen frozen_batch_size",
+    "teacher_chat_template_kwargs+reference_chat_template_kwargs max_prompt_length on_overflow max_completion_length "
+    "num_generations",
+    "Training": "learning_rate frozen_weights ema_decay batched_frozen padding_free frozen_batch_size",
     "Evaluation and logs": "eval_scorer eval_problems eval_max_completion_length diagnostics_steps markers plot_metrics",
 }
 """The order of the short help. Two names joined by + share a line; what stands in no group comes last."""

@@ -11,17 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from popsd.markers import EpistemicMarkers
 from popsd_integrations.huggingface.distributed import agreed, run_in_forward
 from popsd_integrations.huggingface.forwards import exact_layout
 from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states
-from popsd_integrations.huggingface.groups import facts, within_prompts
 from popsd_integrations.huggingface.heads import held, is_sharded, local_head
 from popsd_integrations.huggingface.invariants import check_model
 from popsd_integrations.huggingface.packing import PACKED, PADDED, Packed, pack_padded
 from popsd_integrations.huggingface.prompts import Prompts
 from popsd_integrations.huggingface.sampling import TOGETHER, exact_grouping, exact_sharing
-from popsd_integrations.trl_trainer.compat import record
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
 from popsd_integrations.trl_trainer.guards import GuardedTrainer
 
@@ -156,13 +153,12 @@ _PROMPT_OF = {"base": "prompt", "teacher": "teacher_prompt", "reference": "refer
 class FrozenTrainer(GuardedTrainer):
     """TRL's trainer with frozen weights beside the student, and what both run of a micro-batch.
 
-    Its subclass has ``_rows``, ``_markers``, ``_ema``, ``_zero3`` and, of `exact_ways`, ``_side`` and ``_layout``. It adds
+    Its subclass has ``_rows``, ``_ema``, ``_zero3``, ``_own_teacher`` and, of `exact_ways`, ``_side`` and ``_layout``. It adds
     the tokens that forwards ran to ``_tokens_run``. By the time in which nothing was generated they are logged as
     ``forwards/tokens_per_second``.
     """
 
     _rows: Any
-    _markers: EpistemicMarkers
     _ema: EMA | None
     _zero3: bool
     _own_teacher: bool
@@ -186,13 +182,6 @@ class FrozenTrainer(GuardedTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         self._since += time.perf_counter() - began
         return inputs
-
-    def _record_prompts(self, completions: list[list[int]]) -> None:
-        """How the completions of one prompt differ. One process after the other holds rows in the sampler's order."""
-        if self.args.num_generations == 1 or not self.model.training:
-            return
-        local = torch.tensor(facts(completions, self._markers, self.processing_class), device=self.accelerator.device)
-        record(self, within_prompts(self.accelerator.gather(local).tolist(), self.args.num_generations))
 
     def _checked_model(self, data: Mapping[str, Any]) -> Ways:
         """What `exact_ways` finds. data: as given; a stream that drops rows would count them here."""

@@ -61,7 +61,7 @@ from popsd_integrations.trl_trainer.dataset import (
 from popsd_integrations.trl_trainer.frozen import FrozenTrainer, check_models, copy_of, prepare_student
 from popsd_integrations.trl_trainer.logs import card
 from popsd_integrations.trl_trainer.logs.console import show_lines
-from popsd_integrations.trl_trainer.logs.recording import record_completions, record_loss
+from popsd_integrations.trl_trainer.logs.recording import record_completions, record_loss, record_prompts
 from popsd_integrations.trl_trainer.vllm.engine import send_student
 from popsd_integrations.trl_trainer.vllm.lengths import set_max_length
 
@@ -213,7 +213,7 @@ class PurifiedOPSDTrainer(FrozenTrainer):
         counted = self.args.token_weights(batch["completion_mask"]) != 0
         batch["num_items_in_batch"] = self.accelerator.reduce(counted.sum(), "sum")
         record_completions(self, completions)
-        self._record_prompts(completions)
+        record_prompts(self, completions)
         return batch
 
     def _judge_completions(

@@ -159,7 +159,7 @@ def test_a_step_does_not_depend_on_how_its_rows_are_run(tmp_path, monkeypatch):
 def test_weights_that_are_sharded_are_said_not_to_be_checked(tmp_path, monkeypatch, caplog):
     trainer = build(tmp_path, lora=True)
     monkeypatch.setattr(frozen, "is_sharded", lambda parameter: True)
-    assert trainer._checked_model({}, False) == ("left", "together", "padded")
+    assert trainer._checked_model({}) == ("left", "together", "padded", False)
     assert "weights of PeftModelForCausalLM are sharded" in caplog.text and "are not checked" in caplog.text
     trainer.args.padding_free = True
     with pytest.raises(ValueError, match=r"padding_free: expected None or False with weights that are sharded already"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from popsd_integrations.huggingface.groups import facts, within_prompts
 from popsd_integrations.trl_trainer.compat import ends_of, record, record_extreme, record_means, rows_of_data
 
 _NONE = 2**40
@@ -46,6 +47,16 @@ def record_completions(trainer: Any, completions: list[list[int]]) -> None:
     if trainer.args.on_overflow != "error":
         contexts = trainer._contexts
         record(trainer, {"contexts/dropped": contexts.dropped, "contexts/truncated": contexts.truncated})
+
+
+def record_prompts(trainer: Any, completions: list[list[int]]) -> None:
+    """How the completions of one prompt differ. One process after the other holds rows in the sampler's order."""
+    number = trainer.args.num_generations
+    if number == 1 or not trainer.model.training:
+        return
+    local = facts(completions, trainer._markers, trainer.processing_class)
+    rows = trainer.accelerator.gather(torch.tensor(local, device=trainer.accelerator.device)).tolist()
+    record(trainer, within_prompts(rows, number))
 
 
 @torch.no_grad()
