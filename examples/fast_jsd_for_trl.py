@@ -1,10 +1,8 @@
-"""Run this before building a stock ``trl.DistillationTrainer``: its two-distribution loss becomes ``popsd.linear_jsd``.
+"""Import this before building TRL's DistillationTrainer or GKDTrainer: their loss becomes popsd's ``linear_jsd``.
 
-Same arguments, same loss and gradients, no other change; importing this file is the whole patch.
+Same arguments, same loss and gradients, no other change. See docs/from_gkd.md.
 """
 
-import trl.trainer.distillation_trainer as distillation_trainer
+import popsd_integrations
 
-from popsd_integrations.trl_trainer.fast_jsd import chunked_divergence_loss
-
-distillation_trainer._chunked_divergence_loss = chunked_divergence_loss
+popsd_integrations.patch_trl()

@@ -195,6 +195,9 @@ def position_weights(mask: torch.Tensor, *, first: float = 0.0, power: float = 1
     """
     if mask.ndim != 2:
         raise ValueError(f"mask: expected shape [B, T], a row per completion; got {list(mask.shape)}.")
+    for name, value in (("first", first), ("power", power)):
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name}: expected a number; got {value!r}.")
     if not 0.0 <= first <= 1.0:
         raise ValueError(f"first: expected a weight in [0, 1]; got {first}.")
     if not 0.0 < power < float("inf"):

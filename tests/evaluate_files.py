@@ -11,7 +11,7 @@ from popsd_integrations.miniature.tokenizer import build_tokenizer
 WIDE = warmup.WarmupConfig(hidden_size=128, layers=2, heads=4, mlp_size=128)  # heads of 32, which vLLM has kernels for
 TINY = warmup.WarmupConfig(hidden_size=16, layers=1, heads=2, mlp_size=16)
 SCORER = "popsd_integrations.miniature.task:verdict"
-OPTIONS = ["--question_template", "Q {question} A", "--max_new_tokens", "12", "--scorer", SCORER]
+OPTIONS = ["--question_template", "Q {question} A", "--max_completion_length", "12", "--eval_scorer", SCORER]
 OPTIONS += ["--temperature", "1", "--top_p", "1", "--top_k", "0"]
 
 
@@ -49,3 +49,28 @@ def save_puzzles(path, count, split="test"):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def save_all(folder):
+    """A base model, a run with two adapters, a whole model, and two benchmarks."""
+    base = save_model(folder / "base")
+    save_adapter(folder / "run" / "checkpoint-2", base, seed=1)
+    save_adapter(folder / "run" / "checkpoint-10", base, seed=2)
+    save_model(folder / "whole", seed=5)
+    save_puzzles(folder / "a.jsonl", 4)
+    save_puzzles(folder / "b.jsonl", 2, "validation")
+    return folder
+
+
+def arguments(files, output, *more):
+    inputs = ["--model_name_or_path", files / "base", "--adapters", f"lora={files / 'run'}", files / "whole"]
+    inputs += ["--benchmarks", files / "a.jsonl", files / "b.jsonl", "--output_dir", output]
+    inputs += ["--num_generations", "3", "--per_device_eval_batch_size", "4"]
+    return ["evaluate", *map(str, inputs), *OPTIONS, *more]
+
+
+def change(name, value):
+    def changed(path):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+
+    return changed

@@ -244,14 +244,17 @@ ARROWS = {
         for name, others in {
             "scoring": "own_code",
             "huggingface": "own_code",
+            "axolotl_plugin": "trl_trainer",
+            "ms_swift": "commandline huggingface runs",
             "runs": "huggingface run_folder plotting estimates scoring pages",
             "torch_loop": "huggingface run_folder finite_steps runs",
             "commandline": "huggingface",
             "trl_trainer": "commandline huggingface run_folder finite_steps plotting runs",
             "miniature": "huggingface torch_loop plotting pages runs",
-            "diagnose": "huggingface torch_loop miniature plotting pages estimates",
-            "diagnose.training": "huggingface trl_trainer diagnose",
-            "evaluate": "huggingface run_folder plotting estimates scoring pages runs",
+            "diagnose": "commandline huggingface torch_loop miniature plotting pages estimates",
+            "diagnose.training": "commandline huggingface trl_trainer diagnose",
+            "init": "commandline huggingface trl_trainer",
+            "evaluate": "commandline huggingface run_folder plotting estimates scoring pages runs",
         }.items()
     },
 }

@@ -1,5 +1,6 @@
 """Every Python block of the documents runs, every option in a command exists, and the site builds without a warning."""
 
+import functools
 import json
 import re
 import runpy
@@ -12,7 +13,9 @@ import torch
 
 pytest.importorskip("trl")
 from tiny_models import tiny_qwen3
+from trl.experimental import gkd
 
+import popsd_integrations
 from popsd.engine.chunks import registry
 from popsd_integrations import cli, trl_trainer
 
@@ -21,9 +24,20 @@ PAGES = [ROOT / "README.md", ROOT / "examples/README.md", *sorted((ROOT / "docs"
 TEXT = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(
-    r"^(?:    )?popsd (train|diagnose|evaluate|compare|demo|bench|doctor)\b((?:[^\n\\]|\\\n)*)", re.MULTILINE
+    r"^(?:    )?popsd (init|train|diagnose|evaluate|examples|compare|demo|bench|doctor)\b((?:[^\n\\]|\\\n)*)",
+    re.MULTILINE,
 )
 WITH_CODE = [name for name, text in TEXT.items() if PYTHON.search(text)]
+
+
+CONFIGS = [
+    (trl_trainer, "PurifiedOPSDConfig", "max_completion_length"),
+    (gkd, "GKDConfig", "max_new_tokens"),
+]
+
+
+def configured(config, defaults, always, **options):
+    return config(**(defaults | options | always))
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +60,15 @@ def test_python_blocks_run(name, files, tmp_path, monkeypatch, request):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     given = {"model": tiny_qwen3(50), "gradient": torch.empty(3, 40)}
     given |= {f"{kind}_logits": torch.randn(3, 40) for kind in ("student", "teacher")}
-    real, small = trl_trainer.PurifiedOPSDConfig, {"max_completion_length": 8, "max_steps": 1, "report_to": "none"}
+    small = {"max_steps": 1, "report_to": "none"}
     monkeypatch.setattr(registry, "_targets", dict(registry._targets))  # pages may register targets of the same name
     cpu = {"use_cpu": True, "bf16": False}
-    monkeypatch.setattr(trl_trainer, "PurifiedOPSDConfig", lambda **options: real(**(small | options | cpu)))
+    request.addfinalizer(popsd_integrations.unpatch_trl)
+    for module, config, length in CONFIGS:
+        smaller = functools.partial(configured, getattr(module, config), small | {length: 8}, cpu)
+        monkeypatch.setattr(module, config, smaller)
     for block in PYTHON.findall(TEXT[name]):
-        block = block.replace("Qwen/Qwen3-1.7B", str(files / "model")).replace("path/or/name", str(files / "rows"))
+        block = re.sub(r"Qwen/Qwen3-[\w.]+B", str(files / "model"), block).replace("path/or/name", str(files / "rows"))
         exec(compile(block, name, "exec"), given)
 
 
@@ -60,9 +77,12 @@ def test_options_of_commands_exist(name, capsys):
     for command, rest in COMMAND.findall(TEXT[name]):
         asked = ("diagnose", "train") if command == "diagnose" else (command,)  # which takes all of train's
         for one in asked:
+            if one == "train":
+                assert cli.main(["train", "--help-all"]) == 0
+                continue
             with pytest.raises(SystemExit, match="0"):
                 cli.main([one, "--help"])
-        known = {"--config", *options(capsys.readouterr().out)}
+        known = {"--config", "--help_all", *options(capsys.readouterr().out)}
         assert options(re.sub(r"\s#.*|'[^']*'", "", rest)) <= known, (command, rest)
 
 

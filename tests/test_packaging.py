@@ -18,6 +18,7 @@ SOURCES = {
     "popsd_integrations": ROOT / "integrations" / "popsd_integrations",
     "popsd_benchmarks": ROOT / "benchmarks" / "popsd_benchmarks",
 }
+EXAMPLES = {"popsd_integrations/examples": ROOT / "examples"}
 
 # What transformers and TRL do with it: find it, read its version, import names from it, call them as decorators.
 STUB = """
@@ -130,7 +131,7 @@ def test_wheel_holds_our_packages_alone(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     written = {
         f"{package}/{path.relative_to(folder).as_posix()}"
-        for package, folder in SOURCES.items()
+        for package, folder in (SOURCES | EXAMPLES).items()
         for path in folder.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
@@ -150,6 +151,11 @@ def test_the_command_runs_from_the_wheel(installed_wheel, tmp_path):
     for arguments in (["--help"], ["bench", "--help"]):
         out = run([sys.executable, "-m", "popsd_integrations.cli", *arguments], tmp_path, [installed_wheel])
         assert "usage: popsd" in out
+    command = [sys.executable, "-m", "popsd_integrations.cli", "examples"]
+    assert "qwen3_lora.yaml " in run(command, tmp_path, [installed_wheel])
+    run([*command, "loops", "--output_dir", "mine"], tmp_path, [installed_wheel])
+    for path in (ROOT / "examples/loops").glob("*.py"):
+        assert (tmp_path / "mine/loops" / path.name).read_text() == path.read_text()
 
 
 BLOCKED_RUN = f"""

@@ -4,7 +4,7 @@ import torch
 
 
 def tiny_qwen3(vocab_size, seed=0, **options):
-    """Two layers of width 32, in training mode."""
+    """Two layers of width 32 unless ``options`` say otherwise, in training mode."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     torch.manual_seed(seed)
@@ -16,4 +16,4 @@ def tiny_qwen3(vocab_size, seed=0, **options):
         "num_key_value_heads": 2,
         "head_dim": 16,
     }
-    return AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=vocab_size, **sizes, **options))
+    return AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=vocab_size, **(sizes | options)))

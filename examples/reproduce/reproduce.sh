@@ -20,9 +20,9 @@ read -ra targets <<<"${TARGETS:-opsd purified}"
 read -ra benchmarks <<<"${BENCHMARKS:-aime24 aime25 hmmt25}"
 model=${MODEL:-$(sed -n 's/^model_name_or_path: *//p' "$config")}
 train=(--config "$config" --gradient_accumulation_steps $((8 / gpus)))
-evaluate=(--samples 12 --temperature 1.0 --top_p 0.95 --top_k 0 --max_new_tokens 38912)
+evaluate=(--num_generations 12 --temperature 1.0 --top_p 0.95 --top_k 0 --max_completion_length 38912)
 evaluate+=(--chat_template_kwargs '{"enable_thinking": true}')
-evaluate+=(--engine vllm --engine_kwargs "{\"tensor_parallel_size\": $gpus}")
+evaluate+=(--use_vllm --model_init_kwargs "{\"tensor_parallel_size\": $gpus}")
 start=(python)
 if ((gpus > 1)); then
     start=(accelerate launch --config_file "$here/../accelerate/ddp.yaml" --num_processes "$gpus")
@@ -33,11 +33,11 @@ if $dry; then
     [[ -d $model ]] || python "$here/tiny.py" "$runs/tiny"
     train=(--config "$config" --max_steps 2 --save_steps 1 --max_completion_length 8 --vocab_size 261)
     train+=(--per_device_train_batch_size 1 --gradient_accumulation_steps 2 --use_cpu true --bf16 false --dtype float32)
-    evaluate+=(--samples 2 --max_new_tokens 8 --scorer operator:contains --engine transformers --engine_kwargs '{}')
+    evaluate+=(--num_generations 2 --max_completion_length 8 --eval_scorer operator:contains --use_vllm false --model_init_kwargs '{}')
 fi
 train+=(--model_name_or_path "$model")
 if [[ -n ${DATA-} ]]; then train+=(--dataset_name "$DATA"); fi
-evaluate+=(--model "$model" --benchmarks "${benchmarks[@]}" --output_dir "$runs/evaluation")
+evaluate+=(--model_name_or_path "$model" --benchmarks "${benchmarks[@]}" --output_dir "$runs/evaluation")
 popsd() { python -m popsd_integrations.cli "$@"; }
 judge() { "${EVALUATE_PYTHON:-python}" -m popsd_integrations.cli evaluate "${evaluate[@]}" "$@"; }
 

@@ -48,7 +48,9 @@ def scorer(name: str = "math") -> Scorer:
             return Verdict(bool(returned))
         if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], str | None):
             return Verdict(bool(returned[0]), returned[1], returned[1] is not None)
-        raise ValueError(f"scorer: expected {name} to return True, False or (True or False, answer); got {returned!r}.")
+        raise ValueError(
+            f"eval_scorer: expected {name} to return True, False or (True or False, answer); got {returned!r}."
+        )
 
     return verdict
 
@@ -61,7 +63,7 @@ def _imported(name: str) -> Callable[[str, str], Any]:
         found: Callable[[str, str], Any] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"scorer: expected 'math' or an importable module:function; got {name!r} ({error}). "
+            f"eval_scorer: expected 'math' or an importable module:function; got {name!r} ({error}). "
             "A module in the current folder needs PYTHONPATH=."
         ) from error
     return found
@@ -79,7 +81,7 @@ def check_answer(score: Scorer, answer: str) -> None:
         score("", answer)
     elif not gold(answer):
         raise ValueError(
-            f"answer: expected one that math-verify can parse; got {answer!r}. Mend it or name a --scorer."
+            f"answer: expected one that math-verify can parse; got {answer!r}. Mend it or name an --eval_scorer."
         )
 
 

@@ -22,7 +22,7 @@ RESULTS = {
         "wanted": True,
         "completions": {x: {"text": "ANS 1", "correct": True, "tokens": 2} for x in ("base", "opsd", "purified")},
     },
-    "config": {"steps": 1, "batch_size": 2},
+    "config": {"max_steps": 1, "batch_size": 2},
     "seconds": {"warm-up": 1.0, "total": 2.0},
 }
 
@@ -63,17 +63,17 @@ def test_demo_passes_options_on_and_writes_the_report(experiment, tmp_path, monk
         "demo",
         "--output-dir",
         str(output),
-        "--seeds",
+        "--num-seeds",
         "2",
-        "--lora",
+        "--use-peft",
         "--warmup-seed",
         "1",
-        "--processes",
+        "--num-processes",
         "1",
     ]
     assert cli.main(arguments) == 0
     ((config, folder, cache, processes),) = experiment
-    assert (config.seeds, config.lora_rank, config.learning_rate, config.warmup.seed) == (2, 8, 1e-3, 1)
+    assert (config.num_seeds, config.lora_rank, config.learning_rate, config.warmup.seed) == (2, 8, 1e-3, 1)
     assert (folder, cache, processes) == (output, tmp_path / "xdg" / "popsd", 1)
     assert {path.name for path in output.iterdir()} == {"report.html", "outcome.png", "diagnostics.png"}
     printed = " ".join(capsys.readouterr().out.split())
@@ -84,7 +84,9 @@ def test_demo_passes_options_on_and_writes_the_report(experiment, tmp_path, monk
 
 def test_demo_without_matplotlib_skips_the_plots_and_says_so(experiment, tmp_path, monkeypatch, capsys):
     without(monkeypatch, "matplotlib")
-    assert cli.main(["demo", "--output_dir", str(tmp_path / "out")]) == 0
+    options = ["--cache_dir", str(tmp_path / "cache"), "--max_steps", "3"]
+    assert cli.main(["demo", "--output_dir", str(tmp_path / "out"), *options]) == 0
+    assert [(config.max_steps, cache) for config, _, cache, _ in experiment] == [(3, tmp_path / "cache")]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
     assert "No plots: matplotlib is missing (pip install 'popsd[plots]')" in capsys.readouterr().out
 
@@ -113,10 +115,37 @@ def test_an_import_error_of_another_kind_is_not_hidden(experiment, tmp_path, mon
 
 
 @pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "x.json"), "No such file or directory: 'x.json'"),
+        (ValueError("two\nlines"), "popsd demo: two lines"),
+        (TypeError("floor: expected a number; got 'x'."), "popsd demo: floor: expected a number"),
+        (TypeError("unhashable type: 'list'"), None),
+        (ImportError("vLLM is not there. Install it."), "popsd demo: vLLM is not there. Install it."),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line(experiment, tmp_path, monkeypatch, capsys, error, message):
+    from popsd_integrations.miniature import experiment as module
+
+    def run(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(module, "run_experiment", run)
+    arguments = ["demo", "--output-dir", str(tmp_path)]
+    if message is None:  # a mistake in the program
+        with pytest.raises(TypeError, match="unhashable"):
+            cli.main(arguments)
+    else:
+        assert cli.main(arguments) == 2
+        printed = capsys.readouterr().err
+        assert message in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "0"], "seeds: expected at least 1; got 0"),
-        (["--processes", "0"], "--processes: expected at least 1"),
+        (["--num-seeds", "0"], "num_seeds: expected at least 1; got 0"),
+        (["--num-processes", "0"], "num_processes: expected at least 1"),
     ],
 )
 def test_bad_input_is_an_exit_status_and_a_message(experiment, tmp_path, capsys, arguments, message):
@@ -126,11 +155,11 @@ def test_bad_input_is_an_exit_status_and_a_message(experiment, tmp_path, capsys,
 
 
 @pytest.mark.parametrize("arguments", [[], ["dance"]])
-def test_no_or_an_unknown_command_shows_the_usage(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
+def test_no_or_an_unknown_command_is_answered_with_the_choices(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)
-    assert stopped.value.code == 2
-    assert "usage: popsd" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("popsd: ") and ("See popsd --help" in line or "Did you mean" in line)
 
 
 @pytest.fixture
@@ -270,8 +299,26 @@ def test_a_stranger_to_a_command_without_a_parser_of_its_own_is_refused(capsys):
 
 
 def test_dashes_and_underscores_are_one_spelling_of_options_alone():
-    given = ["evaluate", "--max-new-tokens", "8", "--output-dir=runs/my-run", "--adapters", "my-run=a-b", "--", "-x-y"]
-    wanted = ["evaluate", "--max_new_tokens", "8", "--output_dir=runs/my-run", "--adapters", "my-run=a-b", "--", "-x-y"]
+    given = [
+        "evaluate",
+        "--max-completion-length",
+        "8",
+        "--output-dir=runs/my-run",
+        "--adapters",
+        "my-run=a-b",
+        "--",
+        "-x-y",
+    ]
+    wanted = [
+        "evaluate",
+        "--max_completion_length",
+        "8",
+        "--output_dir=runs/my-run",
+        "--adapters",
+        "my-run=a-b",
+        "--",
+        "-x-y",
+    ]
     assert cli.underscored(given) == wanted
 
 
@@ -280,8 +327,8 @@ def test_dashes_and_underscores_are_one_spelling_of_options_alone():
     [
         (["trian"], "invalid choice: 'trian'.* Did you mean train?"),
         (
-            ["evaluate", "--model", "x", "--smaples", "1"],
-            "unrecognized arguments: --smaples 1. Did you mean --samples?",
+            ["evaluate", "--model_name_or_path", "x", "--num_generation", "1"],
+            "unrecognized arguments: --num_generation 1. Did you mean --num_generations?",
         ),
         (["compare", "a", "--outputdir", "b"], "Did you mean --output_dir?"),
         (["demo", "--zebra"], "unrecognized arguments: --zebra."),

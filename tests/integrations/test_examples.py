@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 MODULES = [
     *(f"huggingface.{name}" for name in ("heads", "prompts", "packing", "frozen", "sampling")),
     "plotting",
+    "runs.line",
     "estimates",
 ]
 

@@ -199,7 +199,7 @@ def test_style_gap_is_of_the_models_own_distributions():
 def results(tmp_path_factory):
     """A whole experiment, only as small as can be, in a process of its own as in the demo."""
     folder = tmp_path_factory.mktemp("demo")
-    config = experiment.ExperimentConfig(steps=3, batch_size=4, evaluate_every=2, test_puzzles=20, warmup=TINY)
+    config = experiment.ExperimentConfig(max_steps=3, batch_size=4, evaluate_every=2, test_puzzles=20, warmup=TINY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(warmup, "accuracy", lambda puzzles, completions: 1.0)
         found = experiment.run_experiment(config, folder, folder / "cache", processes=1, progress=False)
@@ -297,7 +297,7 @@ def test_report_is_one_well_formed_page_without_network(results, tmp_path, plott
     assert ("matplotlib is not installed" in text) != plotted
 
 
-@pytest.mark.parametrize("name", ["seeds", "steps", "batch_size", "test_puzzles"])
+@pytest.mark.parametrize("name", ["num_seeds", "max_steps", "batch_size", "test_puzzles"])
 def test_bad_experiment_options_are_named(name):
     with pytest.raises(ValueError, match=f"{name}: expected at least 1; got 0"):
         experiment.ExperimentConfig(**{name: 0})

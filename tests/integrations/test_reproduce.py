@@ -89,7 +89,7 @@ def test_the_lines_for_held_out_accuracy_work_once_they_are_taken(name, tiny, tm
     for split in ("train", "test"):
         (data / f"{split}.jsonl").write_text(32 * row)
     flags = {"model_name_or_path": tiny / "model", "dataset_name": data, "output_dir": tmp_path, "vocab_size": 261}
-    flags |= {"dry_run": True, "max_completion_length": 64, "eval_max_new_tokens": 128}
+    flags |= {"dry_run": True, "max_completion_length": 64, "eval_max_completion_length": 128}
     given = [text for option, value in flags.items() for text in (f"--{option}", str(value))]
     assert cli.main(["train", "--config", str(config), *given]) == 0
     assert "eval_dataset: of 32 problems 0 are dropped" in capsys.readouterr().out

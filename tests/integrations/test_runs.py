@@ -82,7 +82,7 @@ def test_page_options_and_model_are_in_the_folder(unbroken):
     assert {"popsd", "torch"} <= options["versions"].keys() and options["data"] == {"prompts": len(PROMPTS)}
     page = (folder / report.PAGE).read_text()
     assert page.count("<polyline") >= 6 and "accuracy, held-out, greedy" in page and page.count("<details>") == 6
-    assert "http" not in page and "popsd evaluate --model" in page and "max_new_tokens" in page
+    assert "http" not in page and "popsd evaluate --model_name_or_path" in page and "max_new_tokens" in page
     loaded = AutoModelForCausalLM.from_pretrained(folder / report.MODEL)
     for name, parameter in result.model.named_parameters():
         assert torch.equal(parameter, dict(loaded.named_parameters())[name]), name
@@ -106,7 +106,9 @@ def test_three_lines_say_what_was_saved_and_how_to_go_on(tmp_path, capsys):
     names = {"PeftModel": PeftModel, "AutoModelForCausalLM": AutoModelForCausalLM}
     loaded = eval(load.removeprefix("Load: "), names)
     assert sum("lora_" in name for name, _ in loaded.named_parameters()) > 0
-    assert evaluate.startswith(f"Evaluate: popsd evaluate --model {tmp_path}/base --adapters {tmp_path}/run/model ")
+    assert evaluate.startswith(
+        f"Evaluate: popsd evaluate --model_name_or_path {tmp_path}/base --adapters {tmp_path}/run/model "
+    )
 
 
 def test_compare_reads_the_runs_of_the_loop(unbroken, tmp_path, monkeypatch):

@@ -58,6 +58,17 @@ def test_metrics_of_a_run(tmp_path):
     for name in ("loss", "student_entropy", "target_entropy", "grad_norm", "completions/mean_length"):
         assert all(0 < row[name] < 100 for row in lines)
     assert {"markers/per_completion", "markers/wait", "completions/eos_rate", "seconds/generate"} <= lines[0].keys()
+    assert all(row["forwards/tokens_per_second"] > 0 and 0 <= row["forwards/padding_share"] < 1 for row in lines)
+
+
+def test_progress_shows_eight_figures_a_step_of_all_that_is_logged(tmp_path, capsys):
+    config = replace(CONFIG, steps=2, evaluate_every=2, masks=popsd.MaskConfig(floor=0.1))
+    run(tmp_path, config, evaluate=lambda model: {"mine": 0.25}, progress=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    names = [[part.rsplit(" ", 1)[0] for part in line.split("  ")] for line in lines]
+    assert names[0] == ["step", "loss", "kl_base", "kept", "length", "markers", "grad_norm", "s/step"]
+    assert names[1:] == [[name for name in names[0] if name != "kl_base"], ["step", "eval/mine"]]
+    assert "eval/mine 0.25" in lines[2]
 
 
 @pytest.mark.parametrize("target", ["purified", "opsd"])
@@ -71,10 +82,11 @@ def test_metrics_do_not_depend_on_the_micro_batch_or_on_batched_frozen_passes(tm
     whole = run(tmp_path / "whole").metrics
     for name, options in {
         "1": {"micro_batch_size": 1},
-        "3": {"micro_batch_size": 3},
+        "3": {"micro_batch_size": 3, "padding_free": True},
         "b": {"batched_frozen": True},
     }.items():
         split = run(tmp_path / name, replace(CONFIG, **options)).metrics
+        assert (split[0]["forwards/padding_share"] == 0) == (name == "1")
         for row, other in zip(deterministic(whole), deterministic(split), strict=True):
             assert row == pytest.approx(other, rel=2e-3, abs=1e-5)
 
@@ -130,7 +142,7 @@ def breaks_at(call):
     return generate
 
 
-@pytest.mark.parametrize("lora_rank", [None, 4])
+@pytest.mark.parametrize("lora_rank", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_a_broken_run_resumes_to_the_same_metrics_and_weights(tmp_path, lora_rank):
     config = replace(CONFIG, lora_rank=lora_rank)
     unbroken = run(tmp_path / "unbroken", config)

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from popsd_integrations.commandline.places import check_folder
+
 if TYPE_CHECKING:  # the command line reads its options before it imports torch
     from popsd_integrations.diagnose.settings import Setting
 
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that ``popsd train`` has not; its own are left over, and read by its own parser."""
     parser.epilog = HELP
     parser.add_argument(
-        "--completions", type=int, help="to sample, one for each of so many random rows (32; miniature 256)"
+        "--diagnose_problems", type=int, help="random rows, with one completion sampled of each (32; miniature 256)"
     )
     parser.add_argument("--diagnose_dir", type=Path, help="where files go (diagnose in output_dir; runs/diagnose)")
     parser.add_argument("--cache_dir", type=Path, help="where warm-ups of the miniature are kept (XDG cache, popsd/)")
@@ -34,16 +36,19 @@ def run(options: argparse.Namespace, cache_dir: Path) -> int:
     from popsd_integrations.diagnose import report
     from popsd_integrations.diagnose.measure import diagnose
 
-    if options.completions is not None and options.completions < 1:
-        raise ValueError(f"completions: expected at least 1; got {options.completions}.")
+    if options.diagnose_problems is not None and options.diagnose_problems < 1:
+        raise ValueError(f"diagnose_problems: expected at least 1; got {options.diagnose_problems}.")
+    for name in ("diagnose_dir", "cache_dir"):
+        if (folder := getattr(options, name)) is not None:
+            check_folder(name, folder)
     if options.rest:
         from popsd_integrations.diagnose import training
 
         if options.cache_dir is not None:
             raise ValueError("cache_dir: expected none with a model to measure; it is of the miniature. Leave it out.")
-        setting = training.read(options.rest, options.completions or 32, options.diagnose_dir)
+        setting = training.read(options.rest, options.diagnose_problems or 32, options.diagnose_dir)
     else:
-        setting = _miniature(options.completions or 256, cache_dir, options.diagnose_dir or Path("runs/diagnose"))
+        setting = _miniature(options.diagnose_problems or 256, cache_dir, options.diagnose_dir or Path("runs/diagnose"))
     found = diagnose(
         setting.model,
         setting.tokenizer,

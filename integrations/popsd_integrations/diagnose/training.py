@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from trl import get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
+from popsd_integrations.commandline.places import loading
 from popsd_integrations.diagnose.measure import DiagnoseConfig
 from popsd_integrations.diagnose.settings import Setting
 from popsd_integrations.huggingface.prompts import ContextBuilder, Prompts, thinking_states
@@ -40,7 +41,7 @@ def read(given: Sequence[str], completions: int, folder: Path | None) -> Setting
     dataset = split_of(load_data(script, mixture, args.seed), script.dataset_train_split, "dataset_train_split")
     check_columns(dataset, "train_dataset", args)
     dataset = with_other_solutions(dataset, "train_dataset", args)
-    try:
+    with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=init.get("revision") or "main", trust_remote_code=args.trust_remote_code
         )
@@ -53,8 +54,6 @@ def read(given: Sequence[str], completions: int, folder: Path | None) -> Setting
             **init,
             **_some(quantization_config=get_quantization_config(model_args)),
         )
-    except OSError as error:
-        raise ValueError(f"model_name_or_path: expected a hub name or a local path; got {name!r} ({error}).") from error
     if not hasattr(model, "hf_device_map"):
         model.to(args.device)
     config = _config(args, tokenizer, completions)

@@ -17,7 +17,7 @@ KNOWN = {
     "hmmt25": "MathArena/hmmt_feb_2025",
 }
 """The paper's three, 30 problems each, and where they are on the Hub."""
-QUESTION_COLUMNS, ANSWER_COLUMNS, SPLITS = (
+PROMPT_COLUMNS, ANSWER_COLUMNS, SPLITS = (
     ("problem", "question", "prompt"),
     ("answer", "final_answer"),
     ("test", "train"),
@@ -25,13 +25,13 @@ QUESTION_COLUMNS, ANSWER_COLUMNS, SPLITS = (
 
 
 def load(
-    names: Sequence[str], question_column: str | None = None, answer_column: str | None = None, split: str | None = None
+    names: Sequence[str], prompt_column: str | None = None, answer_column: str | None = None, split: str | None = None
 ) -> dict[str, list[Task]]:
     """The problems of each benchmark, by its label.
 
     names: each one of `KNOWN`, a name on the Hub, a local folder, or a .jsonl or .json file. ``label=name`` sets the label,
         which is otherwise the last part of the name.
-    question_column, answer_column: None is the first there of QUESTION_COLUMNS and ANSWER_COLUMNS. split: None is "test"
+    prompt_column, answer_column: None is the first there of PROMPT_COLUMNS and ANSWER_COLUMNS. split: None is "test"
         where there is one, otherwise "train".
     Raises ValueError where there is no problem, no such column, a problem without a question or an answer, or a label twice.
     """
@@ -46,7 +46,7 @@ def load(
         columns = [
             _column(label, option, rows[0], wanted, usual)
             for option, wanted, usual in (
-                ("question_column", question_column, QUESTION_COLUMNS),
+                ("prompt_column", prompt_column, PROMPT_COLUMNS),
                 ("answer_column", answer_column, ANSWER_COLUMNS),
             )
         ]
@@ -94,7 +94,7 @@ def _rows(name: str, split: str | None) -> list[Mapping[str, Any]]:
         ) from error
     chosen = next((known for known in ((split,) if split else SPLITS) if known in dataset), None)
     if chosen is None:
-        raise ValueError(f"split: expected one of {sorted(dataset)} of {name}; got {split!r}.")
+        raise ValueError(f"dataset_test_split: expected one of {sorted(dataset)} of {name}; got {split!r}.")
     return [dict(row) for row in dataset[chosen]]
 
 

@@ -21,8 +21,8 @@ _BLOCK = 1 << 20
 class Checkpoint(NamedTuple):
     """label: its name in tables. run: the run that it belongs to, whose best checkpoint is marked.
 
-    path: a local folder, or what --model said for the base. weights: hash by `weights_hash`; None for a name on the Hub.
-    adapter: its adapter_config.json; None for whole models.
+    path: a local folder, or what --model_name_or_path said for the base. weights: hash by `weights_hash`; None for a
+    name on the Hub. adapter: its adapter_config.json; None for whole models.
     """
 
     label: str
@@ -112,7 +112,9 @@ def base_config(model: str) -> Any:
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model: expected a name on the Hub or a local folder; got {model!r} ({error}).") from error
+        raise ValueError(
+            f"model_name_or_path: expected a name on the Hub or a local folder; got {model!r} ({error})."
+        ) from error
 
 
 def _check_model(checkpoint: Checkpoint, base: Any) -> None:
@@ -121,8 +123,8 @@ def _check_model(checkpoint: Checkpoint, base: Any) -> None:
         ours, theirs = (getattr(config.get_text_config(), name, None) for config in (own, base))
         if ours != theirs:
             raise ValueError(
-                f"adapters: expected a model like --model, with {name} {theirs}; got {ours} in {checkpoint.path}. Pass "
-                "the model that it was trained from as --model."
+                f"adapters: expected a model like --model_name_or_path, with {name} {theirs}; got {ours} in "
+                f"{checkpoint.path}. Pass the model that it was trained from as --model_name_or_path."
             )
 
 
@@ -132,8 +134,8 @@ def _check_adapter(checkpoint: Checkpoint, model: str, config: Any) -> None:
     named = checkpoint.adapter.get("base_model_name_or_path") or ""
     if named and Path(named).name.lower() != Path(model).name.lower() and not _same_folder(named, model):
         raise ValueError(
-            f"adapters: expected an adapter of {model}; {checkpoint.path} is one of {named}. Pass that as --model, or, if "
-            f"it is the same model elsewhere, write the new place into {ADAPTER}."
+            f"adapters: expected an adapter of {model}; {checkpoint.path} is one of {named}. Pass that as "
+            f"--model_name_or_path, or, if it is the same model elsewhere, write the new place into {ADAPTER}."
         )
     weights = Path(checkpoint.path) / "adapter_model.safetensors"
     if not weights.is_file():
@@ -158,7 +160,7 @@ def _check_adapter(checkpoint: Checkpoint, model: str, config: Any) -> None:
                 raise ValueError(
                     f"adapters: expected an adapter of {model}, whose {place[1]} has {expected} "
                     f"{'inputs' if place[2] == 'A' else 'outputs'}; got {size} in {checkpoint.path}. Pass the model that "
-                    "it was trained from as --model."
+                    "it was trained from as --model_name_or_path."
                 )
 
 

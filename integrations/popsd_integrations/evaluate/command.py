@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from popsd_integrations.evaluate.settings import ENGINES, SamplingConfig, Task, seed_of
+from popsd_integrations.commandline.kinds import boolean, json_object
+from popsd_integrations.commandline.places import check_folder, check_model, is_path, loading
+from popsd_integrations.evaluate.settings import ENGINES, FILE, SamplingConfig, Task, labelled, seed_of
 from popsd_integrations.run_folder import exclusive
 
 if TYPE_CHECKING:  # the command line reads its options before it imports torch
@@ -21,44 +22,48 @@ if TYPE_CHECKING:  # the command line reads its options before it imports torch
     from popsd_integrations.scoring import Scorer
 
 BATCH_SIZES = {"transformers": 8, "vllm": 384}
-_PLAIN = ("model", "engine", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "question_template")
+_PLAIN = ("temperature", "top_p", "top_k", "max_completion_length", "seed", "question_template")
 _WITH_NEW_COMPLETIONS = (
-    *("adapters", "benchmarks", "question_column", "answer_column", "split"),
-    *("samples", "batch_size", "engine_kwargs"),
+    *("adapters", "benchmarks", "prompt_column", "answer_column", "dataset_test_split"),
+    *("num_generations", "per_device_eval_batch_size", "model_init_kwargs"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options have the names that ``popsd train`` gives them. None means: not given."""
     usual = {field.name: field.default for field in dataclasses.fields(SamplingConfig)}
-    add = parser.add_argument
-    add("--model", help="hub name or local folder of the base model")
+    parser.usage = "%(prog)s --model_name_or_path MODEL --benchmarks NAME ... [option value ...]"
+    add = parser.add_argument_group("Models and problems").add_argument
+    add("--model_name_or_path", help="name on the Hub or local folder of the base model")
     add("--adapters", nargs="+", help="trained checkpoints, or folders with checkpoint-… in them; path or label=path")
-    add(
-        "--benchmarks", nargs="+", help="aime24, aime25, hmmt25, hub names, folders or .jsonl files; name or label=name"
-    )
-    add("--from", dest="source", type=Path, metavar="GENERATIONS", help="judge this generations.jsonl again instead")
-    add("--output_dir", type=Path, help="where files go, and where a killed run goes on (runs/evaluate)")
-    add("--samples", type=int, help="completions of each problem (12; 1 at temperature 0)")
-    add("--engine", choices=ENGINES, help=f"who generates ({usual['engine']})")
+    add("--benchmarks", nargs="+", help="aime24, aime25, hmmt25, hub names, folders, .jsonl files; name or label=name")
+    add("--prompt_column", help="of the benchmarks (problem, question or prompt)")
+    add("--answer_column", help="of the benchmarks (answer or final_answer)")
+    add("--dataset_test_split", help="of the benchmarks (test, or train)")
+    add = parser.add_argument_group("Sampling").add_argument
+    add("--num_generations", type=int, help="of each problem (12; 1 at temperature 0)")
     add("--temperature", type=float, help=f"0 is greedy ({usual['temperature']})")
     add("--top_p", type=float, help=f"1 is no filter ({usual['top_p']})")
     add("--top_k", type=int, help=f"0 is no filter ({usual['top_k']})")
-    add("--max_new_tokens", type=int, help=f"per completion ({usual['max_new_tokens']})")
+    add("--max_completion_length", type=int, help=f"in tokens ({usual['max_completion_length']})")
     add("--seed", type=int, help=f"of sampling ({usual['seed']})")
     add("--question_template", help="the prompt; holds {question} (asks for a \\boxed answer)")
     add("--system_prompt", help="a first message of every chat")
-    add("--chat_template_kwargs", type=json.loads, help="JSON, such as '{\"enable_thinking\": false}'")
-    add("--question_column", help="of the benchmarks (problem, question or prompt)")
-    add("--answer_column", help="of the benchmarks (answer or final_answer)")
-    add("--split", help="of the benchmarks (test, or train)")
-    add("--scorer", default="math", help="math-verify, or your own module:function (%(default)s)")
-    add("--batch_size", type=int, help="completions at a time, and the most that a kill loses (8; vllm 384)")
-    add("--engine_kwargs", type=json.loads, help="JSON, for from_pretrained or vllm.LLM")
+    add("--chat_template_kwargs", type=json_object, help="such as '{\"enable_thinking\": false}'")
+    add = parser.add_argument_group("Engine").add_argument
+    add("--use_vllm", nargs="?", const=True, type=boolean, help="vLLM generates, and not transformers")
+    add("--model_init_kwargs", type=json_object, help="for from_pretrained or vllm.LLM, such as the dtype")
+    batch = "completions at a time, and the most that a kill loses (8; with vLLM 384)"
+    add("--per_device_eval_batch_size", type=int, help=batch)
+    add = parser.add_argument_group("Judging and files").add_argument
+    add("--eval_scorer", default="math", help="math-verify, or your own module:function (%(default)s)")
+    add("--from", dest="source", type=Path, metavar="GENERATIONS", help="judge this generations.jsonl again instead")
+    add("--output_dir", type=Path, help="where files go, and where a killed run goes on (runs/evaluate)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate, print and write. Raises ValueError on bad input, before anything is generated."""
+    _check_given(options)
     from popsd_integrations.evaluate import report
     from popsd_integrations.evaluate.summary import summarise
 
@@ -75,6 +80,36 @@ def run(options: argparse.Namespace) -> int:
         print("No plots: matplotlib is missing (pip install 'popsd[plots]').")
     print("Written: " + ", ".join(map(str, paths)))
     return 0
+
+
+def _check_given(options: argparse.Namespace) -> None:
+    """Raise ValueError for what the options alone show, before anything is imported that takes time."""
+    if options.output_dir is not None:
+        check_folder("output_dir", options.output_dir)
+    if options.source:
+        unused = [name for name in _WITH_NEW_COMPLETIONS if getattr(options, name) is not None]
+        if unused:
+            raise ValueError(f"--from: expected no {', '.join(unused)}: nothing is generated. Leave it out.")
+        if not options.source.is_file():
+            raise ValueError(f"--from: expected a {FILE}; there is no file {options.source}.")
+        return
+    for name in ("model_name_or_path", "benchmarks"):
+        if not getattr(options, name):
+            raise ValueError(f"{name}: expected one; got none. Pass --{name}.")
+    check_model(options.model_name_or_path)
+    for name in options.benchmarks:
+        path = Path(labelled(name, "")[1])
+        if (path.suffix in (".jsonl", ".json") or is_path(str(path))) and not path.exists():
+            raise ValueError(f"benchmarks: expected a file; there is none at {path}.")
+    for name in options.adapters or []:
+        path = Path(labelled(name, "")[1])
+        if is_path(str(path)) and not path.is_dir():
+            raise ValueError(
+                f"adapters: expected a local folder or a name on the Hub; there is no folder {str(path)!r}."
+            )
+    for name in ("num_generations", "per_device_eval_batch_size"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"{name}: expected at least 1; got {getattr(options, name)}.")
 
 
 class Outcome(NamedTuple):
@@ -110,18 +145,17 @@ def _checked(options: argparse.Namespace) -> Job:
     from popsd_integrations.huggingface.prompts import ContextBuilder, Problem
     from popsd_integrations.scoring import check_answer, scorer
 
-    for name in ("model", "benchmarks"):
-        if not getattr(options, name):
-            raise ValueError(f"{name}: expected one; got none. Pass --{name}.")
     config = SamplingConfig(**_given(options))
-    samples = (12 if config.temperature > 0 else 1) if options.samples is None else options.samples
-    size = BATCH_SIZES[config.engine] if options.batch_size is None else options.batch_size
-    if samples < 1 or size < 1:
-        raise ValueError(f"samples, batch_size: expected at least 1; got {samples}, {size}.")
+    samples = (12 if config.temperature > 0 else 1) if options.num_generations is None else options.num_generations
+    size = (
+        BATCH_SIZES[config.engine] if options.per_device_eval_batch_size is None else options.per_device_eval_batch_size
+    )
     if config.temperature == 0 and samples > 1:
-        raise ValueError(f"samples: expected 1 at temperature 0, where all would be the same; got {samples}.")
-    score = scorer(options.scorer)
-    tasks = benchmarks.load(options.benchmarks, options.question_column, options.answer_column, options.split)
+        raise ValueError(f"num_generations: expected 1 at temperature 0, where all would be the same; got {samples}.")
+    score = scorer(options.eval_scorer)
+    tasks = benchmarks.load(
+        options.benchmarks, options.prompt_column, options.answer_column, options.dataset_test_split
+    )
     for task in (task for problems in tasks.values() for task in problems):
         try:
             check_answer(score, task.answer)
@@ -129,9 +163,12 @@ def _checked(options: argparse.Namespace) -> Job:
             raise ValueError(f"benchmarks: problem {task.problem} of {task.benchmark}: {error}") from error
     found = checkpoints.resolve(config.model, options.adapters or [])
     same = {
-        name: config.engine_kwargs[name] for name in ("revision", "trust_remote_code") if name in config.engine_kwargs
+        name: config.model_init_kwargs[name]
+        for name in ("revision", "trust_remote_code")
+        if name in config.model_init_kwargs
     }
-    tokenizer = AutoTokenizer.from_pretrained(config.model, **same)
+    with loading(config.model):
+        tokenizer = AutoTokenizer.from_pretrained(config.model, **same)
     builder, prompts = ContextBuilder(tokenizer, config.contexts()), {}
     for task in (task for problems in tasks.values() for task in problems):
         built = builder.build(Problem(task.question, task.answer))
@@ -152,26 +189,27 @@ def _anew(options: argparse.Namespace) -> Outcome:
 def _generated(job: Job, options: argparse.Namespace, folder: Path) -> Outcome:
     from popsd_integrations.evaluate import engines, generations
 
-    records = generations.open_folder(folder, job.config, options.scorer, job.checkpoints, job.tasks, job.samples)
+    records = generations.open_folder(folder, job.config, options.eval_scorer, job.checkpoints, job.tasks, job.samples)
     batches = generations.plan(job.checkpoints, job.tasks, job.samples, job.batch_size)
-    path = folder / generations.FILE
+    path = folder / FILE
     known, todo = generations.missing(path, records, batches)
     if todo:
         engine = engines.make_engine(
-            job.config, job.checkpoints, job.tokenizer, dict(job.config.engine_kwargs), job.longest_prompt
+            job.config, job.checkpoints, job.tokenizer, dict(job.config.model_init_kwargs), job.longest_prompt
         )
     tokens, began = 0, time.perf_counter()
     with _bar(sum(len(batch.rows) for batch in todo), "evaluate") as bar:
         for batch in todo:
             bar.set_postfix_str(f"{batch.checkpoint.label}, {tokens / (time.perf_counter() - began):.0f} tokens/s")
-            made = _make(job, engine, batch)
+            with loading(batch.checkpoint.path):
+                made = _make(job, engine, batch)
             generations.append(path, made)
             known |= {generations.key(record): record for record in made}
             tokens += sum(record["tokens"] for record in made)
             bar.update(len(made))
     about = {
         "settings": job.config.plain(),
-        "scorer": options.scorer,
+        "scorer": options.eval_scorer,
         "prompt": job.tokenizer.decode(next(iter(job.prompts.values()))),
         "checkpoints": {checkpoint.label: checkpoint.path for checkpoint in job.checkpoints},
     }
@@ -205,16 +243,11 @@ def _again(options: argparse.Namespace) -> Outcome:
     from popsd_integrations.evaluate.summary import group
     from popsd_integrations.scoring import check_answer, scorer, scorer_code
 
-    unused = [name for name in _WITH_NEW_COMPLETIONS if getattr(options, name) is not None]
-    if unused:
-        raise ValueError(f"--from: expected no {', '.join(unused)}: nothing is generated. Leave it out.")
-    if not options.source.is_file():
-        raise ValueError(f"--from: expected a {generations.FILE}; there is no file {options.source}.")
-    score = scorer(options.scorer)
+    score = scorer(options.eval_scorer)
     with exclusive(
         options.output_dir or options.source.parent
     ) as folder:  # nobody adds lines between reading and writing
-        path = folder / generations.FILE
+        path = folder / FILE
         if path.exists() and not path.samefile(options.source):
             raise ValueError(
                 f"output_dir: expected a folder without another evaluation; got {folder}, whose {path.name} is not "
@@ -237,12 +270,12 @@ def _again(options: argparse.Namespace) -> Outcome:
                 bar.update()
         generations.write(path, judged)
         generations.write_settings(
-            folder, kept | {"scorer": options.scorer, "scorer_code": scorer_code(options.scorer)}
+            folder, kept | {"scorer": options.eval_scorer, "scorer_code": scorer_code(options.eval_scorer)}
         )
     checkpoints = kept["checkpoints"]
     about = {
         "settings": kept["settings"],
-        "scorer": options.scorer,
+        "scorer": options.eval_scorer,
         "prompt": None,
         "missing": missing,
         "checkpoints": {label: checkpoint["path"] for label, checkpoint in checkpoints.items()},
@@ -251,8 +284,10 @@ def _again(options: argparse.Namespace) -> Outcome:
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    names = (*_PLAIN, "system_prompt", "chat_template_kwargs", "engine_kwargs")
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    names = (*_PLAIN, "system_prompt", "chat_template_kwargs", "model_init_kwargs")
+    given = {name: getattr(options, name) for name in names} | {"model": options.model_name_or_path}
+    given["engine"] = None if options.use_vllm is None else ENGINES[options.use_vllm]
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _record(label: str, task: Task, sample: int, completion: Any) -> dict[str, Any]:

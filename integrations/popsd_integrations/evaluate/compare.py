@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from popsd_integrations.estimates import Interval, bootstrap, paired_difference
 from popsd_integrations.evaluate import generations, report
 from popsd_integrations.evaluate.checkpoints import BASE
-from popsd_integrations.evaluate.settings import labelled
+from popsd_integrations.evaluate.settings import FILE, labelled
 from popsd_integrations.evaluate.summary import Problems, group, lengths, marker_rates, rates, step_of
 from popsd_integrations.pages import cut, html_table, page
 from popsd_integrations.plotting import LINE, figure, legend, save, style
@@ -107,9 +107,7 @@ def read_run(label: str, folder: Path) -> Run:
     for title, names in CURVES.items():
         if curve := points(history, names):
             curves[title] = curve
-    found = [
-        path for path in (folder / generations.FILE, *sorted(folder.glob(f"*/{generations.FILE}"))) if path.exists()
-    ]
+    found = [path for path in (folder / FILE, *sorted(folder.glob(f"*/{FILE}"))) if path.exists()]
     if len(found) > 1:
         raise ValueError(
             f"runs: expected one evaluation in {folder}; got {', '.join(map(str, found))}. Name one of these folders."
@@ -117,7 +115,7 @@ def read_run(label: str, folder: Path) -> Run:
     evaluated = group(generations.read(found[0])) if found else {}
     if not curves and not evaluated:
         raise ValueError(
-            f"runs: expected {METRICS}, a checkpoint with {STATE} or {generations.FILE} in {folder}; got none with anything "
+            f"runs: expected {METRICS}, a checkpoint with {STATE} or {FILE} in {folder}; got none with anything "
             "to compare."
         )
     if not found:
@@ -135,7 +133,7 @@ def read_run(label: str, folder: Path) -> Run:
 def _settings(kept: Mapping[str, Any]) -> dict[str, Any]:
     """What evaluations must share to be paired. The base is known by its weights where it is a folder, or by its name."""
     settings = {
-        "engine_kwargs": {},
+        "model_init_kwargs": {},
         **kept["settings"],
         "scorer": kept["scorer"],
         "scorer code": kept.get("scorer_code"),

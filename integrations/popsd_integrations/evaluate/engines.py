@@ -56,16 +56,16 @@ def check_engine(config: SamplingConfig, checkpoints: Sequence[Checkpoint], long
 
     if find_spec(config.engine) is None:
         raise ValueError(
-            f"engine: expected one that is installed; {config.engine} is not: pip install {config.engine}, in an "
+            f"use_vllm: expected an engine that is installed; {config.engine} is not: pip install {config.engine}, in an "
             "environment of its own where its torch is another one."
         )
     if any(checkpoint.adapter for checkpoint in checkpoints) and find_spec("peft") is None:
         raise ImportError("adapters need peft.", name="peft")
     limit = position_limit(without_weights(base_config(config.model)))
-    if limit is not None and longest_prompt + config.max_new_tokens > limit:
+    if limit is not None and longest_prompt + config.max_completion_length > limit:
         raise ValueError(
-            f"max_new_tokens: expected at most {limit - longest_prompt} for {config.model}, which has {limit} positions "
-            f"and a prompt of {longest_prompt} tokens; got {config.max_new_tokens}."
+            f"max_completion_length: expected at most {limit - longest_prompt} for {config.model}, which has {limit} positions "
+            f"and a prompt of {longest_prompt} tokens; got {config.max_completion_length}."
         )
     if config.engine == "vllm":
         for checkpoint in checkpoints:
@@ -78,8 +78,8 @@ def _check_adapter_for_vllm(checkpoint: Checkpoint) -> None:
     found += ["bias"] if adapter.get("bias", "none") != "none" else []
     if found:
         raise ValueError(
-            f"engine: expected adapters of LoRA alone, which is what vLLM applies; {checkpoint.path} has "
-            f"{', '.join(found)}. Take --engine transformers, or merge the adapter and pass the whole model."
+            f"use_vllm: expected adapters of LoRA alone, which is what vLLM applies; {checkpoint.path} has "
+            f"{', '.join(found)}. Leave use_vllm out, or merge the adapter and pass the whole model."
         )
 
 
@@ -145,7 +145,7 @@ class Transformers:
             rows = hf_generate(
                 self._model,
                 prompts,
-                max_new_tokens=config.max_new_tokens,
+                max_new_tokens=config.max_completion_length,
                 temperature=config.temperature,
                 eos_token_id=ends,
                 pad_token_id=pad,
@@ -189,7 +189,7 @@ class VLLM:
         if ranks:
             lora = {"enable_lora": True, "max_lora_rank": min(rank for rank in VLLM_RANKS if rank >= max(ranks))}
         self.config, self.tokenizer = config, tokenizer
-        self.options = {"max_model_len": length + config.max_new_tokens, "seed": config.seed}
+        self.options = {"max_model_len": length + config.max_completion_length, "seed": config.seed}
         self.options |= lora | options
         self.adapters = {x.label: number for number, x in enumerate(checkpoints, start=1) if x.adapter}
         self._engine: Any = None
@@ -216,7 +216,7 @@ class VLLM:
                 temperature=config.temperature,
                 top_p=config.top_p,
                 top_k=config.top_k,
-                max_tokens=config.max_new_tokens,
+                max_tokens=config.max_completion_length,
                 seed=request.seed,
                 detokenize=False,  # its text may begin with a space where the tokenizer's own does not
             )

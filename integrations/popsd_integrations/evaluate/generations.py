@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from popsd_integrations.evaluate.checkpoints import Checkpoint
-from popsd_integrations.evaluate.settings import SamplingConfig, Task
+from popsd_integrations.evaluate.settings import FILE, SamplingConfig, Task
 from popsd_integrations.run_folder import write_whole
 from popsd_integrations.scoring import scorer_code
 
-FILE, SETTINGS = "generations.jsonl", "settings.json"
+SETTINGS = "settings.json"
 Key = tuple[str, str, int, int]
 """Label of the checkpoint, benchmark, problem, sample."""
 
@@ -134,13 +134,13 @@ def open_folder(
         check_same(kept, config, folder)
         if kept["scorer"] != scorer:
             raise ValueError(
-                f"scorer: expected {kept['scorer']!r}, by which the completions in {folder} were judged; got {scorer!r}. "
-                f"Judge them again: --from {folder / FILE} --scorer {scorer}."
+                f"eval_scorer: expected {kept['scorer']!r}, by which the completions in {folder} were judged; got {scorer!r}. "
+                f"Judge them again: --from {folder / FILE} --eval_scorer {scorer}."
             )
         if kept.get("scorer_code", scorer_code(scorer)) != scorer_code(scorer):
             raise ValueError(
-                f"scorer: expected {scorer} as it was when it judged the completions in {folder}; it was edited. Judge them "
-                f"again: --from {folder / FILE} --scorer {scorer}."
+                f"eval_scorer: expected {scorer} as it was when it judged the completions in {folder}; it was edited. "
+                f"Judge them again: --from {folder / FILE} --eval_scorer {scorer}."
             )
         for checkpoint in checkpoints:
             weights = kept["checkpoints"].get(checkpoint.label, {"weights": checkpoint.weights})["weights"]

@@ -39,7 +39,7 @@ NOTES = (
     "table of selected checkpoints: the expected lead of the best of so many equally good ones.",
     "Markers of the paper and of Kim et al. are lower-case substrings (unlikely counts as likely). Whole words are fewer; "
     "the two are not to be compared.",
-    "Truncated: stopped by max_new_tokens. Unformatted: no \\boxed answer after the block of thought.",
+    "Truncated: stopped by max_completion_length. Unformatted: no \\boxed answer after the block of thought.",
 )
 
 

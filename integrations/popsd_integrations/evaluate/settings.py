@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the command line reads its options before it imports torch
     from popsd_integrations.huggingface.prompts import ContextConfig
 
 ENGINES = ("transformers", "vllm")
+FILE = "generations.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +22,9 @@ class SamplingConfig:
     """What the completions of a model depend on, its weights aside.
 
     temperature 0 is greedy. top_p, top_k: 1 and 0 are no filter. The defaults are the model card's of Qwen3 with thinking,
-    since the paper states none. max_new_tokens: the public OPSD code's.
+    since the paper states none. max_completion_length: the public OPSD code's.
     question_template, system_prompt, chat_template_kwargs: see ``ContextConfig``, of whose student this is the prompt.
-    engine_kwargs: for ``from_pretrained`` or ``vllm.LLM``, such as the dtype.
+    model_init_kwargs: for ``from_pretrained`` or ``vllm.LLM``, such as the dtype.
     Raises ValueError for values out of range.
     """
 
@@ -32,14 +33,14 @@ class SamplingConfig:
     temperature: float = 0.6
     top_p: float = 0.95
     top_k: int = 20
-    max_new_tokens: int = 38912
+    max_completion_length: int = 38912
     seed: int = 0
     question_template: str = (
         "{question}\n\nReason step by step, and write the final answer within \\boxed{} at the end."
     )
     system_prompt: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    engine_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    model_init_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -50,9 +51,9 @@ class SamplingConfig:
             raise ValueError(f"top_p: expected a number in (0, 1], and 1 for no filter; got {self.top_p}.")
         if self.top_k < 0:
             raise ValueError(f"top_k: expected at least 0, which is no filter; got {self.top_k}.")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1; got {self.max_new_tokens}.")
-        for name in ("chat_template_kwargs", "engine_kwargs"):
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length: expected at least 1; got {self.max_completion_length}.")
+        for name in ("chat_template_kwargs", "model_init_kwargs"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name}: expected a JSON object; got {getattr(self, name)!r}.")
         self.contexts()
@@ -74,7 +75,7 @@ class SamplingConfig:
     def differences(self, kept: Mapping[str, Any]) -> list[str]:
         """Names of the options that are others in ``kept``, with both values."""
         ours = self.plain()
-        kept = {"engine_kwargs": {}, **kept}  # not written by versions that did not compare it
+        kept = {"model_init_kwargs": {}, **kept}  # not written by versions that did not compare it
         return [
             f"{name} ({kept.get(name)!r} there, {ours.get(name)!r} here)"
             for name in dict.fromkeys([*ours, *kept])

@@ -17,9 +17,8 @@ A training step of one row, from the prompts to the gradient. The examples of th
 ... )
 >>> packed = pack_contexts(prompts, completions, pad_token_id=0, side=side)
 >>> frozen, student = frozen_states(source, packed), packed["base"]
->>> states = hidden_states(model, student.input_ids, student.attention_mask, student.position_ids)
 >>> loss, metrics = popsd.PurifiedOPSDLoss()(
-...     popsd.HiddenStates(student.predicting(states), frozen.base, frozen.teacher, frozen.reference),
+...     popsd.HiddenStates(completion_states(model, student), frozen.base, frozen.teacher, frozen.reference),
 ...     head_from_model(model),
 ...     frozen_head=frozen.head,
 ...     mask=student.completion_mask,
@@ -30,6 +29,7 @@ True
 """
 
 from popsd_integrations.huggingface.distributed import agreed, global_num_items, join_processes, run_in_forward
+from popsd_integrations.huggingface.forwards import completion_states, counting, exact_layout
 from popsd_integrations.huggingface.frozen import (
     EMA,
     AdapterOff,
@@ -40,6 +40,7 @@ from popsd_integrations.huggingface.frozen import (
     frozen_states,
     frozen_weights,
 )
+from popsd_integrations.huggingface.groups import prompts_run_once
 from popsd_integrations.huggingface.heads import eval_mode, gathered, head_from_model, hidden_states, use_head
 from popsd_integrations.huggingface.invariants import check_model
 from popsd_integrations.huggingface.packing import (
@@ -78,7 +79,10 @@ __all__ = [
     "check_model",
     "check_positions",
     "check_same_completions",
+    "completion_states",
+    "counting",
     "eval_mode",
+    "exact_layout",
     "frozen_states",
     "frozen_weights",
     "gathered",
@@ -93,6 +97,7 @@ __all__ = [
     "pack_padded",
     "padded",
     "position_limit",
+    "prompts_run_once",
     "run_in_forward",
     "special_tokens",
     "unpad",

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from popsd import Head
 from popsd_integrations.huggingface.distributed import check_seen, unwrapped
+from popsd_integrations.huggingface.forwards import completion_states
 from popsd_integrations.huggingface.heads import (
     eval_mode,
-    hidden_states,
     is_sharded,
     is_tensor_parallel,
     local_head,
@@ -315,9 +315,8 @@ def frozen_states(
 
 
 def _states(model: nn.Module, packed: Packed, batch_size: int | None) -> torch.Tensor:
-    parts, size = [], batch_size or len(packed.spans)
-    for first in range(0, len(packed.spans), size):
-        part = packed.rows(slice(first, first + size))
-        states = hidden_states(model, part.input_ids, part.attention_mask, part.position_ids)
-        parts.append(part.predicting(states))
+    size = batch_size or len(packed.spans)
+    parts = [
+        completion_states(model, packed.rows(slice(first, first + size))) for first in range(0, len(packed.spans), size)
+    ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]

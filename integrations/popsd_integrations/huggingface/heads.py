@@ -101,6 +101,7 @@ def hidden_states(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
+    **further: Any,
 ) -> torch.Tensor:
     """Last hidden states [B, L, D] as the head takes them: no logits are computed, adapters are active.
 
@@ -108,7 +109,7 @@ def hidden_states(
         called as such, so that it gathers its shards and reduces the gradients. With `run_in_forward` that is done once for
         the whole loss, and FSDP1 works too.
     input_ids, attention_mask, position_ids: [B, L] int64, on the model's device. A model that takes no position_ids
-        (ALiBi, state-space) is not given any.
+        (ALiBi, state-space) is not given any. further: other arguments of the backbone's forward.
     Raises ValueError for a head that is not called on the states, for a prompt-learning adapter, for FSDP1 outside
     `run_in_forward`, and for a module in training whose wrapper was not passed: its gradients would never be reduced.
 
@@ -116,12 +117,14 @@ def hidden_states(
     [1, 3, 16]
     """
     causal = causal_model(model)
-    given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **further}
     given = {name: value for name, value in given.items() if value is not None}
+    return in_forward(model, lambda: _states(causal, given, position_ids))
 
-    def run() -> torch.Tensor:
-        return _states(causal, given, position_ids)
 
+def in_forward(model: nn.Module, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """``run``, which calls the backbone, inside the forward of whatever is around the model; raises as `hidden_states` does."""
+    causal = causal_model(model)
     if is_running(causal):
         return run()
     check_seen(model)
@@ -140,6 +143,9 @@ def _states(causal: Any, given: dict[str, Any], position_ids: torch.Tensor | Non
     if position_ids is not None and _takes_position_ids(module):
         given = {**given, "position_ids": position_ids + _first_position(module)}
     if module is not causal:
+        if type(backbone).forward.__module__.startswith("unsloth."):
+            # Its forwards for a GPU (2026.10) drop the padding mask in training, unless labels or this say otherwise.
+            backbone._unsloth_keep_padding_mask = True
         states: torch.Tensor = backbone(**given)[0]
         return states
     if lm_head is None:
@@ -311,6 +317,24 @@ def _first_position(module: nn.Module) -> int:
         if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
             return int(part.padding_idx) + 1
     return 0
+
+
+def own_logits(model: nn.Module, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """The model's own logits [T, V] at the completion of a row alone."""
+    device = causal_model(model).get_input_embeddings().weight.device
+    ids = torch.tensor([[*prompt, *completion]], device=device)
+    logits: torch.Tensor = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+    return logits
+
+
+def tolerance(model: nn.Module) -> tuple[float, float]:
+    """Largest error that rounding explains, relative to the largest logit, and the quantile over tokens that it is of."""
+    parameters = list(model.parameters())
+    on_gpu = any(p.device.type == "cuda" for p in parameters)
+    narrow = any(not p.is_floating_point() or p.dtype.itemsize <= 2 for p in parameters)
+    if narrow or (on_gpu and torch.backends.cuda.matmul.allow_tf32):
+        return 2e-2, 0.5
+    return (1e-3 if on_gpu else 1e-4), 1.0  # Triton kernels, such as Mamba's, round float32 to TF32 by default
 
 
 def without_weights(config: Any, **options: Any) -> Any:

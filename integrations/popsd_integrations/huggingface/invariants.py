@@ -26,6 +26,8 @@ from popsd_integrations.huggingface.heads import (
     head_from_model,
     hidden_states,
     is_sharded,
+    own_logits,
+    tolerance,
 )
 from popsd_integrations.huggingface.packing import Packed, pack
 from popsd_integrations.huggingface.prompts import Prompts
@@ -90,6 +92,17 @@ def check_model(
             "zero. Choose a pad token with another embedding (tokenizer.pad_token)."
         )
     return side
+
+
+def check_head(model: nn.Module) -> None:
+    """Raise ValueError where the model's states and head do not give its own logits, for a row of token ids alone.
+
+    The first of what `check_model` proves, for a loss that never pads, or leaves padding to others.
+    """
+    model = unwrapped(model)
+    rows = _rows(model, ())
+    with _no_trace(model), eval_mode(model), torch.no_grad():
+        _check_alone(model, rows, [own_logits(model, *row) for row in rows], 0)
 
 
 def _exact_side(
@@ -281,14 +294,6 @@ def _packed(model: nn.Module, rows: list[Any], pad_token_id: int, side: str) -> 
     return pack([p for p, _ in rows], [c for _, c in rows], pad_token_id=pad_token_id, side=side, device=device)
 
 
-def own_logits(model: nn.Module, prompt: list[int], completion: list[int]) -> torch.Tensor:
-    """The model's own logits [T, V] at the completion of a row alone."""
-    device = causal_model(model).get_input_embeddings().weight.device
-    ids = torch.tensor([[*prompt, *completion]], device=device)
-    logits: torch.Tensor = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
-    return logits
-
-
 def _states(model: nn.Module, packed: Packed) -> torch.Tensor:
     return hidden_states(model, packed.input_ids, packed.attention_mask, packed.position_ids)
 
@@ -322,16 +327,6 @@ def _error(model: nn.Module, logits: torch.Tensor, expected: list[torch.Tensor])
 
 def _nan_last(error: float) -> float:
     return math.inf if math.isnan(error) else error
-
-
-def tolerance(model: nn.Module) -> tuple[float, float]:
-    """Largest error that rounding explains, relative to the largest logit, and the quantile over tokens that it is of."""
-    parameters = list(model.parameters())
-    on_gpu = any(p.device.type == "cuda" for p in parameters)
-    narrow = any(not p.is_floating_point() or p.dtype.itemsize <= 2 for p in parameters)
-    if narrow or (on_gpu and torch.backends.cuda.matmul.allow_tf32):
-        return 2e-2, 0.5
-    return (1e-3 if on_gpu else 1e-4), 1.0  # Triton kernels, such as Mamba's, round float32 to TF32 by default
 
 
 def _drops(module: nn.Module) -> bool:

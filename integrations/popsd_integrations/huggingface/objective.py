@@ -34,8 +34,9 @@ from popsd.engine.chunks.registry import (
     register_target,
     target_named,
 )
+from popsd_integrations.huggingface.forwards import completion_states
 from popsd_integrations.huggingface.frozen import FrozenStates
-from popsd_integrations.huggingface.heads import for_loss, hidden_states, local_head, same_head
+from popsd_integrations.huggingface.heads import for_loss, local_head, same_head
 from popsd_integrations.huggingface.packing import Packed
 from popsd_integrations.own_code import code_fingerprint, is_own
 
@@ -183,22 +184,33 @@ def student_loss(
     packed: questions and completions, as the base has them. frozen: states of the same completions. Where the reference
         was not run, the base takes its place, which makes the purified target β-OPSD's. mask: [B, T] bool or float
         weights, None for all tokens.
+    With ``decompose`` the metrics have kl_base too, KL(student‖base), where the base was run.
     Where student and frozen weights have the same untrained head, one head serves all four streams, which saves a
     matmul. Ranks of a tensor-parallel plan pass the same tokens and keep their own rows of the head.
     """
-    states = hidden_states(model, packed.input_ids, packed.attention_mask, packed.position_ids)
+    states = completion_states(model, packed)
     head = local_head(model)
     frozen_head = None
     if head.weight.requires_grad or not same_head(head, frozen.head):
         with torch.no_grad():
             frozen_head = for_loss(model, frozen.head, states.dtype)
     reference = frozen.base if frozen.reference is None else frozen.reference
-    return loss_fn(
-        HiddenStates(packed.predicting(states), frozen.base, frozen.teacher, reference),
-        student_head=for_loss(model, head, states.dtype),
+    student_head = for_loss(model, head, states.dtype)
+    mask = packed.completion_mask if mask is None else mask
+    loss, metrics = loss_fn(
+        HiddenStates(states, frozen.base, frozen.teacher, reference),
+        student_head=student_head,
         frozen_head=frozen_head,
-        mask=packed.completion_mask if mask is None else mask,
+        mask=mask,
         num_items=num_items,
         token_ids=packed.completion_ids,
         decompose=decompose,
     )
+    if decompose and frozen.base is not None:
+        shared = {name: getattr(loss_fn.config, name) for name in ("temperature", "vocab_size", "check_finite")}
+        divergence = PurifiedConfig(beta=1.0, **shared)
+        drift = PurifiedOPSDLoss(divergence, loss_target="opsd", impl=loss_fn.impl, workspace_mib=loss_fn.workspace_mib)
+        with torch.no_grad():
+            _, drifted = drift(HiddenStates(states, None, frozen.base, None), student_head, frozen_head, mask=mask)
+        metrics["kl_base"] = drifted["divergence"]
+    return loss, metrics

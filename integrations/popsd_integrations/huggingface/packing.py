@@ -13,6 +13,9 @@ import torch
 
 from popsd_integrations.huggingface.prompts import Prompts
 
+PADDED, PACKED, BY_LENGTH = "padded", "packed", "by length"
+"""How a forward takes the rows of a batch, see `forwards`."""
+
 CONTEXT_OF = {"base": "question", "teacher": "teacher", "reference": "reference"}
 """Each frozen distribution and the field of `Prompts` that it reads. The student reads the base's."""
 
@@ -22,6 +25,7 @@ class Packed(NamedTuple):
 
     input_ids, attention_mask, position_ids: [B, L] int64. spans: [B, 2] int64, first column of the completion and the
         column after its last. longest: T, tokens of the longest completion. side: where the padding is.
+    lengths: tokens of each row's prompt and completion, on the host. layout: how `completion_states` runs the rows.
     position_ids count from each row's first token. Without them left padding shifts the positions, which costs bf16
     models a mean logit error of 2e-2 (with them at most 1e-4). The purified target is a difference of two forwards and
     does not tolerate that.
@@ -32,7 +36,9 @@ class Packed(NamedTuple):
     position_ids: torch.Tensor
     spans: torch.Tensor
     longest: int
-    side: str = "left"
+    side: str
+    lengths: tuple[tuple[int, int], ...]
+    layout: str = PADDED
 
     @property
     def completion_mask(self) -> torch.Tensor:
@@ -61,7 +67,18 @@ class Packed(NamedTuple):
 
     def rows(self, part: slice) -> Packed:
         """Some of the rows, with the width and the T of the whole batch."""
-        return self._mapped(lambda x: x[part])
+        return self._mapped(lambda x: x[part])._replace(lengths=self.lengths[part])
+
+    def narrowed(self, rows: Sequence[int]) -> Packed:
+        """Some of the rows in the width of the longest of them, with the T of the whole batch."""
+        index = torch.tensor(rows, device=self.spans.device)
+        lengths = tuple(self.lengths[row] for row in rows)
+        width = max(map(sum, lengths))
+        cut = self.input_ids.shape[1] - width if self.side == "left" else 0
+        tables: dict[str, Any] = {
+            name: getattr(self, name).index_select(0, index)[:, cut : cut + width] for name in _TENSORS[:3]
+        }
+        return self._replace(**tables, spans=self.spans.index_select(0, index) - cut, lengths=lengths)
 
     def to(self, device: torch.device | str | None) -> Packed:
         return self._mapped(lambda x: x.to(device))
@@ -84,12 +101,14 @@ def pack(
     *,
     pad_token_id: int,
     side: str = "left",
+    layout: str = PADDED,
     device: torch.device | str | None = None,
 ) -> Packed:
     """Put each prompt before its completion, and pad to the longest row.
 
     prompts, completions: B lists of token ids without padding. side: "left" pads before the prompt, "right" after the
-        completion. device: where the result lies, None for the CPU.
+        completion. layout: how `completion_states` runs the rows; by default as the batch is, see `exact_layout`.
+        device: where the result lies, None for the CPU.
     Raises ValueError on an empty prompt (nothing would predict the first token), on an empty completion, and where the
     numbers of prompts and completions differ.
 
@@ -105,7 +124,7 @@ def pack(
     lengths = [(len(prompt), len(completion)) for prompt, completion in zip(prompts, completions, strict=True)]
     _check(side, lengths)  # before the padding, which cannot pad nothing
     tensors = (*padded(prompts, pad_token_id), *padded(completions, pad_token_id, side="right"))
-    return pack_padded(*tensors, pad_token_id=pad_token_id, side=side, lengths=lengths).to(device)
+    return pack_padded(*tensors, pad_token_id=pad_token_id, side=side, layout=layout, lengths=lengths).to(device)
 
 
 def pack_contexts(
@@ -115,6 +134,7 @@ def pack_contexts(
     pad_token_id: int,
     contexts: Sequence[str] = tuple(CONTEXT_OF),
     side: str = "left",
+    layout: str = PADDED,
     device: torch.device | str | None = None,
 ) -> dict[str, Packed]:
     """`pack` the same completions behind each context's prompts: what `frozen_states` takes.
@@ -129,9 +149,8 @@ def pack_contexts(
     if not set(contexts) <= CONTEXT_OF.keys():
         raise ValueError(f"contexts: expected some of {list(CONTEXT_OF)}; got {list(contexts)}.")
     rows = {name: [getattr(row, CONTEXT_OF[name]) for row in prompts] for name in contexts}
-    return {
-        name: pack(ids, completions, pad_token_id=pad_token_id, side=side, device=device) for name, ids in rows.items()
-    }
+    options: dict[str, Any] = {"pad_token_id": pad_token_id, "side": side, "layout": layout, "device": device}
+    return {name: pack(ids, completions, **options) for name, ids in rows.items()}
 
 
 def pack_padded(
@@ -142,6 +161,7 @@ def pack_padded(
     *,
     pad_token_id: int,
     side: str = "left",
+    layout: str = PADDED,
     lengths: Sequence[tuple[int, int]] | None = None,
 ) -> Packed:
     """`pack` for tensors that are padded already, on their device and without a loop over the rows.
@@ -168,7 +188,7 @@ def pack_padded(
     if lengths is None:
         counts: list[list[int]] = torch.stack([prompt_mask.bool().sum(1), completion_mask.bool().sum(1)], 1).tolist()
         lengths = [(prompt, completion) for prompt, completion in counts]
-    _check(side, lengths)
+    _check(side, lengths, layout)
     width, longest = max(map(sum, lengths)), max(completion for _, completion in lengths)
     mask = torch.cat([prompt_mask, completion_mask], dim=1).ne(0).to(torch.int8)
     # A stable sort by the mask keeps the tokens in order and moves the padding to one side.
@@ -181,7 +201,7 @@ def pack_padded(
     tokens = attention_mask.sum(1)
     end = torch.full_like(tokens, width) if side == "left" else tokens
     spans = torch.stack([end - completion_mask.ne(0).sum(1), end], dim=1)
-    return Packed(input_ids, attention_mask, position_ids, spans, longest, side)
+    return Packed(input_ids, attention_mask, position_ids, spans, longest, side, tuple(lengths), layout)
 
 
 def padded(
@@ -222,7 +242,7 @@ def joined(batches: Sequence[Packed]) -> Packed:
     width = max(packed.input_ids.shape[1] for packed in batches)
     wide = [_widened(packed, width - packed.input_ids.shape[1]) for packed in batches]
     rows: dict[str, Any] = {name: torch.cat([getattr(packed, name) for packed in wide]) for name in _TENSORS}
-    return wide[0]._replace(**rows)
+    return wide[0]._replace(**rows, lengths=tuple(pair for packed in batches for pair in packed.lengths))
 
 
 def _widened(packed: Packed, columns: int) -> Packed:
@@ -263,9 +283,11 @@ def check_same_completions(**contexts: Packed) -> None:
                 )
 
 
-def _check(side: str, lengths: Sequence[tuple[int, int]]) -> None:
+def _check(side: str, lengths: Sequence[tuple[int, int]], layout: str = PADDED) -> None:
     if side not in ("left", "right"):
         raise ValueError(f"side: expected 'left' or 'right'; got {side!r}.")
+    if layout not in (PADDED, PACKED, BY_LENGTH):
+        raise ValueError(f"layout: expected one of {[PADDED, PACKED, BY_LENGTH]}; got {layout!r}.")
     for name, counts in zip(("prompts", "completions"), zip(*lengths, strict=True), strict=True):
         empty = [row for row, count in enumerate(counts) if count == 0]
         if empty:

@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+Conversation = str | list[dict[str, Any]]
+"""Text, or messages with "role" and "content"."""
+
 
 class Problem(NamedTuple):
     """A question and its reference solution.
@@ -196,6 +199,10 @@ class ContextBuilder:
             "cut. Raise max_prompt_length, or set on_overflow to 'truncate' (cuts the solution) or 'drop'."
         )
 
+    def question(self, problem: Problem) -> list[int]:
+        """What the student reads, of a problem that nothing has checked. Its solution is not looked at."""
+        return self._encode(self.config.question_template, problem, self.config.student_kwargs)
+
     def build_all(self, problems: Sequence[Problem]) -> list[Prompts]:
         """The prompts of all problems but the dropped ones, each with another one's solution where the contexts need that.
 
@@ -295,8 +302,18 @@ class ContextBuilder:
         assert given is not None  # checked
         return Problem(question, given, contrasts.get(self.config.reference))
 
-    def _prompts(self, problem: Problem) -> Prompts:
-        """Of a problem from `_hinted`."""
+    def conversations(self, problem: Problem) -> tuple[Conversation, Conversation, Conversation]:
+        """What student, teacher and reference read, as messages, or as text where `build` would take it so.
+
+        For a framework that tokenises by itself; what is about tokens in the configuration is then not read. Raises ValueError
+        as `check` does.
+        """
+        self.check(problem)
+        question, teacher, reference = (self._write(*part) for part in self._parts(self._hinted(problem)))
+        return question, teacher, reference
+
+    def _parts(self, problem: Problem) -> list[tuple[str, Problem]]:
+        """Template and fillings of student, teacher and reference, of a problem from `_hinted`."""
         config = self.config
         teacher, reference, contrasted = config.teacher_template, config.reference_template, problem
         if problem.wrong_solution is not None:
@@ -305,13 +322,15 @@ class ContextBuilder:
             teacher = config.question_template
         if config.reference == "none":
             reference = config.question_template
-        return Prompts(
-            self._encode(config.question_template, problem, config.student_kwargs),
-            self._encode(teacher, problem, config.teacher_kwargs),
-            self._encode(reference, contrasted, config.reference_kwargs),
-        )
+        return [(config.question_template, problem), (teacher, problem), (reference, contrasted)]
 
-    def _write(self, template: str, problem: Problem) -> str | list[dict[str, Any]]:
+    def _prompts(self, problem: Problem) -> Prompts:
+        """Of a problem from `_hinted`."""
+        kwargs = (self.config.student_kwargs, self.config.teacher_kwargs, self.config.reference_kwargs)
+        parts = zip(self._parts(problem), kwargs, strict=True)
+        return Prompts(*(self._encode(*part, chat_template_kwargs) for part, chat_template_kwargs in parts))
+
+    def _write(self, template: str, problem: Problem) -> Conversation:
         question, history = problem.question, []
         if not isinstance(question, str):
             *history, last = ({**message} for message in question)

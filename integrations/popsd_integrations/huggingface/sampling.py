@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import logging
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from popsd_integrations.huggingface.heads import causal_model, eval_mode
+from popsd_integrations.huggingface.groups import prompts_run_once
+from popsd_integrations.huggingface.heads import causal_model, eval_mode, own_logits, tolerance
 from popsd_integrations.huggingface.packing import padded
 from popsd_integrations.huggingface.prompts import Prompts
+
+logger = logging.getLogger(__name__)
 
 Generate = Callable[..., list[list[int]]]
 
@@ -119,7 +126,12 @@ def hf_generate(
         found = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
         return [_to_first_end(row, set(eos_token_id)) for row in found[:, input_ids.shape[1] :].tolist()]
 
-    with only_given_settings(model):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(only_given_settings(model))
+        if any(one == other for one, other in itertools.pairwise(prompts)) and exact_sharing(
+            model, prompts, pad_token_id
+        ):
+            stack.enter_context(prompts_run_once(model))
         return grouped(prompts, exact_grouping(model, prompts, pad_token_id), generated)
 
 
@@ -162,10 +174,8 @@ def exact_grouping(model: Any, prompts: Sequence[Sequence[int]], pad_token_id: i
     """
     if not prompts:  # a stream that gives no row ends in an error of its own
         return TOGETHER
-    length = max(2, min(_PROBE, (position_limit(model) or 2 * _PROBE) - _STEPS))
-    first, *_, last = sorted([*prompts, prompts[0]], key=len)
-    # In a batch of one prompt twice it would not show that rows are mixed, so one of them is turned.
-    one, other = ((list(ids[-length:]) * length)[:length] for ids in (first, [*last[1:], last[0]]))
+    one, other = _short(model, prompts)
+    length = len(one)
     name = type(causal_model(model)).__name__
     errors: dict[str, float] = {}
     for grouping, rows in {TOGETHER: [one[: length // 2], other], BY_LENGTH: [one, other], ALONE: [one]}.items():
@@ -187,14 +197,39 @@ def exact_grouping(model: Any, prompts: Sequence[Sequence[int]], pad_token_id: i
     return grouping
 
 
+def exact_sharing(model: Any, prompts: Sequence[Sequence[int]], pad_token_id: int) -> bool:
+    """Whether ``model.generate`` samples by the model's own logits where each prompt is run once, as `prompts_run_once` has it.
+
+    Measured as by `exact_grouping`, on two prompts of two completions each. A warning says where it does not.
+    """
+    one, other = _short(model, prompts)
+    try:
+        with prompts_run_once(model):
+            error = _generation_error(model, [one[: len(one) // 2]] * 2 + [other] * 2, pad_token_id)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a model may have a cache of its own kind, or none
+        error = math.inf
+    if error > 1:
+        name = type(causal_model(model)).__name__
+        logger.warning(f"{name} cannot go on from a prompt's states, so it runs a prompt for each of its completions.")
+    return error <= 1
+
+
+def _short(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Two prompts of one length. In a batch of one prompt twice it would not show that rows are mixed, so one is turned."""
+    length = max(2, min(_PROBE, (position_limit(model) or 2 * _PROBE) - _STEPS))
+    first, *_, last = sorted([*prompts, prompts[0]], key=len)
+    one, other = ((list(ids[-length:]) * length)[:length] for ids in (first, [*last[1:], last[0]]))
+    return one, other
+
+
 def _generation_error(model: Any, prompts: list[list[int]], pad_token_id: int) -> float:
     """Difference of the logits that ``model.generate`` draws from in one call to the model's own, as a share of the tolerance.
 
     Over a few steps, which are made to the same tokens.
     """
     from transformers import GenerationConfig
-
-    from popsd_integrations.huggingface.invariants import own_logits, tolerance
 
     forced = (prompts[0] * _STEPS)[:_STEPS]
     settings: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True}

@@ -41,13 +41,13 @@ TARGETS: tuple[Target, ...] = ("opsd", "purified")
 class ExperimentConfig:
     """Options of the distillation runs; both targets share them all.
 
-    seeds: runs per target. learning_rate: at 2e-4 OPSD collapses before step 20. lora_rank: None is full fine-tuning;
+    num_seeds: runs per target. learning_rate: at 2e-4 OPSD collapses before step 20. lora_rank: None is full fine-tuning;
         rank 8 with a learning rate of 1e-3 gives similar results.
     test_puzzles: 384 give a standard error of 2.5 points of accuracy.
     """
 
-    seeds: int = 1
-    steps: int = 50
+    num_seeds: int = 1
+    max_steps: int = 50
     batch_size: int = 64
     learning_rate: float = 1e-4
     lora_rank: int | None = None
@@ -57,7 +57,7 @@ class ExperimentConfig:
     loss: PurifiedConfig = field(default_factory=PurifiedConfig)
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "steps", "batch_size", "test_puzzles"):
+        for name in ("num_seeds", "max_steps", "batch_size", "test_puzzles"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1; got {getattr(self, name)}.")
 
@@ -81,13 +81,13 @@ def run_experiment(
         warmed = time.perf_counter()
         puzzles = draw_puzzles(config.test_puzzles, "test", seed=0)
         base, gap = evaluate(model, puzzles), style_gap(model, puzzles, config.loss)
-    jobs: list[tuple[Target, int]] = [(target, seed) for seed in range(config.seeds) for target in TARGETS]
+    jobs: list[tuple[Target, int]] = [(target, seed) for seed in range(config.num_seeds) for target in TARGETS]
     runs = _distil_all(config, jobs, output_dir, cache_dir, processes, progress)
     with _one_thread():
         models = {"base": model} | {x: trained(output_dir / f"{x}-seed0", config, cache_dir) for x in TARGETS}
         shown = example(models, puzzles)
     finals: dict[str, list[Score]] = {
-        target: [_final_score(runs[target, seed]) for seed in range(config.seeds)] for target in TARGETS
+        target: [_final_score(runs[target, seed]) for seed in range(config.num_seeds)] for target in TARGETS
     }
     results = {
         "base": base._asdict(),
@@ -96,7 +96,7 @@ def run_experiment(
         "per_seed": {target: [score._asdict() for score in scores] for target, scores in finals.items()},
         "style_gap": gap,
         "example": shown,
-        "steps": {target: [runs[target, seed] for seed in range(config.seeds)] for target in TARGETS},
+        "steps": {target: [runs[target, seed] for seed in range(config.num_seeds)] for target in TARGETS},
         "config": dataclasses.asdict(config),
         "seconds": {"warm-up": warmed - began, "total": time.perf_counter() - began},
     }
@@ -112,11 +112,11 @@ def distil(
     with _one_thread():
         model = warm_up(config.warmup, cache_dir)
         tokenizer = build_tokenizer()
-        questions = draw_puzzles(config.steps * config.batch_size, "train", seed)
+        questions = draw_puzzles(config.max_steps * config.batch_size, "train", seed)
         prompts = ContextBuilder(tokenizer, MINIATURE_CONTEXTS).build_all([puzzle.problem for puzzle in questions])
         test = draw_puzzles(config.test_puzzles, "test", seed=0)
         options = TrainConfig(
-            steps=config.steps,
+            steps=config.max_steps,
             batch_size=config.batch_size,
             learning_rate=config.learning_rate,
             lora_rank=config.lora_rank,
@@ -163,7 +163,7 @@ def _distil_all(
     folders = {job: output_dir / f"{job[0]}-seed{job[1]}" for job in jobs}
     workers = min(len(jobs), processes or os.cpu_count() or 1)
     with (
-        _bar("distillation", config.steps * len(jobs), progress) as advance,
+        _bar("distillation", config.max_steps * len(jobs), progress) as advance,
         # A forked child would inherit PyTorch's thread pools in whatever state they are.
         ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,
     ):

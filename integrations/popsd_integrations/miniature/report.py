@@ -127,7 +127,7 @@ def write_html(results: dict[str, Any], plots: list[Path], path: Path) -> None:
             example=beside(results["example"]),
             notes=notes,
             summary=html.escape(summary(results)),
-            steps=results["config"]["steps"],
+            steps=results["config"]["max_steps"],
             batch=results["config"]["batch_size"],
             seconds=f"{seconds['total']:.0f}",
             warmup=f"{seconds['warm-up']:.0f}",

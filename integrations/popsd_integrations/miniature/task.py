@@ -72,7 +72,7 @@ class Puzzle:
 def verdict(completion: str, answer: str) -> tuple[bool, str | None]:
     """Whether a completion as text ends in ``ANS a b`` with the pair ``a b`` in either order, and its pair, sorted.
 
-    A scorer for ``popsd evaluate --scorer popsd_integrations.miniature.task:verdict``.
+    A scorer for ``popsd evaluate --eval_scorer popsd_integrations.miniature.task:verdict``.
 
     >>> verdict("MAYBE 3 8 CHECK 1 WAIT SO 6 8 OK ANS 6 8", "8 6")
     (True, '6 8')

@@ -26,6 +26,7 @@ CURVES = {
     "accuracy, held-out, greedy": ("eval/accuracy_greedy", "eval_accuracy_greedy"),
     "markers per completion": ("markers/per_completion",),
     "tokens per completion": ("completions/mean_length",),
+    "KL(student‖base), nats": ("kl_base",),
     "student entropy, nats": ("student_entropy", "entropy"),
     "target entropy, nats": ("target_entropy",),
     "cos(Δ_total, Δ_ref)": ("decomposition/cos_total_reference",),
@@ -96,7 +97,15 @@ def how_to_go_on(folder: Path) -> list[str]:
     load = f"AutoModelForCausalLM.from_pretrained({str(place)!r})"
     if saved_as(place) == ADAPTER:
         load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(place)!r})"
-    command = ["popsd", "evaluate", "--model", base, "--adapters", str(folder if steps else place), *options]
+    command = [
+        "popsd",
+        "evaluate",
+        "--model_name_or_path",
+        base,
+        "--adapters",
+        str(folder if steps else place),
+        *options,
+    ]
     return [
         f"Saved: the {'adapter' if saved_as(place) == ADAPTER else 'model'} in {place}{kept}; {', '.join(written)} in {folder}",
         f"Load: {load}",

@@ -7,6 +7,7 @@ from numbers import Integral, Real
 
 from popsd import MaskConfig, PurifiedConfig, PurifiedOPSDLoss, TargetConfig
 from popsd.markers import EpistemicMarkers
+from popsd_integrations.huggingface.groups import check_generations
 from popsd_integrations.huggingface.objective import loss_function, target_config
 
 
@@ -14,7 +15,8 @@ from popsd_integrations.huggingface.objective import loss_function, target_confi
 class TrainConfig:
     """Options of ``train``; the defaults are the paper's, with one completion per question.
 
-    steps, batch_size: optimiser steps, and questions per step, which all processes share. micro_batch_size: rows per forward,
+    steps, batch_size: optimiser steps, and completions per step, which all processes share. num_generations: completions of
+        each question; a step takes batch_size / num_generations questions. micro_batch_size: rows per forward,
         None for all of a process; the result does not depend on it.
     lora_rank: None is full fine-tuning, which keeps a frozen copy of the weights.
     temperature: of sampling; 0 is greedy. loss_target: see ``huggingface.objective``, one's own among them; "contrastive_hints"
@@ -24,12 +26,14 @@ class TrainConfig:
     masks: which completion tokens the loss keeps; logged as kept_share. Under micro-batches a top share is of each.
     decompose_every: log Eq. 4 every so many steps, 0 never; β-OPSD has none. evaluate_every, checkpoint_every: steps, 0
         is at the end only.
-    batched_frozen: run the frozen contexts as one batch. impl: backend of the loss, see ``popsd.Impl``.
+    batched_frozen: run the frozen contexts as one batch. padding_free: run rows end to end (True), padded (False), or as costs
+        least (None), see ``huggingface.exact_layout``. impl: backend of the loss, see ``popsd.Impl``.
     Raises ValueError for values out of range, and TypeError for what is no number or no whole number where one belongs.
     """
 
     steps: int = 200
     batch_size: int = 32
+    num_generations: int = 1
     micro_batch_size: int | None = None
     learning_rate: float = 5e-6
     adam_betas: tuple[float, float] = (0.9, 0.999)
@@ -49,6 +53,7 @@ class TrainConfig:
     evaluate_every: int = 0
     checkpoint_every: int = 50
     batched_frozen: bool = False
+    padding_free: bool | None = None
     impl: str = "auto"
     seed: int = 0
 
@@ -59,10 +64,13 @@ class TrainConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral if name in _WHOLE else Real):
                 raise TypeError(f"{name}: expected a {kind}{' or None' * (name in _OR_NONE)}; got {value!r}.")
+        if self.padding_free not in (None, True, False):
+            raise TypeError(f"padding_free: expected True, False or None; got {self.padding_free!r}.")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):
                 raise ValueError(f"{name}: expected a number of at least {least}; got {value}.")
+        check_generations(self.num_generations, self.batch_size, "batch_size")
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a positive finite number; got {getattr(self, name)}.")
@@ -84,6 +92,7 @@ _OR_NONE = ("micro_batch_size", "lora_rank")
 _WHOLE = (
     "steps",
     "batch_size",
+    "num_generations",
     "max_new_tokens",
     "decompose_every",
     "evaluate_every",

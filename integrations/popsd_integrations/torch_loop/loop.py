@@ -20,7 +20,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,6 @@ import torch
 from torch import nn
 
 from popsd import PurifiedOPSDLoss
-from popsd.markers import EpistemicMarkers
 from popsd_integrations.finite_steps import FiniteSteps
 from popsd_integrations.huggingface.distributed import (
     agreed,
@@ -40,7 +39,9 @@ from popsd_integrations.huggingface.distributed import (
     rank,
     run_in_forward,
 )
+from popsd_integrations.huggingface.forwards import counting, exact_layout
 from popsd_integrations.huggingface.frozen import FrozenChecksum, FrozenWeights, frozen_states, frozen_weights
+from popsd_integrations.huggingface.groups import facts, repeated, within_prompts
 from popsd_integrations.huggingface.heads import causal_model
 from popsd_integrations.huggingface.invariants import check_model
 from popsd_integrations.huggingface.objective import measures_decomposition, needed_contexts, student_loss, target_code
@@ -51,6 +52,7 @@ from popsd_integrations.run_folder import exclusive, finishing_on_sigterm, writi
 from popsd_integrations.runs import report
 from popsd_integrations.runs.held_out import FILE as COMPLETIONS
 from popsd_integrations.runs.held_out import HeldOut, keep
+from popsd_integrations.runs.line import lines
 from popsd_integrations.runs.report import METRICS
 from popsd_integrations.torch_loop.checkpoint import (
     read_checkpoint,
@@ -113,7 +115,8 @@ def train(
         not covered.
 
     ``output_dir`` receives metrics.jsonl, popsd_config.json (the options), checkpoint.pt and, at its end, report.html and
-    in ``model`` what was trained, with the tokenizer; ``progress`` then prints how to load and evaluate it.
+    in ``model`` what was trained, with the tokenizer. ``progress`` shows a bar and a line of at most eight figures a step, of
+    all that is in metrics.jsonl, and at the end how to load and evaluate the model.
 
     Several processes: ``torchrun --nproc_per_node N script.py``, where every process calls this with the same whole model on
     its own device, the same prompts and options. They share the questions of each step, in the order in which one process
@@ -202,11 +205,13 @@ def _train(
     start = 0 if checkpoint is None else restore(checkpoint, trained, optimizer, rank())
     history = agreed(partial(_begin, model, config, output, start, len(prompts)))
     finite, ending = FiniteSteps(), False
-    backward = partial(_backward, model, source, loss_fn, config, (sampler.pad_token_id, side))
+    batch: dict[str, Any] = {"pad_token_id": sampler.pad_token_id, "side": side, "device": causal_model(model).device}
+    batch["layout"] = exact_layout(model, prompts, padding_free=config.padding_free)
+    backward = partial(_backward, model, source, loss_fn, config, batch)
 
     log_path = os.devnull if rank() else output / METRICS
     with writing(output / METRICS), open(log_path, "a", encoding="utf-8") as log:
-        for step in _progress(range(start, config.steps), config, start, progress):
+        for step in (bar := _progress(range(start, config.steps), config, start, progress)):
             began = time.perf_counter()
             indices = share(_rows(step, config, len(prompts)))
             rows = [prompts[index] for index in indices]
@@ -226,9 +231,13 @@ def _train(
 
             of_all = everyones((found, asked_to_end()))
             metrics = {"step": step + 1, **summed([part for part, _ in of_all])}
+            run, positions = metrics.pop("tokens_run"), metrics.pop("positions_run")
             metrics |= {"grad_norm": norm, "step_refused": float(refused)}
-            metrics |= _completion_metrics(everybodys, tokenizer, sampler.eos_token_id, config.markers)
+            metrics |= _completion_metrics(everybodys, tokenizer, sampler.eos_token_id, config)
             metrics |= {"seconds/generate": generated - began, "seconds/update": time.perf_counter() - generated}
+            taken = {"step_time": time.perf_counter() - began}
+            metrics["forwards/padding_share"] = 1 - run / positions
+            metrics["forwards/tokens_per_second"] = run / metrics["seconds/update"]
             ending = any(asked for _, asked in of_all)
             last = step + 1 == config.steps
             if last or _due(step, config.evaluate_every):
@@ -236,6 +245,8 @@ def _train(
             history.append(metrics)
             log.write(json.dumps(metrics) + "\n")
             log.flush()
+            for line in lines(metrics | taken, step + 1, config.steps) if progress else ():
+                bar.write(line)
             if last or ending or _due(step, config.checkpoint_every):
                 checksum.check()
                 states = everyones(random_state())
@@ -265,7 +276,7 @@ def _backward(
     source: FrozenWeights,
     loss_fn: PurifiedOPSDLoss,
     config: TrainConfig,
-    padding: tuple[int, str],
+    batch: Mapping[str, Any],
     rows: Sequence[Prompts],
     completions: Sequence[Sequence[int]],
     decompose: bool,
@@ -273,24 +284,27 @@ def _backward(
 ) -> dict[str, float]:
     """Accumulate the gradient of the rows' part in the batch's mean loss per completion token, and return that of the metrics.
 
-    padding: the token and the side. tokens: of the batch.
+    batch: how it is packed, for `pack_contexts`. tokens: of the batch. The metrics include what the forwards ran.
     """
     size = config.micro_batch_size or len(rows)
     contexts = needed_contexts(config.loss_target, decompose)
     totals: dict[str, torch.Tensor] = {}
-    for first in range(0, len(rows), size):
-        part, ids = rows[first : first + size], completions[first : first + size]
-        pad, side = padding
-        packed = pack_contexts(part, ids, pad_token_id=pad, side=side, device=causal_model(model).device)
-        frozen = frozen_states(source, packed, contexts, batched=config.batched_frozen)
-        options: dict[str, Any] = {"num_items": tokens, "decompose": decompose}
-        # sum_gradients reduces what hidden_states would otherwise look for a wrapper of
-        loss, metrics = run_in_forward(model, partial(student_loss, model, loss_fn, packed["base"], frozen, **options))
-        loss.backward()
-        weighted = {name: value * (sum(map(len, ids)) / tokens) for name, value in metrics.items() if name != "tokens"}
-        weighted["loss"] = loss.detach()
-        totals = {name: value + totals.get(name, 0) for name, value in weighted.items()}
-    return {name: value.item() for name, value in totals.items()}
+    with counting() as work:
+        for first in range(0, len(rows), size):
+            part, ids = rows[first : first + size], completions[first : first + size]
+            packed = pack_contexts(part, ids, **batch)
+            frozen = frozen_states(source, packed, contexts, batched=config.batched_frozen)
+            options: dict[str, Any] = {"num_items": tokens, "decompose": decompose}
+            # sum_gradients reduces what hidden_states would otherwise look for a wrapper of
+            function = partial(student_loss, model, loss_fn, packed["base"], frozen, **options)
+            loss, metrics = run_in_forward(model, function)
+            loss.backward()
+            of_batch = sum(map(len, ids)) / tokens
+            weighted = {name: value * of_batch for name, value in metrics.items() if name != "tokens"}
+            weighted["loss"] = loss.detach()
+            totals = {name: value + totals.get(name, 0) for name, value in weighted.items()}
+    found = {name: value.item() for name, value in totals.items()}
+    return found | {"tokens_run": work.tokens, "positions_run": work.positions}
 
 
 def _not_finite(
@@ -313,25 +327,31 @@ def _not_finite(
 
 
 def _completion_metrics(
-    completions: Sequence[Sequence[int]], tokenizer: Any, eos: Sequence[int], markers: EpistemicMarkers
+    completions: Sequence[Sequence[int]], tokenizer: Any, eos: Sequence[int], config: TrainConfig
 ) -> dict[str, float]:
-    counts = markers.count_ids(completions, tokenizer)
+    counts = config.markers.count_ids(completions, tokenizer)
+    number = config.num_generations
     return {
         "completions/mean_length": sum(map(len, completions)) / len(completions),
         "completions/eos_rate": sum(ids[-1] in eos for ids in completions) / len(completions),
         "markers/per_completion": counts.per_completion(),
         "markers/per_thousand_tokens": counts.per_thousand_tokens(),
         **{f"markers/{word}": counts.per_completion(word) for word in counts.counts},
+        **(within_prompts(facts(completions, config.markers, tokenizer), number) if number > 1 else {}),
     }
 
 
 def _rows(step: int, config: TrainConfig, count: int) -> list[int]:
-    """Rows of a step. An epoch is a permutation drawn from (seed, epoch), so the step alone determines them."""
-    places = range(step * config.batch_size, (step + 1) * config.batch_size)
+    """Rows of a step, those of a question together.
+
+    An epoch is a permutation drawn from (seed, epoch), so the step alone determines them.
+    """
+    questions = config.batch_size // config.num_generations
+    places = range(step * questions, (step + 1) * questions)
     orders = {epoch: list(range(count)) for epoch in {place // count for place in places}}
     for epoch, order in orders.items():
         random.Random(f"{config.seed}:{epoch}").shuffle(order)
-    return [orders[place // count][place % count] for place in places]
+    return repeated([orders[place // count][place % count] for place in places], config.num_generations)
 
 
 def _with_lora(model: nn.Module, config: TrainConfig) -> nn.Module:

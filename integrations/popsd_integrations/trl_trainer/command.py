@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 from trl import (
@@ -26,7 +25,9 @@ from trl import (
 )
 
 from popsd_integrations.commandline.options import ANSWER_COLUMN, SOLUTION_COLUMNS, WRONG_COLUMN, DataOptions
-from popsd_integrations.commandline.suggest import did_you_mean
+from popsd_integrations.commandline.places import DATA_FILES, loading, no_data
+from popsd_integrations.commandline.suggest import OneLine
+from popsd_integrations.commandline.training import given_options, is_true
 from popsd_integrations.runs.report import how_to_go_on, write_page
 from popsd_integrations.trl_trainer.callbacks import newest_whole_checkpoint
 from popsd_integrations.trl_trainer.dry_run import dry_run
@@ -41,35 +42,29 @@ class TrainArguments(DataOptions, ScriptArguments):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, load and train; returns 0. Raises ValueError on bad input."""
     script, args, model_args, mixture = read_options(list(sys.argv[1:] if arguments is None else arguments))
-    if script.answer_column is not None and args.eval_scorer is None:
-        raise ValueError(f"answer_column: expected none without eval_scorer; got {script.answer_column!r}.")
-    if script.device is not None and not script.dry_run:
-        raise ValueError(f"device: expected none without dry_run, which plans for it; got {script.device!r}.")
     resumed = checkpoint_to_resume(args)
     dataset = load_data(script, mixture, args.seed)
     train_dataset = split_of(dataset, script.dataset_train_split, "dataset_train_split")
     evaluated = args.eval_strategy != "no"
     eval_dataset = split_of(dataset, script.dataset_test_split, "dataset_test_split") if evaluated else None
     peft_config = get_peft_config(model_args)
+    model = model_args.model_name_or_path
     if script.dry_run:
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        try:
-            print("\n".join(dry_run(str(model_args.model_name_or_path), args, peft_config, data, script.device)))
-        except OSError as error:
-            raise ValueError(_no_model(model_args.model_name_or_path, error)) from error
+        with loading(model):
+            print("\n".join(dry_run(model, args, peft_config, data, script.device)))
         return 0
-    try:
+    with loading(model):
         trainer = PurifiedOPSDTrainer(
-            model=model_args.model_name_or_path,
+            model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             quantization_config=get_quantization_config(model_args),
             peft_config=peft_config,
         )
-    except OSError as error:
-        raise ValueError(_no_model(model_args.model_name_or_path, error)) from error
     trainer.train(resume_from_checkpoint=resumed)
+    trainer.create_model_card(dataset_name=None if Path(script.dataset_name or ".").exists() else script.dataset_name)
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
         write_page(Path(args.output_dir))
@@ -86,21 +81,15 @@ def read_options(
 
     Raises ValueError for a model that is missing and options of an adapter that there is not.
     """
-    parser = TrlParser((TrainArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig), prog="popsd train")
-    if (not trains or _is_dry(given)) and not torch.accelerator.is_available():
+    dry = is_true(given_options(given, trains).get("dry_run"))
+    if (dry or not trains) and not torch.accelerator.is_available():
         given = [
             *given,
             "--use_cpu",
             "true",
         ]  # transformers refuses bf16 without a GPU, and nothing will be trained here
-    try:
-        script, args, model_args, mixture = parser.parse_args_and_config(list(given))
-    except ValueError as error:
-        raise ValueError(f"{error}{did_you_mean(str(error), parser._option_string_actions)}") from error
-    if not model_args.model_name_or_path:
-        raise ValueError(
-            "model_name_or_path: expected a model; got none. Pass --model_name_or_path or set it in --config."
-        )
+    given = [part for text in given for part in (text.split("=", 1) if text.startswith("--config=") else [text])]
+    script, args, model_args, mixture = full_parser().parse_args_and_config(list(given))
     adapter = [option for option in fields(model_args) if option.name.startswith(("lora_", "use_dora", "use_rslora"))]
     ignored = [option.name for option in adapter if getattr(model_args, option.name) not in (option.default, None, [])]
     if ignored and not model_args.use_peft and "--use_peft" not in given:
@@ -117,23 +106,25 @@ def read_options(
     return script, args, model_args, mixture
 
 
-def _no_model(name: str | None, error: OSError) -> str:
-    return f"model_name_or_path: expected a hub name or a local folder of a model; got {name!r} ({error})."
+class _FullParser(OneLine, TrlParser):
+    """TRL's parser, whose errors are one line."""
+
+
+def full_parser() -> Any:
+    """The parser of all options, those of TRL and transformers with their help among them."""
+    parser: Any = _FullParser
+    return parser((TrainArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig), prog="popsd train")
 
 
 def load_data(script: TrainArguments, mixture: Any, seed: int) -> Any:
     """Splits with the columns that the trainer takes. seed: draws the rows of test_split_size."""
-    if bool(mixture.datasets) == bool(script.dataset_name):
-        raise ValueError(
-            "dataset_name: expected it or a mixture in `datasets`, and not both; a folder with train.jsonl will do."
-        )
     for name in ("dataset_config", "dataset_streaming"):
         if mixture.datasets and (value := getattr(script, name)):
             raise ValueError(f"{name}: expected none with datasets, where it would be ignored; got {value!r}.")
     if script.ignore_bias_buffers:
         raise ValueError("ignore_bias_buffers: expected False, since nothing here reads it; got True.")
     size, mixture.test_split_size = mixture.test_split_size, None  # TRL would draw other rows in a run that goes on
-    dataset = get_dataset(mixture) if mixture.datasets else _load(script)
+    dataset = get_dataset(mixture) if mixture.datasets else load_splits(script)
     if size is not None:
         dataset = _with_test_split(dataset, size, script, seed)
     renamed = {script.prompt_column: "prompt"}
@@ -165,20 +156,24 @@ def load_data(script: TrainArguments, mixture: Any, seed: int) -> Any:
     return dataset
 
 
-def _load(script: TrainArguments) -> Any:
+def load_splits(script: TrainArguments) -> Any:
+    """The splits of dataset_name as they are. Raises ValueError where it cannot be loaded."""
     assert script.dataset_name is not None
     source, options = script.dataset_name, {"name": script.dataset_config, "streaming": script.dataset_streaming}
-    builder = _BUILDER_OF.get(Path(source).suffix)
+    builder = DATA_FILES.get(Path(source).suffix)
     if builder is not None and Path(source).is_file():
+        if script.dataset_config is not None:
+            raise ValueError(
+                f"dataset_config: expected none with a file, which has none; got {script.dataset_config!r}."
+            )
         source, options["data_files"] = builder, {script.dataset_train_split: source}
     try:
         return load_dataset(source, **options)
-    except (DatasetsError, OSError, StopIteration) as error:  # the last for an empty file
+    except (DatasetsError, OSError, ValueError, StopIteration) as error:
         cause = error.__cause__ or error
-        raise ValueError(
-            f"dataset_name: expected a hub name, a folder or a file of rows ({', '.join(_BUILDER_OF)}); got "
-            f"{script.dataset_name!r} ({type(cause).__name__}: {cause})."
-        ) from error
+        empty = isinstance(cause, StopIteration) or "no data" in str(cause)  # as it is split or streamed
+        reason = "no row" if empty else f"{type(cause).__name__}: {cause}"
+        raise ValueError(no_data(script.dataset_name, reason)) from error
 
 
 def _with_test_split(dataset: Any, size: float, script: TrainArguments, seed: int) -> Any:
@@ -197,9 +192,6 @@ def _with_test_split(dataset: Any, size: float, script: TrainArguments, seed: in
     return dataset
 
 
-_BUILDER_OF = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
 def split_of(dataset: Any, name: str, option: str) -> Any:
     """One split. Raises ValueError where there is none of that name, which ``option`` gave."""
     if name not in dataset:
@@ -208,23 +200,6 @@ def split_of(dataset: Any, name: str, option: str) -> Any:
             + (" test_split_size holds rows out." if option == "dataset_test_split" else "")
         )
     return dataset[name]
-
-
-def _is_dry(arguments: Sequence[str]) -> bool:
-    """Whether flags, or the file that they name, ask for a dry run; known before the parser, which checks bf16 by itself."""
-
-    def value(flag: str) -> str | None:
-        for place, argument in enumerate(arguments):
-            name, _, attached = argument.partition("=")
-            if name == flag:
-                following = "".join(arguments[place + 1 : place + 2])
-                return attached or ("true" if following.startswith("--") else following or "true")
-        return None
-
-    path, flag = value("--config"), value("--dry_run")
-    if flag is None and path is not None and Path(path).is_file():
-        flag = str((yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get("dry_run"))
-    return str(flag).lower() in ("true", "1", "yes")
 
 
 def checkpoint_to_resume(args: PurifiedOPSDConfig) -> str | None:

@@ -47,9 +47,7 @@ def require_supported(version: str) -> None:
     """Raise ImportError for a TRL that this trainer was not tested with."""
     if not OLDEST <= Version(version).release < TOO_NEW:
         needed = f"trl>={OLDEST[0]}.{OLDEST[1]},<{TOO_NEW[0]}.{TOO_NEW[1]}"
-        raise ImportError(
-            f"popsd's trainer works with {needed}, and trl {version} is installed: pip install '{needed}'."
-        )
+        raise ImportError(f"popsd works with {needed}, and trl {version} is installed: pip install '{needed}'.")
 
 
 require_supported(trl.__version__)  # before any name that an older one does not have

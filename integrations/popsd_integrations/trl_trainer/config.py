@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import torch
 
 from popsd import Impl, MaskConfig, PurifiedConfig, PurifiedOPSDLoss, Strategy, presets
+from popsd.engine.validation import check_workspace
 from popsd.markers import EpistemicMarkers
 from popsd_integrations.commandline.options import MethodOptions
+from popsd_integrations.huggingface.groups import check_generations
 from popsd_integrations.huggingface.objective import (
     loss_function,
     needed_contexts,
@@ -37,8 +39,7 @@ _REFUSED_IN_GENERATION = {
     **dict.fromkeys(("max_new_tokens", "max_length", "max_tokens"), _LENGTH),
     "stop_strings": "Completions end at the ends that the model's generation_config and the tokenizer name.",
     "return_dict_in_generate": "The trainer takes the tokens alone.",
-    "n": "One completion is sampled for each row; repeat a row in the data for more.",
-    "num_return_sequences": "One completion is sampled for each row; repeat a row in the data for more.",
+    **dict.fromkeys(("n", "num_return_sequences"), "num_generations samples several completions of each prompt."),
     "eos_token_id": "The trainer cuts completions at the ends that the model's generation_config and the tokenizer name, and "
     "would train on padding after another; name it there.",
 }
@@ -65,13 +66,17 @@ _SHAPING = {
 }
 """TRL's options that the steps of a run depend on."""
 _FREE = {
-    *("impl", "strategy", "workspace_mib", "batched_frozen", "frozen_batch_size"),
-    *("diagnostics_steps", "markers", "plot_metrics", "eval_scorer", "eval_problems", "eval_max_new_tokens"),
+    *("impl", "strategy", "workspace_mib", "batched_frozen", "padding_free", "frozen_batch_size"),
+    *("diagnostics_steps", "markers", "plot_metrics", "eval_scorer", "eval_problems", "eval_max_completion_length"),
 }
 """Options of the method that change how a run computes or what it logs, but not its steps."""
 
 
-_LEAST = {"skip_first_tokens": 0, "diagnostics_steps": 0, "frozen_batch_size": 1, "eval_problems": 1}
+_LEAST = {
+    **dict.fromkeys(("skip_first_tokens", "diagnostics_steps", "learning_rate"), 0),
+    **dict.fromkeys(("frozen_batch_size", "eval_problems", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
+}
 
 
 @dataclass
@@ -112,15 +117,19 @@ class PurifiedOPSDConfig(MethodOptions, DistillationConfig):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected at least {least}; got {value}.")
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * max(1, self.world_size)
+        check_generations(
+            self.num_generations, rows, "per_device_train_batch_size × gradient_accumulation_steps × processes"
+        )
         if not self.max_completion_length or self.max_completion_length <= self.skip_first_tokens:
             raise ValueError(
                 f"max_completion_length: expected more than skip_first_tokens ({self.skip_first_tokens}); got "
                 f"{self.max_completion_length}. No token would be left for the loss."
             )
-        longest = self.eval_max_new_tokens
+        longest = self.eval_max_completion_length
         if longest is not None and (self.eval_scorer is None or longest < self.max_completion_length):
             raise ValueError(
-                f"eval_max_new_tokens: expected at least max_completion_length ({self.max_completion_length}), with an "
+                f"eval_max_completion_length: expected at least max_completion_length ({self.max_completion_length}), with an "
                 f"eval_scorer; got {longest} with eval_scorer {self.eval_scorer!r}. Without a scorer nothing reads more."
             )
         if self.frozen_weights not in ("initial", "ema"):
@@ -134,7 +143,13 @@ class PurifiedOPSDConfig(MethodOptions, DistillationConfig):
             )
         Impl(self.impl), Strategy(self.strategy)
         if isinstance(self.pmi_clip, str) and self.pmi_clip != "auto":  # a flag; in YAML a number or null
-            self.pmi_clip = None if self.pmi_clip.lower() in ("none", "null") else float(self.pmi_clip)
+            try:
+                self.pmi_clip = None if self.pmi_clip.lower() in ("none", "null") else float(self.pmi_clip)
+            except ValueError as error:
+                raise ValueError(f"pmi_clip: expected a number, auto or none; got {self.pmi_clip!r}.") from error
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], and 1 for no filter; got {self.top_p}.")
+        check_workspace(self.workspace_mib)
         config = self.loss_function().config
         if (
             isinstance(config, PurifiedConfig)
@@ -226,7 +241,7 @@ class PurifiedOPSDConfig(MethodOptions, DistillationConfig):
         given = {
             "--question_template": self.question_template if self.question_template != "{question}" else None,
             "--chat_template_kwargs": json.dumps(self.chat_template_kwargs) if self.chat_template_kwargs else None,
-            "--scorer": self.eval_scorer if self.eval_scorer != "math" else None,
+            "--eval_scorer": self.eval_scorer if self.eval_scorer != "math" else None,
         }
         return [part for name, value in given.items() if value is not None for part in (name, value)]
 

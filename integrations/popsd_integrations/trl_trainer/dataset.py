@@ -91,6 +91,11 @@ def check_columns(dataset: Any, name: str, args: PurifiedOPSDConfig) -> None:
             f"{name}: expected a datasets.Dataset or IterableDataset; got {type(dataset).__name__}. "
             "datasets.Dataset.from_list makes one of a list of rows; of a DatasetDict pass one split."
         )
+    if name == "train_dataset" and args.num_generations > 1 and isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"{name}: expected a datasets.Dataset with num_generations={args.num_generations}; got a stream, whose rows TRL "
+            "takes once each. Load it whole, or sample one completion of each prompt."
+        )
     columns = dataset.column_names
     if columns is None:  # a stream that does not know them; its first row shows them
         return
@@ -122,7 +127,7 @@ def check_rows(rows: int, step: int) -> None:
     if rows < step:
         raise ValueError(
             f"train_dataset: expected at least the {step} rows of one step (per_device_train_batch_size × "
-            f"gradient_accumulation_steps × processes); got {rows}. Lower one of them, or add data."
+            f"gradient_accumulation_steps × processes / num_generations); got {rows}. Lower one of them, or add data."
         )
 
 
@@ -235,8 +240,8 @@ class RowCheck:
             if evaluated and self.judge is not None:
                 self.judge.check(row.get(ANSWER_COLUMN))
             prompts = self._fitting(problem)
-            if evaluated and prompts is not None and self.args.eval_max_new_tokens is not None:
-                check_fits(Prompts(prompts.question, [], []), self.args.eval_max_new_tokens, self._limit)
+            if evaluated and prompts is not None and self.args.eval_max_completion_length is not None:
+                check_fits(Prompts(prompts.question, [], []), self.args.eval_max_completion_length, self._limit)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         return prompts
@@ -296,6 +301,8 @@ def tokenizer_of(given: Any, model: Any, args: PurifiedOPSDConfig) -> Any:
         revision = (args.model_init_kwargs or {}).get("revision") or "main"
         options = {"revision": revision, "trust_remote_code": args.trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", truncation_side="left", **options)
+        if not tokenizer("a 0", add_special_tokens=False)["input_ids"]:
+            raise ValueError(f"processing_class: expected a tokenizer; the one of {source!r} has no tokens for text.")
     elif isinstance(given, ProcessorMixin):
         tokenizer = copy.copy(given.tokenizer)
         tokenizer.chat_template = tokenizer.chat_template or given.chat_template

@@ -6,7 +6,7 @@ It needs no GPU. What training would refuse is refused here, in the same words.
 from __future__ import annotations
 
 import unicodedata
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from popsd_integrations.huggingface.sampling import check_ends
 from popsd_integrations.runs.held_out import Judge
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
 from popsd_integrations.trl_trainer.dataset import (
+    Counted,
     RowCheck,
     check_columns,
     check_evaluation,
@@ -41,6 +42,28 @@ def dry_run(
     Raises ValueError and TypeError for what training would refuse before its first step, and where the device is too small.
     """
     planned = device_named(device)
+    looked = look(model, args, data)
+    first = next(iter(looked.data["train_dataset"]), None)
+    if first is None:
+        raise ValueError("train_dataset: expected at least one row; got none. Pass other data.")
+    student, tokenizer = looked.student, looked.tokenizer
+    memory = memory_plan(student, args, peft_config, planned)
+    rows = [f"=== {describe_rows(rows, name, looked.check, args)}" for name, rows in looked.data.items()]
+    tokens = f"=== {describe_tokens(student, tokenizer, args)}"
+    return [describe_prompts(first, tokenizer, args), tokens, memory, *rows]  # by now no row is refused
+
+
+class Looked(NamedTuple):
+    """What was looked at: the student without its weights, its tokenizer, the check of every row, and the data by name."""
+
+    student: Any
+    tokenizer: Any
+    check: RowCheck
+    data: dict[str, Any]
+
+
+def look(model: str, args: PurifiedOPSDConfig, data: dict[str, Any]) -> Looked:
+    """Everything that training checks before it reads the rows. data: train_dataset, and eval_dataset or None."""
     check_evaluation(data["eval_dataset"], args)
     given = {name: rows for name, rows in data.items() if rows is not None}
     for name, rows in given.items():
@@ -53,16 +76,7 @@ def dry_run(
     args.loss_function(tokenizer)  # the tokens of protect_markers
     judge = None if args.eval_scorer is None else Judge(args.eval_scorer, tokenizer, [tokenizer.eos_token_id])
     contexts = ContextBuilder(tokenizer, args.context_config(), text_as_chat=False)
-    check = RowCheck(contexts, student, args, judge)
-    first = next(iter(given["train_dataset"]), None)
-    if first is None:
-        raise ValueError("train_dataset: expected at least one row; got none. Pass other data.")
-    return [
-        describe_prompts(first, tokenizer, args),
-        f"=== {describe_tokens(student, tokenizer, args)}",
-        memory_plan(student, args, peft_config, planned),
-        *(f"=== {describe_rows(rows, name, check, args)}" for name, rows in given.items()),
-    ]
+    return Looked(student, tokenizer, RowCheck(contexts, student, args, judge), given)
 
 
 def describe_tokens(student: Any, tokenizer: Any, args: PurifiedOPSDConfig) -> str:
@@ -128,15 +142,21 @@ def describe_rows(rows: Any, name: str, check: RowCheck, args: PurifiedOPSDConfi
     if isinstance(rows, IterableDataset):
         check.dataset(rows, name)  # its first row
         return f"{name}: a stream, whose problems are looked at as they come"
-    keep, counted = check.kept(rows, name)
-    lines = [str(counted)]
+    _, counted = check.kept(rows, name)
+    return describe_counted(counted, args)
+
+
+def describe_counted(counted: Counted, args: PurifiedOPSDConfig) -> str:
+    """The same of rows that were counted."""
+    lines, used = [str(counted)], len(counted.lengths)
     for whose, lengths in zip(_names(args.context_config()), zip(*counted.lengths, strict=True), strict=True):
         points = ", ".join(f"{at} % {np.percentile(lengths, at, method='higher'):.0f}" for at in (0, 50, 90, 99, 100))
         lines.append(f"  tokens in the {whose}: {points}")
-    if name == "train_dataset":
+    if counted.name == "train_dataset":
         step = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
-        check_rows(len(keep), step)
-        lines.append(f"  {len(keep) // step} steps per epoch, of {step} problems each; {len(keep)} problems are used")
+        step //= args.num_generations
+        check_rows(used, step)
+        lines.append(f"  {used // step} steps per epoch, of {step} problems each; {used} problems are used")
     return "\n".join(lines)
 
 

@@ -1,29 +1,31 @@
-"""The frozen weights of ``PurifiedOPSDTrainer``: where they come from, that the student starts from them, that they stay."""
+"""The frozen weights of ``PurifiedOPSDTrainer``: where they come from, and that the student starts from them."""
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 
-from popsd_integrations.huggingface.frozen import AdapterOff, FrozenChecksum, FrozenModel
-from popsd_integrations.huggingface.heads import is_sharded
+from popsd.markers import EpistemicMarkers
+from popsd_integrations.huggingface.distributed import agreed, run_in_forward
+from popsd_integrations.huggingface.forwards import exact_layout
+from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states
+from popsd_integrations.huggingface.groups import facts, within_prompts
+from popsd_integrations.huggingface.heads import held, is_sharded, local_head
 from popsd_integrations.huggingface.invariants import check_model
+from popsd_integrations.huggingface.packing import PACKED, PADDED, Packed, pack_padded
 from popsd_integrations.huggingface.prompts import Prompts
-from popsd_integrations.huggingface.sampling import TOGETHER, exact_grouping
-from popsd_integrations.run_folder import write_whole
+from popsd_integrations.huggingface.sampling import TOGETHER, exact_grouping, exact_sharing
+from popsd_integrations.trl_trainer.compat import record
 from popsd_integrations.trl_trainer.config import PurifiedOPSDConfig
+from popsd_integrations.trl_trainer.guards import GuardedTrainer
 
 logger = logging.getLogger(__name__)
-
-FROZEN_FILE = "popsd_frozen.json"
 
 
 def check_models(model: Any, teacher_model: Any, quantization_config: Any, args: PurifiedOPSDConfig) -> None:
@@ -85,10 +87,18 @@ def copy_of(model: Any, args: PurifiedOPSDConfig) -> Any:
         ) from error
 
 
-def exact_ways(
-    trainer: Any, source: AdapterOff | FrozenModel, prompts: Sequence[Prompts], given: bool
-) -> tuple[str, str]:
-    """The padding side by `check_model` of student and frozen weights, and the grouping of prompts by `exact_grouping`.
+class Ways(NamedTuple):
+    """The padding side by `check_model` of student and frozen weights, the grouping of prompts by `exact_grouping`, the layout
+    of forwards by `exact_layout`, and whether prompts of several completions are run once, by `exact_sharing`."""
+
+    side: str
+    grouping: str
+    layout: str
+    shares: bool
+
+
+def exact_ways(trainer: Any, source: AdapterOff | FrozenModel, prompts: Sequence[Prompts], given: bool) -> Ways:
+    """Ways in which the model is itself.
 
     given: the frozen weights are not the student's own, and may diverge from it. Nothing can be run here of sharded weights;
     left padding is then taken to be exact, which a warning says. Nor can samples of vLLM, which pads nothing.
@@ -101,7 +111,7 @@ def exact_ways(
             "model's distributions: head, padding on the left, causality, dropout and frozen weights are not checked. Call "
             "huggingface.check_model where the model is whole, or look for its architecture in docs/architectures.md."
         )
-        return "left", TOGETHER
+        return Ways("left", TOGETHER, _layout(trainer, [model], prompts), False)
     whole = not any(map(is_sharded, source.model.parameters()))
     side = check_model(model, prompts, source if whole and not given else None, pad_token_id=pad)
     if whole and given:
@@ -113,51 +123,113 @@ def exact_ways(
         )
     questions = [row.question for row in prompts]
     grouping = TOGETHER if trainer.use_vllm else exact_grouping(model, questions, pad)
-    if grouping != TOGETHER and (trainer.is_fsdp_enabled or trainer._zero3):
+    sharding = trainer.is_fsdp_enabled or trainer._zero3
+    if grouping != TOGETHER and sharding:
         raise ValueError(
             f"model: expected an architecture that generates in padded batches under FSDP and ZeRO-3; "
             f"{type(model).__name__} must sample prompts {grouping}, in another number of calls on each process. Train it on "
             "one device or under DDP, or sample with use_vllm."
         )
-    return side, grouping
+    layout = _layout(trainer, [model, source.model] if given or not whole else [model], prompts)
+    several = trainer.args.num_generations > 1 and questions and not (trainer.use_vllm or sharding)
+    return Ways(side, grouping, layout, bool(several) and exact_sharing(model, questions, pad))
 
 
-class FrozenWeightsCallback(TrainerCallback):
-    """Compares the frozen weights' checksum before every checkpoint and at the end, and keeps it in the checkpoints.
+def _layout(trainer: Any, models: Sequence[nn.Module], prompts: Sequence[Prompts]) -> str:
+    """Of models that are run alike: the student, and frozen weights where they are not its own."""
+    asked, sharding = trainer.args.padding_free, trainer.is_fsdp_enabled or trainer._zero3
+    if any(is_sharded(p) for model in models for p in model.parameters()):
+        if asked:
+            raise ValueError(
+                "padding_free: expected None or False with weights that are sharded already, on which nothing can be run to "
+                "prove that rows do not see each other; got True. Let accelerate shard them, or leave it out."
+            )
+        return PADDED
+    layouts = [exact_layout(model, prompts, padding_free=asked, one_forward=sharding) for model in models]
+    return next((layout for layout in layouts if layout != PACKED), PACKED)
 
-    A resumed run must have the same. ``source``: returns the frozen weights as they are when training begins.
-    Raises RuntimeError where they changed, ValueError where a run resumes from other ones.
+
+_PROMPT_OF = {"base": "prompt", "teacher": "teacher_prompt", "reference": "reference_prompt"}
+"""What TRL's batch calls each context's prompts, in the order of the fields of `Prompts`."""
+
+
+class FrozenTrainer(GuardedTrainer):
+    """TRL's trainer with frozen weights beside the student, and what both run of a micro-batch.
+
+    Its subclass has ``_rows``, ``_markers``, ``_ema``, ``_zero3`` and, of `exact_ways`, ``_side`` and ``_layout``. It adds
+    the tokens that forwards ran to ``_tokens_run``. By the time in which nothing was generated they are logged as
+    ``forwards/tokens_per_second``.
     """
 
-    def __init__(self, source: Callable[[], AdapterOff | FrozenModel]) -> None:
-        self.source = source
-        self.checksum: FrozenChecksum | None = None
+    _rows: Any
+    _markers: EpistemicMarkers
+    _ema: EMA | None
+    _zero3: bool
+    _own_teacher: bool
+    _side: str
+    _layout: str
+    _tokens_run, _since = 0.0, 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.checksum = FrozenChecksum(self.source())
-        path = _path(args, state)
-        if state.global_step > 0 and path.exists():
-            began = json.loads(path.read_text(encoding="utf-8"))
-            if began != self.checksum.values:
-                raise ValueError(
-                    f"model: expected the initial weights of the run in {path.parent}; got others, and they would become "
-                    "base, teacher and reference. Build the trainer from the model that the run began with, not from a "
-                    "checkpoint; resume_from_checkpoint loads the trained weights."
-                )
+    def train(self, *args: Any, **options: Any) -> Any:
+        self._tokens_run, self._since = 0.0, time.perf_counter()
+        return super().train(*args, **options)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_save and self.checksum is not None:  # decided already, by a callback that comes first
-            self.checksum.check()
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        now = time.perf_counter()
+        if self.model.training and self._tokens_run > 0:
+            logs["forwards/tokens_per_second"] = self._tokens_run / (now - self._since)
+        self._tokens_run, self._since = 0.0, now
+        super().log(logs, *args, **options)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.checksum is not None:
-            values = self.checksum.values
-            write_whole(_path(args, state), lambda file: file.write(json.dumps(values).encode()))
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        began = time.perf_counter()
+        inputs = super()._prepare_inputs(generation_batch)
+        self._since += time.perf_counter() - began
+        return inputs
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.checksum is not None:
-            self.checksum.check()
+    def _record_prompts(self, completions: list[list[int]]) -> None:
+        """How the completions of one prompt differ. One process after the other holds rows in the sampler's order."""
+        if self.args.num_generations == 1 or not self.model.training:
+            return
+        local = torch.tensor(facts(completions, self._markers, self.processing_class), device=self.accelerator.device)
+        record(self, within_prompts(self.accelerator.gather(local).tolist(), self.args.num_generations))
 
+    def _checked_model(self, data: Mapping[str, Any]) -> Ways:
+        """What `exact_ways` finds. data: as given; a stream that drops rows would count them here."""
+        built = [prompts for name, dataset in data.items() for prompts in self._rows.first(dataset, name, 2)][:2]
+        self.model.train()  # as it will be
+        return agreed(lambda: exact_ways(self, self._frozen_source(), built, self._own_teacher))
 
-def _path(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / FROZEN_FILE
+    def _frozen_source(self) -> AdapterOff | FrozenModel:
+        if self.teacher_model is not None:
+            return FrozenModel(self.accelerator.unwrap_model(self.teacher_model))
+        return self._ema or AdapterOff(self.accelerator.unwrap_model(self.model))
+
+    def _packed(self, inputs: dict[str, Any], context: str) -> Packed:
+        """The micro-batch in one context. Its lengths are on the host, so nothing waits for the device."""
+        place = list(_PROMPT_OF).index(context)
+        return pack_padded(
+            *(inputs[f"{name}_{kind}"] for name in (_PROMPT_OF[context], "completion") for kind in ("ids", "mask")),
+            pad_token_id=self.processing_class.pad_token_id,
+            side=self._side,
+            layout=self._layout,
+            lengths=[(row[place], row[-1]) for row in inputs["lengths"]],
+        )
+
+    def _frozen_states(self, student: nn.Module, packed: Mapping[str, Packed], contexts: Sequence[str]) -> FrozenStates:
+        def run(source: Any) -> FrozenStates:
+            options = {"batched": self.args.batched_frozen, "batch_size": self.args.frozen_batch_size}
+            return frozen_states(source, packed, contexts, **options)
+
+        if self.teacher_model is None:
+            return run(self._frozen_source())
+        inner = self.accelerator.unwrap_model(self.teacher_model)
+
+        def run_and_hold() -> FrozenStates:
+            states = run(self._frozen_source())
+            return states._replace(head=held(states.head))
+
+        with torch.no_grad():
+            states = run_in_forward(self.teacher_model, run_and_hold)
+        # FSDP2 may have sharded the head again on leaving, which empties the one that was seen inside.
+        return states if self._zero3 else states._replace(head=local_head(inner))

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from popsd_integrations.finite_steps import PATIENCE, FiniteSteps
 from popsd_integrations.huggingface.distributed import run_in_forward
+from popsd_integrations.huggingface.groups import prompts_run_once
 from popsd_integrations.huggingface.heads import is_sharded
 from popsd_integrations.huggingface.packing import unpad
 from popsd_integrations.huggingface.sampling import TOGETHER, grouped
@@ -29,11 +30,12 @@ _FP16_PATIENCE = 32
 
 class GuardedTrainer(DistillationTrainer):
     """TRL's trainer with the guards. Its subclass has ``_loss``, which names rows that are not finite, ``_same_run``, and
-    ``_grouping``, of the prompts that are sampled together.
+    ``_grouping`` and ``_shares``, of the prompts that are sampled together and of those that are run once.
     """
 
     _same_run: SameRun
     _grouping: str
+    _shares: bool
     pad_to_multiple_of: int | None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
@@ -94,7 +96,8 @@ class GuardedTrainer(DistillationTrainer):
         """TRL's, of as many prompts at a time as the model completes as it does each alone."""
 
         def generate(prompts: list[Any]) -> Any:
-            return super(GuardedTrainer, self)._generate_single_turn(prompts, *rest, **options)
+            with prompts_run_once(self.model) if self._shares else contextlib.nullcontext():
+                return super(GuardedTrainer, self)._generate_single_turn(prompts, *rest, **options)
 
         if self._grouping == TOGETHER:
             return generate(prompt_ids)

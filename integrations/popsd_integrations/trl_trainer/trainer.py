@@ -11,8 +11,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,13 +19,14 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from popsd_integrations.commandline.options import ANSWER_COLUMN, SOLUTION_COLUMNS, WRONG_COLUMN
-from popsd_integrations.huggingface.distributed import agreed, run_in_forward
-from popsd_integrations.huggingface.frozen import EMA, AdapterOff, FrozenModel, FrozenStates, frozen_states, has_adapter
-from popsd_integrations.huggingface.heads import held, local_head
+from popsd_integrations.huggingface.distributed import run_in_forward
+from popsd_integrations.huggingface.forwards import counting
+from popsd_integrations.huggingface.frozen import EMA, has_adapter
 from popsd_integrations.huggingface.objective import measures_decomposition, needed_contexts, student_loss
-from popsd_integrations.huggingface.packing import Packed, pack_padded, padded, unpad
+from popsd_integrations.huggingface.packing import padded, unpad
 from popsd_integrations.huggingface.prompts import ContextBuilder, Problem, Prompts
 from popsd_integrations.huggingface.sampling import check_sampled, only_given_settings, own_randomness
+from popsd_integrations.runs.frozen_weights import FrozenWeightsCallback
 from popsd_integrations.runs.held_out import GREEDY, SAMPLED, Judge, accuracies, log
 from popsd_integrations.trl_trainer.callbacks import (
     EMACallback,
@@ -42,9 +41,6 @@ from popsd_integrations.trl_trainer.compat import (
     accumulation_factor,
     ends_of,
     generating,
-    record,
-    record_extreme,
-    record_means,
     rows_of_data,
     suppress_unused_tokens,
     take_eval_means,
@@ -62,27 +58,17 @@ from popsd_integrations.trl_trainer.dataset import (
     tokenizer_of,
     with_other_solutions,
 )
-from popsd_integrations.trl_trainer.frozen import (
-    FrozenWeightsCallback,
-    check_models,
-    copy_of,
-    exact_ways,
-    prepare_student,
-)
-from popsd_integrations.trl_trainer.guards import GuardedTrainer
+from popsd_integrations.trl_trainer.frozen import FrozenTrainer, check_models, copy_of, prepare_student
+from popsd_integrations.trl_trainer.logs import card
+from popsd_integrations.trl_trainer.logs.console import show_lines
+from popsd_integrations.trl_trainer.logs.recording import record_completions, record_loss
 from popsd_integrations.trl_trainer.vllm.engine import send_student
+from popsd_integrations.trl_trainer.vllm.lengths import set_max_length
 
 __all__ = ["PurifiedOPSDConfig", "PurifiedOPSDTrainer"]
 
-logger = logging.getLogger(__name__)
 
-_PROMPT_OF = {"base": "prompt", "teacher": "teacher_prompt", "reference": "reference_prompt"}
-"""What TRL's batch calls each context's prompts, in the order of the fields of `Prompts`."""
-_NONE = 2**40
-"""Longer than a completion: minus this is the longest of none."""
-
-
-class PurifiedOPSDTrainer(GuardedTrainer):
+class PurifiedOPSDTrainer(FrozenTrainer):
     """Distil a model into itself on its own completions, towards the purified target or, as a baseline, the teacher.
 
     Args:
@@ -111,8 +97,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
 
     loss_is_scaled_for_ga = True
     _tag_names: ClassVar[list[str]] = ["trl", "popsd", "purified-opsd"]
-    _name = "Purified OPSD"
-    _paper: ClassVar[dict[str, str]] = {"title": "Purified On-Policy Self-Distillation", "id": "2607.02234"}
+    _name, _paper = card.method("purified")
 
     def __init__(
         self,
@@ -141,7 +126,9 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         args = copy.copy(args)  # TRL reads the teacher's options from it, and below they are set
         check_models(model, teacher_model, quantization_config, args)
         processing_class = tokenizer_of(processing_class, model, args)
-        own_teacher = teacher_model is not None
+        self._name, self._paper = card.method(args.loss_target)
+        needed = set_max_length(args, data, processing_class) if args.use_vllm else None
+        self._own_teacher = teacher_model is not None
         adapter = peft_config is not None or (not isinstance(model, str) and has_adapter(model))
         if teacher_model is None and not adapter and args.frozen_weights == "initial":
             teacher_model = copy_of(model, args)
@@ -157,9 +144,10 @@ class PurifiedOPSDTrainer(GuardedTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        show_lines(self)
         prepare_student(self.model, fsdp=self.is_fsdp_enabled)
         if args.use_vllm:
-            send_student(self)
+            send_student(self, needed)
         self._zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
         self._loss_fn = args.loss_function(self.processing_class)
         suppress_unused_tokens(self, self._loss_fn.config.vocab_size)
@@ -181,31 +169,23 @@ class PurifiedOPSDTrainer(GuardedTrainer):
                 )
             self._ema = EMA(self.model, args.ema_decay)
             self.add_callback(EMACallback(self._ema))
-        self._side, self._grouping = self._checked_model(data, own_teacher)
+        self._side, self._grouping, self._layout, self._shares = self._checked_model(data)
         self.add_callback(FrozenWeightsCallback(self._frozen_source))
         if args.plot_metrics:
             self.add_callback(PlotMetrics())
         self.add_callback(RunFiles(self.model.config._name_or_path, sizes(data), args.evaluate_options()))
 
-    def _checked_model(self, data: Mapping[str, Any], own_teacher: bool) -> tuple[str, str]:
-        """What `exact_ways` finds. data: as given; a stream that drops rows would count them here.
-
-        own_teacher: of frozen weights that are not the student's.
-        """
-        built = [prompts for name, dataset in data.items() for prompts in self._rows.first(dataset, name, 2)][:2]
-        self.model.train()  # as it will be
-        return agreed(lambda: exact_ways(self, self._frozen_source(), built, own_teacher))
-
-    def _frozen_source(self) -> AdapterOff | FrozenModel:
-        if self.teacher_model is not None:
-            return FrozenModel(self.accelerator.unwrap_model(self.teacher_model))
-        return self._ema or AdapterOff(self.accelerator.unwrap_model(self.model))
+    def create_model_card(self, model_name: str | None = None, *args: Any, **options: Any) -> None:
+        super().create_model_card(model_name or Path(self.args.output_dir).name, *args, **options)
+        if self.is_world_process_zero():
+            card.complete(self)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt", *SOLUTION_COLUMNS, WRONG_COLUMN, OTHER_COLUMN, ANSWER_COLUMN]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        sampler = super()._get_train_sampler(dataset)
+        sampler, number = super()._get_train_sampler(dataset), self.args.num_generations
+        sampler.mini_repeat_count, sampler.batch_size = number, sampler.batch_size // number
         check_rows(sampler.num_samples, sampler.batch_size)
         return EpochSampler(sampler, lambda: self.state.global_step)
 
@@ -217,7 +197,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         """
         prompts = [self._prompts(problem_of(row)) for row in inputs]
         evaluated = not self.model.training
-        longest = self.args.eval_max_new_tokens if evaluated else None
+        longest = self.args.eval_max_completion_length if evaluated else None
         with only_given_settings(self.model), generating(self, max_new_tokens=longest):
             batch = super()._generate_and_score_completions([{"prompt": row.question} for row in prompts])
         if evaluated:
@@ -232,7 +212,8 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         batch["lengths"] = [tuple(map(len, (*row, ids))) for row, ids in zip(prompts, completions, strict=True)]
         counted = self.args.token_weights(batch["completion_mask"]) != 0
         batch["num_items_in_batch"] = self.accelerator.reduce(counted.sum(), "sum")
-        self._record_completions(completions)
+        record_completions(self, completions)
+        self._record_prompts(completions)
         return batch
 
     def _judge_completions(
@@ -244,7 +225,7 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         questions = [row.question for row in prompts]
         with (
             only_given_settings(self.model),
-            generating(self, greedy=True, max_new_tokens=self.args.eval_max_new_tokens),
+            generating(self, greedy=True, max_new_tokens=self.args.eval_max_completion_length),
         ):
             greedy = self._generate_single_turn(questions, None, {})
         own = rows_of_data(self, len(inputs))
@@ -272,19 +253,19 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         student = self.accelerator.unwrap_model(model)
         loss, metrics = run_in_forward(model, lambda: self._loss(student, inputs, total, decompose))
         if self.model.training:
-            self._record_loss(metrics)
+            self._nothing_trained.tokens += record_loss(self, metrics)
             # DDP and FSDP average the gradients.
             loss = loss * self.accelerator.num_processes * accumulation_factor(self)
         else:
             loss = loss / metrics["tokens"].clamp(min=1)
-            self._record_loss(metrics | {"loss": loss})
+            record_loss(self, metrics | {"loss": loss})
         return (loss, None) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """transformers' loop, whose loss and metrics are means over the tokens of the whole set, each row counted once.
 
         Of a stream that ends amid a batch the rows that accelerate repeats for other processes are counted again.
-        The random states stay as they are, and every evaluation draws the same numbers; vLLM has its own.
+        The random states stay as they are, and every evaluation draws the same numbers.
         """
         take_eval_means(self)
         with own_randomness(self.args.seed + self.accelerator.process_index):
@@ -306,40 +287,13 @@ class PurifiedOPSDTrainer(GuardedTrainer):
         packed = {name: self._packed(inputs, name) for name in dict.fromkeys(("base", *contexts))}
         weights = self.args.token_weights(packed["base"].completion_mask)
         weights[rows_of_data(self, len(weights)) :] = 0
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), counting() as work:
             frozen = self._frozen_states(student, packed, contexts)
             loss, metrics = student_loss(
                 student, self._loss_fn, packed["base"], frozen, mask=weights, num_items=total, decompose=decompose
             )
-        return loss, metrics | {"weight": weights.sum().to(loss.dtype)}
-
-    def _packed(self, inputs: dict[str, Any], context: str) -> Packed:
-        """The micro-batch in one context. Its lengths are on the host, so nothing waits for the device."""
-        place = list(_PROMPT_OF).index(context)
-        return pack_padded(
-            *(inputs[f"{name}_{kind}"] for name in (_PROMPT_OF[context], "completion") for kind in ("ids", "mask")),
-            pad_token_id=self.processing_class.pad_token_id,
-            side=self._side,
-            lengths=[(row[place], row[-1]) for row in inputs["lengths"]],
-        )
-
-    def _frozen_states(self, student: nn.Module, packed: Mapping[str, Packed], contexts: Sequence[str]) -> FrozenStates:
-        def run(source: Any) -> FrozenStates:
-            options = {"batched": self.args.batched_frozen, "batch_size": self.args.frozen_batch_size}
-            return frozen_states(source, packed, contexts, **options)
-
-        if self.teacher_model is None:
-            return run(self._frozen_source())
-        inner = self.accelerator.unwrap_model(self.teacher_model)
-
-        def run_and_hold() -> FrozenStates:
-            states = run(self._frozen_source())
-            return states._replace(head=held(states.head))
-
-        with torch.no_grad():
-            states = run_in_forward(self.teacher_model, run_and_hold)
-        # FSDP2 may have sharded the head again on leaving, which empties the one that was seen inside.
-        return states if self._zero3 else states._replace(head=local_head(inner))
+        run = torch.tensor([work.tokens, work.positions], dtype=loss.dtype).to(loss.device)
+        return loss, metrics | {"weight": weights.sum().to(loss.dtype), "run": run}
 
     def _prompts(self, problem: Problem) -> Prompts:
         prompts = self._rows.prompts(problem, "dataset")
@@ -349,51 +303,3 @@ class PurifiedOPSDTrainer(GuardedTrainer):
                 "longer one. Pass the dataset when the trainer is built, which drops those rows."
             )
         return prompts
-
-    @torch.no_grad()
-    def _record_completions(self, completions: list[list[int]]) -> None:
-        completions = completions[: rows_of_data(self, len(completions))]
-        counts = self._markers.count_ids(completions, self.processing_class)
-        ends = {*ends_of(self), self.processing_class.pad_token_id}
-        lengths = {"": list(map(len, completions)), "terminated_": [len(ids) for ids in completions if ids[-1] in ends]}
-        local = [*counts.counts.values(), counts.total]
-        local += [number for some in lengths.values() for number in (sum(some), len(some))]
-        local += [max((sign * x for x in some), default=-_NONE) for some in lengths.values() for sign in (-1, 1)]
-        parts = self.accelerator.gather(torch.tensor([local], device=self.accelerator.device)).tolist()
-        *sums, shortest, longest, shortest_ended, longest_ended = map(list, zip(*parts, strict=True))
-        *words, total, tokens, rows, ended_tokens, ended = map(sum, sums)
-        rates = dict(zip(counts.counts, words, strict=True)) | {"per_completion": total}
-        record_means(
-            self,
-            {f"markers/{name}": (value, rows) for name, value in rates.items()}
-            | {
-                "markers/per_thousand_tokens": (1000 * total, tokens),
-                "completions/mean_length": (tokens, rows),
-                "completions/clipped_ratio": (rows - ended, rows),
-                "completions/mean_terminated_length": (ended_tokens, ended),
-            },
-        )
-        extremes = {"": (shortest, longest), "terminated_": (shortest_ended, longest_ended)}
-        for kind, (least, most) in extremes.items():
-            if max(most) > -_NONE:
-                record_extreme(self, f"completions/min_{kind}length", -max(least), min)
-                record_extreme(self, f"completions/max_{kind}length", max(most), max)
-        if self.args.on_overflow != "error":
-            record(self, {"contexts/dropped": self._contexts.dropped, "contexts/truncated": self._contexts.truncated})
-
-    @torch.no_grad()
-    def _record_loss(self, metrics: Mapping[str, torch.Tensor]) -> None:
-        """Of means over this call's tokens, those over all tokens until the next logging step; of kept_share over weights."""
-        metrics = dict(metrics)
-        local = torch.stack([metrics.pop("tokens"), metrics.pop("weight")])
-        of_weight = [name == "kept_share" for name in metrics]
-        sums = torch.stack([x * local[int(of)] for x, of in zip(metrics.values(), of_weight, strict=True)])
-        # Here and not inside the wrapped forward, where a collective could meet FSDP's in another order on another rank.
-        reduced = self.accelerator.reduce(torch.cat([sums, local]), "sum")
-        *values, tokens, weight = reduced.tolist()  # the one wait for the device
-        renamed = {"student_entropy": "entropy", "kept_share": "masks/kept_share"}
-        names = [renamed.get(name, name) for name in metrics]
-        counts = [weight if of else tokens for of in of_weight]
-        record_means(self, dict(zip(names, zip(values, counts, strict=True), strict=True)))
-        if self.model.training:
-            self._nothing_trained.tokens += values[of_weight.index(True)] if any(of_weight) else tokens

@@ -283,14 +283,14 @@ def test_a_small_change_can_be_seen():
 
 def test_the_command_on_the_miniature(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(warmup, "warm_up", lambda config, cache_dir: tiny())
-    arguments = ["diagnose", "--completions", "3", "--diagnose_dir", str(tmp_path / "out")]
+    arguments = ["diagnose", "--diagnose_problems", "3", "--diagnose_dir", str(tmp_path / "out")]
     assert cli.main([*arguments, "--cache_dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "purified target would" in printed and "maybe" in printed and "report.html" in printed
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "the miniature of popsd demo" in page and "--completions" not in page.split("Command")[0]
-    assert cli.main([*arguments[:1], "--completions", "0"]) == 2
-    assert "completions: expected at least 1; got 0" in capsys.readouterr().err
+    assert "the miniature of popsd demo" in page and "--diagnose_problems" not in page.split("Command")[0]
+    assert cli.main([*arguments[:1], "--diagnose_problems", "0"]) == 2
+    assert "diagnose_problems: expected at least 1; got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

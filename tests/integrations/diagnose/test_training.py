@@ -150,7 +150,7 @@ def test_the_command(config, tmp_path, capsys):
     if name not in popsd.engine.chunks.registry.known_targets():
         popsd.register_target(name, lambda b, t, r: (b + t) / 2, contexts=("base", "teacher"))
     path = config(bf16=True)
-    assert cli.main(["diagnose", "--config", path, "--completions", "6", "--loss_target", name]) == 0
+    assert cli.main(["diagnose", "--config", path, "--diagnose_problems", "6", "--loss_target", name]) == 0
     printed = capsys.readouterr().out
     assert name in printed and "cannot tell" in printed
     content = json.loads((tmp_path / "out" / "diagnose" / "diagnosis.json").read_text())
@@ -169,7 +169,6 @@ def test_the_command(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--pmi_bta", "1"], "pmi_bta"),
         (
             ["--prompt_column", "question"],
             "prompt_column: expected one of the columns ['problem', 'answer'] of the split",
@@ -177,7 +176,7 @@ def test_the_command(config, tmp_path, capsys):
         (["--markers", "zebra"], "markers: expected a marker that this tokenizer can write; got ['zebra']"),
         (
             ["--model_name_or_path", "/nowhere"],
-            "model_name_or_path: expected a hub name or a local path; got '/nowhere'",
+            "there is no folder '/nowhere'",
         ),
         (["--cache_dir", "x"], "cache_dir: expected none with a model to measure"),
         (["--loss_target", "nothing"], "loss_target: expected one of"),

@@ -5,14 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from evaluate_files import OPTIONS, SCORER, TINY, save_adapter, save_model, save_puzzles
+from evaluate_files import OPTIONS, SCORER, arguments, change, save_all
 
 from popsd_integrations.cli import main
-from popsd_integrations.miniature import warmup
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -20,21 +18,7 @@ pytest.importorskip("peft")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A base model, a run with two adapters, a whole model, and two benchmarks."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    base = save_model(folder / "base")
-    save_adapter(folder / "run" / "checkpoint-2", base, seed=1)
-    save_adapter(folder / "run" / "checkpoint-10", base, seed=2)
-    save_model(folder / "whole", seed=5)
-    save_puzzles(folder / "a.jsonl", 4)
-    save_puzzles(folder / "b.jsonl", 2, "validation")
-    return folder
-
-
-def arguments(files, output, *more):
-    inputs = ["--model", files / "base", "--adapters", f"lora={files / 'run'}", files / "whole"]
-    inputs += ["--benchmarks", files / "a.jsonl", files / "b.jsonl", "--output_dir", output]
-    return ["evaluate", *map(str, inputs), "--samples", "3", "--batch_size", "4", *OPTIONS, *more]
+    return save_all(tmp_path_factory.mktemp("evaluate"))
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +68,8 @@ def test_adapters_are_those_that_peft_applies(files):
     from popsd_integrations.huggingface.sampling import hf_generate
     from popsd_integrations.miniature.tokenizer import TOKEN_ID, build_tokenizer
 
-    settings = {"temperature": 1.0, "top_p": 0.9, "top_k": 12, "max_new_tokens": 12}
-    config = SamplingConfig(model=str(files / "base"), **settings)
+    settings = {"temperature": 1.0, "top_p": 0.9, "top_k": 12}
+    config = SamplingConfig(model=str(files / "base"), max_completion_length=12, **settings)
     base, first, second, whole = resolve(config.model, [str(files / "run"), str(files / "whole")])
     engine = Transformers(config, build_tokenizer(), {})
     prompt = [11, 3, 8, 1, 6, 20, 4, 13]
@@ -94,7 +78,8 @@ def test_adapters_are_those_that_peft_applies(files):
     assert texts[0] == texts[3] == texts[5] and texts[1] == texts[6] and len(set(texts)) == 4
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model), second.path).eval()
     torch.manual_seed(3)
-    ids = hf_generate(model, [prompt] * 2, eos_token_id=[TOKEN_ID["EOS"]], pad_token_id=TOKEN_ID["PAD"], **settings)
+    settings |= {"eos_token_id": [TOKEN_ID["EOS"]], "pad_token_id": TOKEN_ID["PAD"], "max_new_tokens": 12}
+    ids = hf_generate(model, [prompt] * 2, **settings)
     assert build_tokenizer().decode(ids[0], skip_special_tokens=True) == texts[2]
 
 
@@ -122,13 +107,13 @@ def test_nothing_of_the_page_is_loaded_or_run(files, tmp_path):
     evil = "<script>alert(1)</script><img src=http://a.b/c>"
     (tmp_path / "e&vil.jsonl").write_text(json.dumps({"question": evil, "answer": "1 2"}) + "\n")
     output = tmp_path / "out"
-    options = [*OPTIONS, "--question_template", "Q {question} <i> A", "--samples", "1"]
+    options = [*OPTIONS, "--question_template", "Q {question} <i> A", "--num_generations", "1"]
     benchmark = f"<b>={tmp_path / 'e&vil.jsonl'}"
     assert (
         main(
             [
                 "evaluate",
-                "--model",
+                "--model_name_or_path",
                 str(files / "base"),
                 "--benchmarks",
                 benchmark,
@@ -142,7 +127,7 @@ def test_nothing_of_the_page_is_loaded_or_run(files, tmp_path):
     rows = lines(output)
     rows[0]["text"] = evil
     (output / "generations.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    assert main(["evaluate", "--from", str(output / "generations.jsonl"), "--scorer", SCORER]) == 0
+    assert main(["evaluate", "--from", str(output / "generations.jsonl"), "--eval_scorer", SCORER]) == 0
     page, parser = (output / "report.html").read_text(), Tags()
     parser.feed(page)
     assert "script" not in parser.tags and "i" not in parser.tags and "b" not in parser.tags and evil not in page
@@ -163,9 +148,9 @@ def test_a_cut_off_file_ends_the_same(files, finished, tmp_path, without_plots):
 
 
 def test_more_samples_and_checkpoints_are_added(files, finished, tmp_path, without_plots):
-    output, some = tmp_path / "out", ["--samples", "4", "--adapters", str(files / "whole")]
+    output, some = tmp_path / "out", ["--num_generations", "4", "--adapters", str(files / "whole")]
     short = arguments(files, output)
-    assert main([*short, "--adapters", str(files / "whole"), "--samples", "2"]) == 0
+    assert main([*short, "--adapters", str(files / "whole"), "--num_generations", "2"]) == 0
     before = lines(output)
     assert main([*short, *some]) == 0
     after = lines(output)
@@ -199,7 +184,7 @@ def test_judging_again(files, finished, tmp_path, capsys, monkeypatch, without_p
     (tmp_path / "always_right.py").write_text("def f(text, answer): return True\n")
     monkeypatch.syspath_prepend(tmp_path)
     again = ["evaluate", "--from", str(finished / "generations.jsonl"), "--output_dir", str(tmp_path / "again")]
-    assert main([*again, "--scorer", "always_right:f"]) == 0
+    assert main([*again, "--eval_scorer", "always_right:f"]) == 0
     rows, old = lines(tmp_path / "again"), lines(finished)
     assert all(row["correct"] for row in rows) and [row["text"] for row in rows] == [row["text"] for row in old]
     results = json.loads((tmp_path / "again" / "results.json").read_text())
@@ -207,77 +192,12 @@ def test_judging_again(files, finished, tmp_path, capsys, monkeypatch, without_p
     assert results["models"]["base"]["mean"]["majority"] is None  # that scorer says no answers
     capsys.readouterr()
     assert main([*arguments(files, tmp_path / "again")]) == 2
-    assert "scorer: expected 'always_right:f'" in capsys.readouterr().err
-    same = [*arguments(files, tmp_path / "again"), "--scorer", "always_right:f"]
+    assert "eval_scorer: expected 'always_right:f'" in capsys.readouterr().err
+    same = [*arguments(files, tmp_path / "again"), "--eval_scorer", "always_right:f"]
     assert main(same) == 0
     monkeypatch.setattr(sys.modules["always_right"], "f", lambda text, answer: len(text) < 3)
     assert main(same) == 2
     assert "it was edited. Judge them again: --from" in capsys.readouterr().err
-
-
-def change(name, value):
-    def changed(path):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-
-    return changed
-
-
-BAD = {
-    "no model": (["--model", ""], "model: expected one; got none. Pass --model"),
-    "no such model": (["--model", "{files}/no"], "model: expected a name on the Hub or a local folder"),
-    "no such benchmark": (["--benchmarks", "{files}/no.jsonl"], "benchmarks: expected a file; there is none at"),
-    "engine_kwargs": (["--engine_kwargs", "[]"], "engine_kwargs: expected a JSON object"),
-    "no answers": (["--answer_column", "solution"], "answer_column: expected solution in a; got the columns ['answer'"),
-    "an empty answer": (["--benchmarks", "{files}/empty.jsonl"], "got '' in problem 1 of empty"),
-    "an answer nobody parses": (
-        ["--benchmarks", "{files}/odd.jsonl", "--scorer", "math"],
-        r"problem 0 of odd: answer: expected one that math-verify can parse; got '\\frac'",
-    ),
-    "a label twice": (
-        ["--benchmarks", "{files}/a.jsonl", "{files}/a.jsonl"],
-        "expected each label once; got 'a' again",
-    ),
-    "no checkpoint": (["--adapters", "{files}"], "adapters: expected a folder with adapter_config.json"),
-    "an adapter of another size": (["--adapters", "{files}/wide"], "has 16 outputs; got 32 in"),
-    "an adapter of another name": (["--adapters", "{files}/other"], "is one of Some/Other-Model. Pass that as --model"),
-    "a whole model of another size": (["--adapters", "{files}/wide_base"], "with hidden_size 16; got 32"),
-    "no vllm": (["--engine", "vllm"], "engine: expected one that is installed; vllm is not"),
-    "greedy samples": (["--temperature", "0"], "samples: expected 1 at temperature 0"),
-    "top_p": (["--top_p", "1.5"], "top_p: expected a number in (0, 1]"),
-    "too many tokens": (["--max_new_tokens", "500"], "max_new_tokens: expected at most 120"),
-    "no such scorer": (["--scorer", "nothing"], "scorer: expected 'math' or an importable module:function"),
-    "a template": (["--question_template", "Q"], "question_template: expected the fields"),
-    "no samples": (["--samples", "0"], "expected at least 1; got 0"),
-    "no batch": (["--batch_size", "0"], "expected at least 1; got 3, 0"),
-}
-
-
-@pytest.fixture(scope="module")
-def bad_files(files):
-    (files / "empty.jsonl").write_text('{"question": "1", "answer": "2"}\n{"question": "1", "answer": ""}\n')
-    (files / "odd.jsonl").write_text('{"question": "1", "answer": "\\\\frac"}\n')
-    save_model(files / "wide_base", warmup.build_model(replace(TINY, hidden_size=32)))
-    save_adapter(files / "wide", files / "wide_base")
-    change("base_model_name_or_path", None)(files / "wide" / "adapter_config.json")
-    save_adapter(files / "other", files / "base")
-    change("base_model_name_or_path", "Some/Other-Model")(files / "other" / "adapter_config.json")
-    return files
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named_before_anything_is_generated(case, bad_files, tmp_path, monkeypatch, capsys):
-    from popsd_integrations.evaluate import engines
-
-    if case == "an answer nobody parses":
-        pytest.importorskip("math_verify")
-    monkeypatch.setattr(engines, "make_engine", lambda *_: pytest.fail("an engine was made"))
-    if case == "no vllm":
-        monkeypatch.setattr(engines, "find_spec", lambda name: None)
-    options, message = BAD[case]
-    options = [x.replace("{files}", str(bad_files)) for x in options]
-    assert main(arguments(bad_files, tmp_path / "out", *options)) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_part_is_not_judged_as_the_whole(finished, tmp_path, capsys, without_plots):
@@ -285,7 +205,7 @@ def test_a_part_is_not_judged_as_the_whole(finished, tmp_path, capsys, without_p
     folder = copy(finished, tmp_path / "part")
     rows = [row for row in lines(folder) if row["model"] in ("base", "lora/checkpoint-2")]
     (folder / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["evaluate", "--from", str(folder / "generations.jsonl"), "--scorer", SCORER]) == 0
+    assert main(["evaluate", "--from", str(folder / "generations.jsonl"), "--eval_scorer", SCORER]) == 0
     text = "Missing are 36 of 72 completions: 12 of lora/checkpoint-10 on a, 6 of lora/checkpoint-10 on b, 12 of "
     assert text in capsys.readouterr().out and text in (folder / "report.html").read_text()
 
@@ -293,7 +213,7 @@ def test_a_part_is_not_judged_as_the_whole(finished, tmp_path, capsys, without_p
 def test_another_evaluation_is_not_overwritten(finished, tmp_path, capsys):
     there = copy(finished, tmp_path / "there")
     (there / "generations.jsonl").write_text("mine\n")
-    again = ["evaluate", "--from", str(finished / "generations.jsonl"), "--scorer", SCORER]
+    again = ["evaluate", "--from", str(finished / "generations.jsonl"), "--eval_scorer", SCORER]
     assert main([*again, "--output_dir", str(there)]) == 2
     assert "output_dir: expected a folder without another evaluation" in capsys.readouterr().err
     assert (there / "generations.jsonl").read_text() == "mine\n"
@@ -307,7 +227,7 @@ def test_judging_again_waits_for_no_run_at_work(finished, tmp_path, monkeypatch,
     folder = copy(finished, tmp_path / "out")
     monkeypatch.setattr(generations, "read", lambda path: pytest.fail("read without the lock"))
     with exclusive(folder):
-        assert main(["evaluate", "--from", str(folder / "generations.jsonl"), "--scorer", SCORER]) == 2
+        assert main(["evaluate", "--from", str(folder / "generations.jsonl"), "--eval_scorer", SCORER]) == 2
     assert "expected a folder that no other run writes to" in capsys.readouterr().err
 
 
@@ -332,8 +252,8 @@ def copy(finished, folder):
 
 MIXED = {
     "another dtype": (
-        ["--engine_kwargs", '{"dtype": "bfloat16"}'],
-        "different are engine_kwargs ({} there, {'dtype': 'bfloat16'} here)",
+        ["--model_init_kwargs", '{"dtype": "bfloat16"}'],
+        "different are model_init_kwargs ({} there, {'dtype': 'bfloat16'} here)",
     ),
     "another temperature": (["--temperature", "0.5"], "different are temperature (1.0 there, 0.5 here)"),
     "other problems": (["--benchmarks", "a={files}/b.jsonl"], "problem 0 in"),
@@ -356,7 +276,7 @@ def test_two_settings_never_mix_in_one_folder(case, files, finished, tmp_path, m
 
 FROM = {
     "another setting": (["--temperature", "0.5"], None, "different are temperature"),
-    "another model": (["--model", "other"], None, "different are model"),
+    "another model": (["--model_name_or_path", "other"], None, "different are model"),
     "adapters": (["--adapters", "x", "--answer_column", "y"], None, "--from: expected no adapters, answer_column"),
     "no settings": (
         [],
@@ -385,7 +305,7 @@ def test_bad_input_of_judging_again_is_named(case, finished, tmp_path, capsys):
     if spoil:
         spoil(folder)
     before = (folder / "generations.jsonl").read_bytes()
-    assert main(["evaluate", "--from", str(folder / "generations.jsonl"), "--scorer", SCORER, *options]) == 2
+    assert main(["evaluate", "--from", str(folder / "generations.jsonl"), "--eval_scorer", SCORER, *options]) == 2
     assert message in capsys.readouterr().err
     assert (folder / "generations.jsonl").read_bytes() == before and not (folder / "results.json").exists()
 

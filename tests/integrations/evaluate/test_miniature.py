@@ -41,10 +41,26 @@ def test_accuracies_are_those_of_the_demo(demo, tmp_path):
     results, folder = demo
     save_puzzles(tmp_path / "puzzles.jsonl", PUZZLES)
     models = [str(folder / name) for name in ("opsd", "purified")]
-    options = ["--temperature", "1", "--top_p", "1", "--top_k", "0", "--max_new_tokens", str(MAX_NEW_TOKENS)]
-    options += ["--question_template", "Q {question} A", "--samples", "4", "--batch_size", "512", "--scorer", SCORER]
+    options = ["--temperature", "1", "--top_p", "1", "--top_k", "0", "--max_completion_length", str(MAX_NEW_TOKENS)]
+    options += [
+        "--question_template",
+        "Q {question} A",
+        "--num_generations",
+        "4",
+        "--per_device_eval_batch_size",
+        "512",
+        "--eval_scorer",
+        SCORER,
+    ]
     began = time.process_time()
-    inputs = ["--model", str(folder / "base"), "--adapters", *models, "--benchmarks", str(tmp_path / "puzzles.jsonl")]
+    inputs = [
+        "--model_name_or_path",
+        str(folder / "base"),
+        "--adapters",
+        *models,
+        "--benchmarks",
+        str(tmp_path / "puzzles.jsonl"),
+    ]
     assert main(["evaluate", *inputs, *options, "--output_dir", str(tmp_path / "out")]) == 0
     assert time.process_time() - began < 60
     found = json.loads((tmp_path / "out" / "results.json").read_text())["models"]

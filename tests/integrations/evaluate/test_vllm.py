@@ -22,7 +22,7 @@ def files(tmp_path_factory):
 
 
 def evaluate(files, output, *more):
-    inputs = ["--model", files / "base", "--adapters", files / "run", "--benchmarks", files / "a.jsonl"]
+    inputs = ["--model_name_or_path", files / "base", "--adapters", files / "run", "--benchmarks", files / "a.jsonl"]
     assert main(["evaluate", *map(str, inputs), "--output_dir", str(output), *OPTIONS, *more]) == 0
     return [json.loads(line) for line in (output / "generations.jsonl").read_text().splitlines()]
 
@@ -30,8 +30,8 @@ def evaluate(files, output, *more):
 def test_twelve_samples_of_the_base_and_two_adapters(files, tmp_path):
     """As many as asked for, by the weights asked for: greedily, vLLM and transformers say the same."""
     small = {"enforce_eager": True, "dtype": "float32", "max_num_seqs": 16, "gpu_memory_utilization": 0.1}
-    vllm = ["--engine", "vllm", "--engine_kwargs", json.dumps(small)]
-    rows = evaluate(files, tmp_path / "sampled", "--samples", "12", "--batch_size", "18", *vllm)
+    vllm = ["--use_vllm", "--model_init_kwargs", json.dumps(small)]
+    rows = evaluate(files, tmp_path / "sampled", "--num_generations", "12", "--per_device_eval_batch_size", "18", *vllm)
     assert len(rows) == 3 * 3 * 12
     for label in {row["model"] for row in rows}:
         for problem in range(3):
@@ -40,7 +40,7 @@ def test_twelve_samples_of_the_base_and_two_adapters(files, tmp_path):
     assert all(row["tokens"] <= 12 and row["finish"] in ("stop", "length") for row in rows)
     assert any(row["finish"] == "stop" for row in rows)
     greedy = ["--temperature", "0"]
-    ours = evaluate(files, tmp_path / "transformers", *greedy, "--engine_kwargs", '{"dtype": "float32"}')
+    ours = evaluate(files, tmp_path / "transformers", *greedy, "--model_init_kwargs", '{"dtype": "float32"}')
     theirs = evaluate(files, tmp_path / "greedy", *greedy, *vllm)
     assert [(row["model"], row["text"]) for row in theirs] == [(row["model"], row["text"]) for row in ours]
     assert len({row["text"] for row in ours if row["problem"] == 0}) == 3, "three models, three completions"

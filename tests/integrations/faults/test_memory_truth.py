@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from gkd_helpers import distillation, gkd
 from loop_helpers import CONFIG, PROMPTS, fixed_generate, run
 from tiny_models import tiny_qwen3
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +21,7 @@ from transformers import TrainerCallback
 from trl_helpers import ROWS, FixedTrainer, build
 
 import popsd
+import popsd_integrations
 from popsd import DivergenceConfig, Head, HiddenStates, MaskConfig, PurifiedConfig
 from popsd.engine import operator, workspace
 from popsd_integrations.diagnose import measure
@@ -189,6 +191,26 @@ def test_the_trainer_allocates_no_logits_of_all_tokens(tmp_path, small_workspace
     with Allocations() as seen:
         trainer.train()
     assert not seen.over and seen.largest >= N * V // 64
+
+
+@pytest.mark.parametrize("name", ["gkd", pytest.param("distillation", marks=pytest.mark.slow)])
+def test_trls_trainers_with_the_patch_allocate_no_logits_of_all_tokens(tmp_path, small_workspace, name):
+    sizes = {"length": LENGTH, "per_device_train_batch_size": ROWS_OF_COMPLETIONS, "gradient_accumulation_steps": 1}
+    popsd_integrations.patch_trl()
+    try:
+        if name == "gkd":
+            trainer = gkd(tmp_path, max_steps=1, student=student(), teacher=student(), **sizes)
+        else:
+            trainer = distillation(tmp_path, student(), student(), long_completions)
+        with Allocations() as seen:
+            trainer.train()
+    finally:
+        popsd_integrations.unpatch_trl()
+    assert not seen.over and seen.largest >= N * V // 64
+    if name == "gkd":
+        with Allocations() as seen, torch.no_grad():
+            trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+        assert len(seen.over) > 4 and seen.largest >= N * V, "what TRL's own loss allocates"
 
 
 def test_the_loop_allocates_no_logits_of_all_tokens(tmp_path, small_workspace):

@@ -1,10 +1,11 @@
 """Checks by several gloo processes, forked from one that has imported everything, which costs milliseconds each:
-``forked_ranks.py FOLDER``.
+``forked_ranks.py FOLDER MODULE ...``.
 
 The children's environment is that which torchrun makes. ``FOLDER/results.json`` has, by check, what each rank found:
 ``{"code": its exit code, "found": what the check returned, or the error it raised}``.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -85,15 +86,11 @@ def warm_up(folder):
     hf_generate(model, [[1, 2]], max_new_tokens=2, temperature=1.0, eos_token_id=[3], pad_token_id=0)
 
 
-def main(folder):
-    import example_checks
-    import loop_checks
-    import wrapper_checks
-
+def main(folder, *modules):
     warm_up(folder)
     results = {}
-    for module in (wrapper_checks, loop_checks, example_checks):
-        for check, options in module.CHECKS:
+    for module in modules:
+        for check, options in importlib.import_module(module).CHECKS:
             began = time.monotonic()
             results[check.__name__] = run(check, folder / check.__name__, **options)
             print(f"{check.__name__}: {time.monotonic() - began:.1f} s", flush=True)
@@ -102,4 +99,4 @@ def main(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

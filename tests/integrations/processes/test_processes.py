@@ -22,20 +22,29 @@ NEAR = 1e-6
 the size of its rounding, 1e-8, is off by a share of the step."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
+def checked(folder, *modules):
+    """What the ranks of each check of these modules found."""
     paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(HERE / "forked_ranks.py"), str(folder)]
+    command = [sys.executable, str(HERE / "forked_ranks.py"), str(folder), *modules]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
 
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return json.loads((folder / "results.json").read_text())
+    return checked(folder, "wrapper_checks", "loop_checks")
+
+
+@pytest.fixture(scope="module")
+def examples(folder):
+    return checked(folder, "example_checks")
 
 
 def found(results, check):
@@ -128,9 +137,10 @@ def test_what_the_processes_cannot_share_is_refused_before_any_work(results, cas
     assert message in found(results, "refused")[case]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["plain", "torchrun", "accelerate"])
-def test_the_examples_on_two_processes_are_those_on_one(results, folder, loop):
-    two, one = found(results, f"{loop}_example"), results[f"{loop}_example_alone"][0]["found"]
+def test_the_examples_on_two_processes_are_those_on_one(examples, folder, loop):
+    two, one = found(examples, f"{loop}_example"), examples[f"{loop}_example_alone"][0]["found"]
     assert len(two) == len(one) == 2
     for row, other in zip(two, one, strict=True):
         assert row == pytest.approx(other, abs=1e-6) and row["loss"] > 0.005

@@ -10,10 +10,15 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from trl_helpers import LORA, ROWS, build, logs, tiny
+from trl_helpers import LORA, ROWS, FixedTrainer, build, logs, tiny
+from vllm_in_place import put_in_place
+
+from popsd_integrations.huggingface.distributed import everyones
+from popsd_integrations.trl_trainer import PurifiedOPSDTrainer
 
 ZERO = {
     "zero_allow_untested_optimizer": True,
@@ -80,6 +85,12 @@ def main(engine, kind, folder):
         "gradient_checkpointing": "checkpointed" in kind and processes == 2,
         "masks": {"min_target_entropy": 2.6, "floor": 0.25} if "masked" in kind else None,
     }
+    if "several" in kind:  # the completions of a prompt are on both processes
+        options |= {"num_generations": 4, "padding_free": True, "skip_first_tokens": 0}
+    if "vllm" in kind:
+        put_in_place(pytest.MonkeyPatch())
+        options |= {"use_vllm": True, "diagnostics_steps": 0}
+    options["cls"] = PurifiedOPSDTrainer if "vllm" in kind else FixedTrainer
     wrapped = []
     if engine == "fsdp2":
         torch.distributed.init_process_group("gloo")
@@ -123,9 +134,14 @@ def main(engine, kind, folder):
     parameters = list(trainer.model.parameters())
     with gathered(engine, parameters):
         norm = sum((p.full_tensor() if hasattr(p, "full_tensor") else p).double().norm().item() for p in parameters)
+    held = []
+    if "vllm" in kind:
+        trainer.vllm_generation.sync_weights()
+        held = [p.double().norm().item() for p in trainer.vllm_generation.llm.model.parameters()]
+        assert everyones(held) == [held] * processes
     if trainer.accelerator.is_main_process:
         result = {"logs": logs(trainer), "eval": logs(trainer, "eval_loss"), "judged": judged(folder)}
-        Path(folder, "result.json").write_text(json.dumps(result | {"norm": norm, "rows": len(ROWS)}))
+        Path(folder, "result.json").write_text(json.dumps(result | {"norm": norm, "held": held, "rows": len(ROWS)}))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 

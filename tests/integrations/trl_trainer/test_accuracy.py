@@ -41,7 +41,7 @@ class Answering(FixedTrainer):
 
 def test_accuracy_is_the_scorers_and_completions_are_logged(tmp_path):
     trainer = build(
-        tmp_path, cls=Answering, max_steps=2, eval_max_new_tokens=9, per_device_eval_batch_size=3, **EVALUATED
+        tmp_path, cls=Answering, max_steps=2, eval_max_completion_length=9, per_device_eval_batch_size=3, **EVALUATED
     )
     trainer.train()
     rows = logs(trainer, "eval_loss")
@@ -119,12 +119,12 @@ def test_options_and_page_are_in_the_folder(unbroken):
     found = json.loads((folder / report.CONFIG).read_text())
     assert found["options"]["eval_scorer"] == SCORER and found["options"]["pmi_clip"] == 10.0
     assert found["data"] == {"train_dataset": len(ROWS), "eval_dataset": len(ROWS)} and "trl" in found["versions"]
-    assert found["evaluate"] == ["--scorer", SCORER]
+    assert found["evaluate"] == ["--eval_scorer", SCORER]
     page = (folder / report.PAGE).read_text()
     assert "accuracy, held-out, greedy" in page and page.count("<details>") == len(ROWS) and "http" not in page
     saved, load, evaluate = report.how_to_go_on(folder)
     assert "4 checkpoints from checkpoint-1 to checkpoint-4" in saved and "checkpoint-4" in load
-    assert f"--adapters {folder} --scorer {SCORER}" in evaluate
+    assert f"--adapters {folder} --eval_scorer {SCORER}" in evaluate
 
 
 def test_compare_reads_the_runs_of_the_trainer(unbroken, tmp_path, monkeypatch):
@@ -143,9 +143,17 @@ def test_compare_reads_the_runs_of_the_trainer(unbroken, tmp_path, monkeypatch):
         (None, {"eval_scorer": SCORER}, r"eval_scorer: expected None without an eval_dataset; got"),
         (None, {"eval_problems": 2}, r"eval_problems: expected None without an eval_dataset; got 2"),
         (JUDGED, {"eval_problems": 0}, r"eval_problems: expected at least 1; got 0"),
-        (JUDGED, {"eval_max_new_tokens": 9}, r"eval_max_new_tokens: .* with eval_scorer None"),
-        (JUDGED, {"eval_scorer": SCORER, "eval_max_new_tokens": 5}, r"expected at least max_completion_length \(6\)"),
-        (JUDGED, {"eval_scorer": SCORER, "eval_max_new_tokens": 10**6}, r"eval_dataset, row 0: expected at most"),
+        (JUDGED, {"eval_max_completion_length": 9}, r"eval_max_completion_length: .* with eval_scorer None"),
+        (
+            JUDGED,
+            {"eval_scorer": SCORER, "eval_max_completion_length": 5},
+            r"expected at least max_completion_length \(6\)",
+        ),
+        (
+            JUDGED,
+            {"eval_scorer": SCORER, "eval_max_completion_length": 10**6},
+            r"eval_dataset, row 0: expected at most",
+        ),
         (JUDGED, {"eval_scorer": "nowhere"}, r"scorer: expected 'math' or an importable"),
         (ROWS, {"eval_scorer": SCORER}, r"eval_dataset: expected the column 'answer' for eval_scorer"),
         (

@@ -47,11 +47,3 @@ def test_metrics_plot_and_completions_are_written(tmp_path):
     row = logs(trainer)[0]
     assert row["markers/per_completion"] == row["markers/wait"] + row["markers/ok"]
     assert not any(math.isnan(value) for value in row.values() if isinstance(value, float))
-
-
-def test_the_model_card_names_the_paper_and_needs_no_network(tmp_path):
-    trainer = build(tmp_path)
-    trainer.create_model_card(model_name="mine", dataset_name="some/data")
-    card = (tmp_path / "README.md").read_text()
-    assert "2607.02234" in card and "Purified OPSD" in card and "Purified On-Policy Self-Distillation" in card
-    assert all(f"- {tag}" in card for tag in ("trl", "popsd", "purified-opsd"))

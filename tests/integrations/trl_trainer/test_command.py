@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -123,16 +124,22 @@ def test_rows_held_out_are_the_same_each_time(work):
     assert not {str(x) for x in first["test"]["prompt"]} & {str(x) for x in first["train"]["prompt"]}
 
 
-def test_help_names_the_options_of_the_method(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["train", "--help"])
-    assert stopped.value.code == 0
+@pytest.mark.parametrize("conversation", ["true", "false"])
+def test_a_question_given_as_text_is_a_users_message(work, conversation):
+    flags = ["--config", str(work / "config.yaml"), "--text_as_conversation", conversation]
+    script, args, _, mixture = train_command.read_options(flags)
+    (first,) = train_command.load_data(script, mixture, args.seed)["train"].select([0])["prompt"]
+    assert first == ([{"role": "user", "content": "0 0"}] if conversation == "true" else "0 0")
+
+
+def test_the_full_help_names_options_of_all(capsys):
+    assert cli.main(["train", "--help-all"]) == 0
     printed = capsys.readouterr().out
     assert "--pmi_beta" in printed and "--dry_run" in printed and "--lora_r" in printed
 
 
 def test_flags_override_the_file_and_the_run_is_saved(work, capsys):
-    assert cli.main(["train", "--config", str(work / "config.yaml"), "--max_steps", "1", "--beta", "0.25"]) == 0
+    assert cli.main(["train", f"--config={work / 'config.yaml'}", "--max_steps", "1", "--beta", "0.25"]) == 0
     assert (work / "out" / "adapter_model.safetensors").exists()
     options = torch.load(work / "out" / "training_args.bin", weights_only=False)
     assert (options.beta, options.max_steps, options.loss_target) == (0.25, 1, "purified")
@@ -154,19 +161,30 @@ def test_flags_override_the_file_and_the_run_is_saved(work, capsys):
         (["--test_split_size", "0.01"], r"test_split_size: expected rows on both sides; got 0\.01 of 8 rows"),
         (["--test_split_size", "0.5", "--dataset_test_split", "train"], r"got a split 'train', which evaluation takes"),
         (["--device", "h100"], r"device: expected none without dry_run"),
+        (["--dry_run", "false", "--device", "h100"], r"device: expected none without dry_run"),
         (["--dry_run", "--device", "tpu"], r"device: expected one of rtx3090.*or an amount such as 24GiB; got 'tpu'"),
         (["--dry_run", "--device", "0.001GiB"], r"device: expected one with more than the .* GiB that this run holds"),
-        (["--model_name_or_path", "no/where"], r"model_name_or_path: expected a hub name or a local folder"),
-        (["--dry_run", "--model_name_or_path", "no/where"], r"model_name_or_path: expected a hub name or a local"),
+        (["--model_name_or_path", "no/where"], r"model_name_or_path: expected a name on the Hub or a local folder"),
+        (
+            ["--dry_run", "--model_name_or_path", "no/where"],
+            r"model_name_or_path: expected a name on the Hub or a local",
+        ),
+        (["--masks", '{"floor": "x"}'], r"floor: expected a number; got 'x'"),
+        (["--position_weights", '{"first": "x"}'], r"first: expected a number; got 'x'"),
+        (["--model_init_kwargs", '{"foo": 1}'], r"model_init_kwargs: expected what .* can be made with; got"),
+        (["--accelerator_config", "no.json"], r"No such file or directory: 'no.json'"),
+        (["--output_dir", __file__], r"output_dir: expected a folder that can be written to; got"),
         (["--ignore_bias_buffers", "true"], r"ignore_bias_buffers: expected False"),
-        (["--dataset_name", "missing.jsonl"], r"dataset_name: expected a hub name, a folder or a file of rows"),
+        (["--dataset_name", "missing.jsonl"], r"dataset_name: expected a name on the Hub, a folder or a file of rows"),
     ],
 )
 def test_bad_flags_are_an_exit_status_and_a_message(work, capsys, flags, message):
     import re
 
-    assert cli.main(["train", "--config", str(work / "config.yaml"), *flags]) == 2
-    assert re.search(message, capsys.readouterr().err)
+    with contextlib.suppress(SystemExit):
+        assert cli.main(["train", "--config", str(work / "config.yaml"), *flags]) == 2
+    printed = capsys.readouterr().err
+    assert re.search(message, printed) and len([x for x in printed.splitlines() if x.startswith("popsd train: ")]) == 1
 
 
 def test_a_target_and_its_numbers_are_flags(work, capsys):
@@ -303,7 +321,7 @@ def test_answers_come_from_a_column_and_the_end_says_how_to_go_on(work, capsys):
     )
     assert load.startswith(f"Load: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{work}/model')")
     assert evaluate.startswith(
-        f"Evaluate: popsd evaluate --model {work}/model --adapters {work}/out --scorer popsd_int"
+        f"Evaluate: popsd evaluate --model_name_or_path {work}/model --adapters {work}/out --eval_scorer popsd_int"
     )
     records = [json.loads(line) for line in (work / "out" / "eval_completions.jsonl").read_text().splitlines()]
     assert len(records) == 2 * 3 and "WAIT" in records[0]["expected"]
@@ -319,15 +337,29 @@ def test_a_file_is_data_and_its_named_column_takes_the_place_of_another(work, ca
     assert cli.main(["train", *flags, "--bf16", "true", "--use_cpu", "false"]) == 0, "nothing is computed in bf16"
     assert "\nQ 0 1 A\n" in capsys.readouterr().out
     assert _printable("a\n\u001b[31m\u202eé") == "a\n\\x1b[31m\\u202eé"
-    (work / "rows.jsonl").write_text("")
-    assert cli.main(["train", *flags]) == 2
-    assert "dataset_name: expected " in capsys.readouterr().err
+    for text, message in (("", "an empty file"), ("\n", "no row"), ('{"a": 1\n{"', "JSON parse error")):
+        (work / "rows.jsonl").write_text(text)
+        assert cli.main(["train", *flags]) == 2
+        printed = capsys.readouterr().err
+        assert message in printed and "dataset_name: expected a name" in printed
 
 
-def test_an_interrupt_says_what_the_same_command_does(monkeypatch, capsys):
+def test_broken_files_of_a_model_are_named(work, capsys):
+    flags = ["train", "--config", str(work / "config.yaml")]
+    (work / "model" / "model.safetensors").write_bytes(b"junk")
+    assert cli.main(flags) == 2
+    assert "model_name_or_path: expected a name on the Hub or a local folder of a model" in capsys.readouterr().err
+    for path in (work / "model").glob("token*"):
+        path.unlink()
+    assert cli.main([*flags, "--dry_run"]) == 2
+    said = capsys.readouterr().err
+    assert "popsd train: " in said and ("has no tokens for text" in said or "model_name_or_path: expected" in said)
+
+
+def test_an_interrupt_says_what_the_same_command_does(work, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_command, "main", interrupted)
-    assert cli.main(["train"]) == 130
+    assert cli.main(["train", "--config", str(work / "config.yaml")]) == 130
     assert "the same command resumes" in capsys.readouterr().err

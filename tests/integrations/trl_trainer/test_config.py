@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 
 pytest.importorskip("trl")
 
@@ -123,6 +124,12 @@ def test_bad_data_is_refused_at_construction(tmp_path, rows, message):
         ({"impl": "fortran"}, "fortran"),
         ({"loss_kwargs": {"purity": 1}}, r"loss_kwargs: expected some of .*'exact_difference'.*; got \['purity'\]"),
         ({"loss_kwargs": {"beta": 1}}, "loss_kwargs: expected some of"),
+        ({"pmi_clip": "hard"}, "pmi_clip: expected a number, auto or none; got 'hard'"),
+        ({"workspace_mib": -1.0}, "workspace_mib: expected a positive number"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: expected at least 1; got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected at least 1; got 0"),
+        ({"learning_rate": -1.0}, "learning_rate: expected at least 0"),
+        ({"top_p": 2.0}, r"top_p: expected a number in \(0, 1\]"),
         ({"markers": []}, "words: expected at least one marker"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
     ],
@@ -140,6 +147,46 @@ def test_what_the_trainer_cannot_do_is_refused(tmp_path):
     head = LORA.__class__(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="lm_head"):
         FixedTrainer(tiny(), config(tmp_path), Dataset.from_list(ROWS), None, build_tokenizer(), peft_config=head)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("beta", 0.25), ("token_clip", 0.1), ("entry_clip", 0.2), ("vocab_size", 20), ("pmi_beta", 2.0)),
+        *(
+            ("pmi_clip", 3.0),
+            ("plausibility", 0.1),
+            ("impl", "torch"),
+            ("strategy", "streaming"),
+            ("workspace_mib", 8.0),
+        ),
+    ],
+)
+def test_an_option_of_the_loss_reaches_it(tmp_path, option, value):
+    loss, plain = config(tmp_path, **{option: value}).loss_function(), config(tmp_path).loss_function()
+    found, before = (getattr(x if hasattr(x, option) else x.config, option) for x in (loss, plain))
+    assert found == value != before
+
+
+def test_caps_weights_and_prompts_are_what_the_options_say(tmp_path):
+    made = config(
+        tmp_path, tail_floor=0.1, tail_cap=0.5, position_weights={"first": 0.5}, chat_template_kwargs={"a": 1}
+    )
+    assert (made.loss_function().config.tail_floor, made.loss_function().config.tail_cap) == (0.1, 0.5)
+    weights = made.token_weights(torch.ones(1, 3, dtype=torch.bool))
+    assert torch.equal(weights, popsd.presets.position_weights(torch.ones(1, 3, dtype=torch.bool), first=0.5))
+    given = {"question_template": "{question}!", "teacher_template": "{solution}: {question}", "reference": "none"}
+    given |= {"reference_template": "{solution}?", "teacher_reference": "other_problem", "max_prompt_length": 9}
+    given |= {"on_overflow": "drop"}
+    contexts = config(tmp_path, **given).context_config()
+    assert {name: getattr(contexts, name) for name in given} == given
+    kwargs = {"teacher_chat_template_kwargs": {"b": 2}, "reference_chat_template_kwargs": {"c": 3}}
+    contexts = config(tmp_path, chat_template_kwargs={"a": 1}, **kwargs).context_config()
+    assert (contexts.student_kwargs, contexts.teacher_kwargs, contexts.reference_kwargs) == (
+        {"a": 1},
+        {"b": 2},
+        {"c": 3},
+    )
 
 
 def test_defaults_are_the_papers(tmp_path):

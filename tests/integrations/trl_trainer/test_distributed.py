@@ -2,8 +2,9 @@
 
 full: a copy of the initial weights; apart: the head untied and sharded by itself; teacher: the frozen weights sharded too;
 path: loaded from files, which ZeRO-3 partitions as it loads; masked: with token masks, under which a trained head is needed
-again in backward; accumulated, checkpointed: on the two processes alone; evaluated:
-between the steps, on seven rows, of which the last batch of two processes repeats one.
+again in backward; several: four completions of each prompt, packed; accumulated, checkpointed: on the two processes alone;
+evaluated: between the steps, on seven rows, of which the last batch of two processes repeats one; vllm: sampled greedily by
+what is sent to a model in place of vLLM on each process, which two processes must send as one does.
 """
 
 import importlib.util
@@ -19,7 +20,7 @@ pytest.importorskip("trl")
 
 HERE = Path(__file__).parent
 NEEDS_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-NOT_COMPARED = ("step_time", "runtime", "per_second", "epoch")
+NOT_COMPARED = ("step_time", "runtime", "per_second", "padding_share", "epoch")
 
 
 def launch(engine, kind, folder):
@@ -60,7 +61,11 @@ def one_process(tmp_path_factory):
     [
         ("ddp", "full-evaluated"),
         pytest.param("ddp", "lora", marks=pytest.mark.slow),
+        pytest.param("ddp", "lora-several", marks=pytest.mark.slow),
+        pytest.param("ddp", "lora-vllm", marks=pytest.mark.slow),
         pytest.param("fsdp2", "full", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "lora-vllm", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "full-vllm", marks=pytest.mark.slow),
         pytest.param("fsdp2", "lora", marks=pytest.mark.slow),
         pytest.param("fsdp2", "full-apart", marks=pytest.mark.slow),
         pytest.param("fsdp2", "lora-apart", marks=pytest.mark.slow),
@@ -71,6 +76,8 @@ def one_process(tmp_path_factory):
                 ("zero2", "full"),
                 ("zero2", "lora"),
                 ("zero3", "full-path"),
+                ("zero3", "lora-vllm"),
+                ("zero3", "full-vllm"),
                 ("zero3", "full-apart-masked-accumulated"),
                 ("zero3", "lora-evaluated"),
                 ("zero3", "lora-apart-checkpointed-accumulated"),
@@ -85,7 +92,10 @@ def test_two_processes_are_one(engine, kind, one_process, tmp_path):
     for row, other in zip(*(x["logs"] + x["eval"] for x in (expected, found)), strict=True):
         row, other = ({n: x for n, x in r.items() if not any(word in n for word in NOT_COMPARED)} for r in (row, other))
         assert other == pytest.approx(row, rel=1e-5, abs=1e-6)
+    if "several" in kind:
+        assert {(row["prompts/distinct"], row["prompts/length_std"]) for row in found["logs"]} == {(0.25, 0)}
     assert found["judged"] == expected["judged"] and len(found["judged"]) == len(found["eval"]) * 7 * 2
     assert all(row["eval_accuracy"] == row["eval_accuracy_greedy"] == 3 / 7 for row in found["eval"])
+    assert found["held"] == pytest.approx(expected["held"], rel=1e-5) and bool(found["held"]) == ("vllm" in kind)
     assert found["norm"] == pytest.approx(expected["norm"], rel=1e-5)
     assert expected["logs"][0]["loss"] > 0.005 and expected["logs"][0]["grad_norm"] > 0.01

@@ -11,11 +11,12 @@ pytest.importorskip("trl")
 from peft import LoraConfig
 from trl_helpers import EOS, LORA, PAD, VOCABULARY, build, logs, tiny
 
+from popsd_integrations.huggingface import forwards
 from popsd_integrations.huggingface.frozen import AdapterOff
 from popsd_integrations.miniature.tokenizer import build_tokenizer
+from popsd_integrations.runs.frozen_weights import FROZEN_FILE
 from popsd_integrations.trl_trainer import frozen
 from popsd_integrations.trl_trainer.compat import generating
-from popsd_integrations.trl_trainer.frozen import FROZEN_FILE
 from popsd_integrations.trl_trainer.guards import GuardedTrainer
 
 
@@ -37,7 +38,7 @@ def test_a_bfloat16_checkpoint_gives_student_and_copy_one_dtype(tmp_path, given)
     assert all(torch.equal(p, q) for p, q in same)
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_resumes_from_its_initial_model_only(tmp_path, lora):
     initial = saved(tmp_path / "initial", tiny())
     options = {"lora": lora, "save_strategy": "steps", "save_steps": 1}
@@ -54,8 +55,15 @@ def test_a_run_resumes_from_its_initial_model_only(tmp_path, lora):
     assert again.train(resume_from_checkpoint=str(checkpoint)).global_step == 2
 
 
-@pytest.mark.parametrize("save", ["steps", "no"])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    ("lora", "save"),
+    [
+        (False, "no"),
+        (True, "steps"),
+        pytest.param(False, "steps", marks=pytest.mark.slow),
+        pytest.param(True, "no", marks=pytest.mark.slow),
+    ],
+)
 def test_frozen_weights_that_move_stop_the_run(tmp_path, lora, save):
     trainer = build(tmp_path, lora=lora, max_steps=3, save_strategy=save, save_steps=2)
 
@@ -112,7 +120,7 @@ def test_the_trainer_pads_where_check_model_says(tmp_path):
     trainer = build(tmp_path, model=transformers.AutoModelForCausalLM.from_config(config), batched_frozen=True)
     trainer._zero3 = True
     with pytest.raises(ValueError, match=r"FSDP and ZeRO-3; RecurrentGemmaForCausalLM must sample prompts by length"):
-        trainer._checked_model({"train_dataset": trainer.train_dataset}, False)
+        trainer._checked_model({"train_dataset": trainer.train_dataset})
     trainer._zero3 = False
     seen, real = [], trainer._packed
 
@@ -132,8 +140,27 @@ def test_the_trainer_pads_where_check_model_says(tmp_path):
         assert own.tolist() == ids
 
 
+def test_a_step_does_not_depend_on_how_its_rows_are_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(forwards, "_OF_A_FORWARD", 2)
+    found = {}
+    for padding_free in (False, True, None):
+        trainer = build(tmp_path, lora=True, max_steps=2, padding_free=padding_free, per_device_train_batch_size=8)
+        trainer.train()
+        found[trainer._layout] = logs(trainer)
+    shares = {layout: rows[0].pop("forwards/padding_share") for layout, rows in found.items()}
+    assert shares["padded"] > 0.15 and max(shares["packed"], shares["by length"]) < 0.6 * shares["padded"]
+    for step, expected in enumerate(found["padded"]):
+        assert expected["forwards/tokens_per_second"] > 0
+        for name in ("loss", "grad_norm", "target_entropy", "decomposition/cos_total_reference"):
+            for layout in ("packed", "by length"):
+                assert found[layout][step][name] == pytest.approx(expected[name], rel=2e-4), (layout, name)
+
+
 def test_weights_that_are_sharded_are_said_not_to_be_checked(tmp_path, monkeypatch, caplog):
     trainer = build(tmp_path, lora=True)
     monkeypatch.setattr(frozen, "is_sharded", lambda parameter: True)
-    assert trainer._checked_model({}, False) == ("left", "together")
+    assert trainer._checked_model({}, False) == ("left", "together", "padded")
     assert "weights of PeftModelForCausalLM are sharded" in caplog.text and "are not checked" in caplog.text
+    trainer.args.padding_free = True
+    with pytest.raises(ValueError, match=r"padding_free: expected None or False with weights that are sharded already"):
+        trainer._checked_model({})

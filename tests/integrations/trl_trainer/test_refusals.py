@@ -20,7 +20,7 @@ from popsd_integrations.trl_trainer.trainer import PurifiedOPSDTrainer, problem_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"generation_kwargs": {"n": 2}}, r"generation_kwargs: expected no 'n'; got 2\. One completion"),
+        ({"generation_kwargs": {"n": 2}}, r"generation_kwargs: expected no 'n'; got 2\. num_generations samples"),
         (
             {"generation_kwargs": '{"num_return_sequences": 2}'},
             r"generation_kwargs: expected no 'num_return_sequences'",
@@ -84,7 +84,9 @@ def test_the_same_options_build_another_trainer(tmp_path):
     assert losses[0] == losses[1] > 0
 
 
-@pytest.mark.parametrize("options", [{"max_steps": 5}, {"max_steps": -1, "num_train_epochs": 2}])
+@pytest.mark.parametrize(
+    "options", [pytest.param({"max_steps": 5}, marks=pytest.mark.slow), {"max_steps": -1, "num_train_epochs": 2}]
+)
 def test_fewer_rows_than_a_step_needs_are_refused(tmp_path, options):
     with pytest.raises(ValueError, match=r"train_dataset: expected at least the 4 rows of one step .*; got 3"):
         build(tmp_path, rows=ROWS[:3], **options).train()

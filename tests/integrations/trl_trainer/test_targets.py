@@ -44,8 +44,7 @@ def per_token(loss_of, prompts):
     return rows
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("strength", [2.0, 0.5])
+@pytest.mark.parametrize(("strength", "lora"), [(2.0, False), pytest.param(0.5, True, marks=pytest.mark.slow)])
 def test_beta_opsd_runs_no_reference(tmp_path, monkeypatch, lora, strength):
     seen, real = [], frozen.hidden_states
     monkeypatch.setattr(frozen, "hidden_states", lambda *args: seen.append(0) or real(*args))
@@ -173,7 +172,7 @@ def expected_masked(options):
     return numerator / count, kept / weight
 
 
-@pytest.mark.parametrize("options", MASKED)
+@pytest.mark.parametrize("options", [MASKED[0], *(pytest.param(x, marks=pytest.mark.slow) for x in MASKED[1:])])
 def test_masks_and_their_kept_share_do_not_depend_on_the_split(tmp_path, options):
     rows = []
     for size, accumulation in ((8, 1), (1, 8), (4, 2)):

@@ -120,11 +120,11 @@ def test_the_plain_loop_and_the_trainer_take_the_same_steps(tmp_path):
 
 
 def comparable(row):
-    skipped = ("step_time", "runtime", "per_second", "epoch")
+    skipped = ("step_time", "runtime", "per_second", "padding_share", "epoch")
     return {name: value for name, value in row.items() if not any(word in name for word in skipped)}
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_accumulation_does_not_change_a_step(tmp_path, lora):
     runs = []
     for size, accumulation in ((4, 1), (1, 4), (2, 2)):
@@ -171,8 +171,14 @@ def test_a_batch_with_no_token_left_has_no_loss_and_a_run_of_such_batches_fails(
     assert torch.equal(trainer.model.lm_head.weight, before)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("options", BATCHINGS)
+@pytest.mark.parametrize(
+    ("options", "lora"),
+    [  # each batching once, each kind of training once; the other pairs are slow
+        pytest.param(options, lora, marks=() if lora == bool(i) else pytest.mark.slow)
+        for i, options in enumerate(BATCHINGS)
+        for lora in (False, True)
+    ],
+)
 def test_how_frozen_forwards_are_batched_does_not_matter(tmp_path, lora, options):
     plain, other = build(tmp_path, lora=lora), build(tmp_path, lora=lora, **options)
     plain.train()
@@ -257,7 +263,7 @@ def test_evaluation_measures_and_does_not_train(tmp_path):
 def test_evaluation_does_not_depend_on_the_size_of_its_batches(tmp_path):
     """Five rows with completions of one to four tokens. The same numbers as means over all tokens, or all completions."""
     trainer = build(tmp_path, eval_rows={"a": ROWS[:5], "b": ROWS[5:]}, skip_first_tokens=1, masks={"floor": 0.3})
-    found, skipped = [], ("second", "runtime")
+    found, skipped = [], ("second", "runtime", "padding_share")
     for size in (5, 4, 2, 1):
         trainer.args.per_device_eval_batch_size = size
         found.append({n: x for n, x in trainer.evaluate().items() if not any(w in n for w in skipped)})
@@ -295,9 +301,23 @@ def test_rows_that_fill_the_last_batch_of_an_evaluation_count_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"lora": True}, {}, {"frozen_weights": "ema", "lora": True}, {"frozen_weights": "ema"}]
+    ("step", "options"),
+    [  # from a step between two evaluations and from one at its end; the other pairs are slow
+        (3, {"lora": True}),
+        (2, {"frozen_weights": "ema"}),
+        *(
+            pytest.param(step, options, marks=pytest.mark.slow)
+            for step, options in (
+                (2, {"lora": True}),
+                (2, {}),
+                (3, {}),
+                (2, {"frozen_weights": "ema", "lora": True}),
+                (3, {"frozen_weights": "ema", "lora": True}),
+                (3, {"frozen_weights": "ema"}),
+            )
+        ),
+    ],
 )
-@pytest.mark.parametrize("step", [2, 3])
 def test_resumed_run_is_the_unbroken_run(tmp_path, options, step):
     """At the end of an epoch and amid one. Completions are sampled: the random state must come back too."""
     common = {"cls": PurifiedOPSDTrainer, "max_steps": 6, "shuffle_dataset": True, "ema_decay": 0.5}

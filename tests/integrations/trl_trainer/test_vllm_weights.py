@@ -1,7 +1,6 @@
 """What vLLM is sent, and that sending moves nothing. A model on the CPU stands in for vLLM; TRL's own code drives it."""
 
 import copy
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +11,8 @@ pytest.importorskip("trl")
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_qwen3
 from trl.generation.vllm_generation import VLLMGeneration
-from trl.trainer import distillation_trainer
 from trl_helpers import EOS, ROWS, build, config, tiny
+from vllm_in_place import put_in_place
 
 from popsd_integrations.trl_trainer.trainer import PurifiedOPSDTrainer
 from popsd_integrations.trl_trainer.vllm.options import check_options, check_sampling
@@ -144,55 +143,9 @@ def test_a_merge_that_fails_leaves_the_model(monkeypatch):
     assert same(bits(model), before)
 
 
-class InPlaceOfVLLM:
-    """Loads what it is sent into a model of its own, strictly by name, and samples greedily from that."""
-
-    def __init__(self, model):
-        self.model, self.syncs, self.sampled = model.eval(), 0, None
-        runner = SimpleNamespace(model=SimpleNamespace(load_weights=self.load))
-        worker = SimpleNamespace(model_runner=runner)
-        executor = SimpleNamespace(driver_worker=worker)
-        self.llm_engine = SimpleNamespace(model_executor=executor, model_config=SimpleNamespace(dtype=model.dtype))
-
-    @torch.no_grad()
-    def load(self, weights):
-        parameters = dict(self.model.named_parameters())
-        for name, tensor in weights:
-            parameters[name].copy_(tensor)
-
-    def reset_prefix_cache(self):
-        self.syncs += 1
-
-    @torch.no_grad()
-    def generate(self, prompts, sampling_params, use_tqdm):
-        self.sampled = sampling_params
-        outputs = []
-        for prompt in prompts:
-            ids, tokens = list(prompt["prompt_token_ids"]), []
-            while len(tokens) < sampling_params["max_tokens"] and not {*tokens[-1:]} & {
-                *sampling_params["stop_token_ids"]
-            }:
-                tokens.append(int(self.model(input_ids=torch.tensor([ids + tokens])).logits[0, -1].argmax()))
-            outputs.append(
-                SimpleNamespace(prompt_token_ids=ids, outputs=[SimpleNamespace(token_ids=tokens, logprobs=None)])
-            )
-        return outputs
-
-
 @pytest.fixture
 def vllm(monkeypatch):
-    """In place of the package: its trainers find `InPlaceOfVLLM` in ``vllm_generation.llm``."""
-    from trl.generation import vllm_generation
-
-    def sampling(n=1, max_tokens=16, temperature=1.0, stop_token_ids=(), **others):
-        return {"max_tokens": max_tokens, "stop_token_ids": stop_token_ids, "temperature": temperature}
-
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=sampling))
-    monkeypatch.setattr(vllm_generation, "SamplingParams", sampling, raising=False)
-    monkeypatch.setattr(distillation_trainer, "is_vllm_available", lambda: True)
-    monkeypatch.setattr(
-        VLLMGeneration, "_init_vllm", lambda self: setattr(self, "llm", InPlaceOfVLLM(tiny().to(self.model.dtype)))
-    )
+    put_in_place(monkeypatch)
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -207,18 +160,29 @@ def test_the_trainer_samples_from_the_student_and_leaves_the_base(lora, vllm, tm
         eval_rows=ROWS,
     )
     llm = trainer.vllm_generation.llm
+    assert trainer.vllm_generation.max_model_length == 4 + 6  # "Q 0 0 A" and a completion
     frozen = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     trainer.train()
-    assert llm.syncs == 4 and llm.sampled["stop_token_ids"] == [EOS]
+    assert llm.syncs == 4 and all(params.stop_token_ids == [EOS] for params in llm.sampled)
+    assert len({params.seed for params in llm.sampled}) == len(llm.sampled) == 16
     assert all(torch.equal(p, frozen[name]) for name, p in trainer.model.named_parameters() if name in frozen)
-    trainer.evaluate()  # at the step of the last checkpoint, with weights that may be those of the best
-    assert llm.syncs == 5
-    student = trainer.model.eval()
-    expected = StudentWeights(student) if lora else student.named_parameters()
-    held = dict(llm.model.named_parameters())
-    assert all(torch.equal(held[name], tensor) for name, tensor in expected)
     logged = [row["vllm_rounding"] for row in trainer.state.log_history if "vllm_rounding" in row]
     assert len(logged) == (4 if lora else 0) and all(0 <= x <= 1.5 for x in logged)
+
+
+def test_the_best_checkpoint_is_sent_when_it_is_loaded(vllm, tmp_path):
+    often = dict.fromkeys(("eval_steps", "save_steps"), 1) | dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = build(
+        tmp_path, cls=PurifiedOPSDTrainer, lora=True, use_vllm=True, max_steps=2, eval_rows=ROWS[:2], **often, **best
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1") and trainer.state.global_step == 2
+    held = dict(trainer.vllm_generation.llm.model.named_parameters())
+    best = dict(StudentWeights(trainer.model))
+    assert any(not torch.equal(held[name], tensor) for name, tensor in best.items())  # those of step 2
+    trainer.evaluate()
+    assert all(torch.equal(held[name], tensor) for name, tensor in best.items())
 
 
 def test_students_that_cannot_be_sent_are_refused():

@@ -16,7 +16,7 @@ _OF_COLOCATE = {
         "enable_sleep_mode",
     )
 }
-_SEEDED = "Every prompt would draw the same random numbers."
+_SEEDED = "Every prompt would draw the same random numbers; the option seed gives each completion its own."
 _ENDS = "Completions end at the ends that the model's generation_config and the tokenizer name; name it there."
 _REFUSED_IN_GENERATION = {
     "seed": _SEEDED,
