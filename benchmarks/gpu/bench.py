@@ -67,7 +67,9 @@ class Bench:
         if self.dry:
             effort = replace(effort, rounds=min(effort.rounds, 1), peak=False, compilers=False)
         options = {"out": self.path, "skip_failed": self.skip_failed, "whole": False}
-        suite.run_items([suite.Item(part, case, effort)], providers, self.results, progress=Progress(self.path), **options)
+        suite.run_items(
+            [suite.Item(part, case, effort)], providers, self.results, progress=Progress(self.path), **options
+        )
 
 
 @dataclass(frozen=True)
