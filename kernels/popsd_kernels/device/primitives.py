@@ -167,5 +167,6 @@ def lse_finish(top, total, COUNT: tl.constexpr, gain=1.0):
     # the largest entry's own summand: where it is the whole sum, their quotient is 1 to the last bit
     peak = fma(row_top, unit, -origin)
     logsum = tl.log(tl.where(impossible, 1.0 * COUNT, row_sum / tl.exp2(peak)))
-    rounding = tl.where(impossible, 0.0, peak - fma(row_max, LOG2E, -origin))
-    return row_max, fma(rounding, LN2, logsum)
+    # of the natural logarithm, not of the exponents: their unit is rounded too, by 3e-3 at a logit of 5e4 under a gain of 1.7
+    rounding = tl.where(impossible, 0.0, fma(row_top, gain, negative(row_max)))
+    return row_max, rounding + logsum

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from popsd_kernels.device.divergence import FORWARD
 from popsd_kernels.device.logits import floor_logit, load_logit, load_scaled, stream_gain
-from popsd_kernels.device.primitives import LOG2E, NOTHING, fma
+from popsd_kernels.device.primitives import LOG2E, NOTHING, fma, negative
 
 
 class RowScalars(NamedTuple):
@@ -31,7 +31,8 @@ class RowScalars(NamedTuple):
 
 class Line(NamedTuple):
     """log2 p = unit * s - origin + rounding, with origin the rounded max * LOG2E + log2sum: leaving out ``rounding`` makes a
-    factor 1 + 1e-6 common to the row. unit is LOG2E, but 0 where no entry is possible, so that such a row is uniform."""
+    factor 1 + 1e-6 common to the row. unit is the logits' gain * LOG2E, and origin allows for its rounding at the likeliest
+    entry; it is 0 where no entry is possible, so that such a row is uniform."""
 
     unit: Any
     origin: Any
@@ -60,30 +61,34 @@ def exact_logarithms(mode, entry_clip):
 
 
 @triton.jit
-def row_scalars(statistics, row):
-    """The RowScalars of one row from sweep 1's four [C] vectors."""
+def row_scalars(statistics, row, student_gain=None):
+    """The RowScalars of one row from sweep 1's four [C] vectors. student_gain: see `entries_from`; None is 1."""
     student_max, student_logsum = tl.load(statistics[0] + row), tl.load(statistics[1] + row)
     target_max, target_logsum = tl.load(statistics[2] + row), tl.load(statistics[3] + row)
-    return scalars_from(student_max, student_logsum, target_max, target_logsum)
+    return scalars_from(student_max, student_logsum, target_max, target_logsum, student_gain)
 
 
 @triton.jit
-def scalars_from(student_max, student_logsum, target_max, target_logsum):
+def scalars_from(student_max, student_logsum, target_max, target_logsum, student_gain=None):
     """The RowScalars of one row from its four normalisers."""
     shift = (target_max - student_max) + (target_logsum - student_logsum)
     student_log2sum, target_log2sum = student_logsum * LOG2E, target_logsum * LOG2E
     return RowScalars(
         student_max, student_log2sum, target_max, target_log2sum, shift,
-        _line(student_max, student_log2sum), _line(target_max, target_log2sum),
+        _line(student_max, student_log2sum, student_gain), _line(target_max, target_log2sum, None),
     )  # fmt: skip
 
 
 @triton.jit
-def _line(row_max, log2sum):
+def _line(row_max, log2sum, gain):
     unit = tl.where(row_max < NOTHING, 0.0, LOG2E)
     row_max = tl.where(row_max < NOTHING, 0.0, row_max)
-    origin = fma(row_max, LOG2E, log2sum)
-    return Line(unit, origin, -(fma(row_max, LOG2E, -origin) + log2sum))
+    if gain is not None:
+        top = row_max / gain
+        log2sum = fma(fma(top, negative(gain), row_max), LOG2E, log2sum)
+        unit, row_max = unit * gain, top
+    origin = fma(row_max, unit, log2sum)
+    return Line(unit, origin, -(fma(row_max, unit, -origin) + log2sum))
 
 
 @triton.jit
@@ -128,7 +133,7 @@ def entries_from(
         log_p = fma(fma(s, gain, -scalars.student_max), LOG2E, -scalars.student_log2sum)
         log_q = fma(u - scalars.target_max, LOG2E, -scalars.target_log2sum)
     else:
-        log_p = fma(s, scalars.student_line.unit * gain, -scalars.student_line.origin)
+        log_p = fma(s, scalars.student_line.unit, -scalars.student_line.origin)
         log_q = fma(u, scalars.target_line.unit, -scalars.target_line.origin)
     p, q = tl.exp2(log_p), tl.exp2(log_q)
     if MASKED:  # a row that is LOGIT_FLOOR throughout is uniform, and the floor beyond the vocabulary would count

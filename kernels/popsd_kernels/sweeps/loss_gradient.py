@@ -17,6 +17,7 @@ import triton.language as tl
 from popsd_kernels import launch
 from popsd_kernels.checks import FLOAT32, check_output, check_rows, check_target, check_vector
 from popsd_kernels.device.divergence import FORWARD, JENSEN_SHANNON, REVERSE, coefficient_of, mode_of
+from popsd_kernels.device.logits import stream_gain
 from popsd_kernels.device.operands import gradient_operand, optional, student_operand, target_operand
 from popsd_kernels.device.probabilities import exact_logarithms, row_entries, row_scalars
 from popsd_kernels.device.row_loss import (
@@ -134,7 +135,7 @@ def row_loss_gradient_kernel(
     """One program per token: once over the row for the sums, then once more for the gradient unless ``one_read``."""
     row = tl.program_id(0)
     beta = tl.cast(beta, tl.float32)
-    scalars = row_scalars(statistics, row)
+    scalars = row_scalars(statistics, row, stream_gain(student) if target.gain is None else None)
     row_scale = 1.0
     if row_scale_ptr is not None:
         row_scale = tl.load(row_scale_ptr + row)

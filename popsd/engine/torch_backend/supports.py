@@ -57,8 +57,9 @@ def mark_disjoint(
     if there is one, with a gradient of 0.
 
     Without a clip the gradient of forward KL stays p − q. That of reverse KL does not exist, and is NaN. Where ``entry_clip``
-    caps what an entry adds, the KL alone is inf.
+    caps what an entry adds, the KL alone is inf. A row with a NaN keeps it: two heads are disjoint for every token.
     """
+    disjoint = disjoint & ~losses[RowLoss._fields.index("divergence")].isnan()
     values = {"student_kl" if options.beta == 1.0 else "target_kl": math.inf}
     if options.entry_clip is None:
         values |= {"divergence": math.inf}
