@@ -46,8 +46,8 @@ def per_token(loss_of, prompts):
 
 @pytest.mark.parametrize(("strength", "lora"), [(2.0, False), pytest.param(0.5, True, marks=pytest.mark.slow)])
 def test_beta_opsd_runs_no_reference(tmp_path, monkeypatch, lora, strength):
-    seen, real = [], frozen.hidden_states
-    monkeypatch.setattr(frozen, "hidden_states", lambda *args: seen.append(0) or real(*args))
+    seen, real = [], frozen.completion_states
+    monkeypatch.setattr(frozen, "completion_states", lambda *args: seen.append(0) or real(*args))
     trainer = build(
         tmp_path, lora=lora, loss_target="beta_opsd", pmi_beta=strength, per_device_train_batch_size=8, max_steps=1
     )
@@ -285,8 +285,8 @@ def module(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("module")
 def test_registered_targets_in_trainer_and_loop(tmp_path, monkeypatch, target, parameters, forwards, log_target):
     """The loss is the oracle's, no context is run in vain, and both take the same options."""
-    seen, real = [], frozen.hidden_states
-    monkeypatch.setattr(frozen, "hidden_states", lambda *args: seen.append(0) or real(*args))
+    seen, real = [], frozen.completion_states
+    monkeypatch.setattr(frozen, "completion_states", lambda *args: seen.append(0) or real(*args))
     trainer = build(
         tmp_path / "trl", per_device_train_batch_size=8, max_steps=1, loss_target=target, target_parameters=parameters
     )
