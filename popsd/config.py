@@ -109,7 +109,8 @@ class DivergenceConfig:
 class PurifiedConfig(DivergenceConfig):
     """The purified (PMI) target of arXiv 2607.02234 on top of the divergence: softmax(log π_0 + Δ̃/pmi_beta).
 
-    pmi_beta: > 0; Eq. 16. pmi_clip: > 0 or None; c of Δ̃ = c·tanh(Δ̄/c), Eq. 15; None leaves the tanh out.
+    pmi_beta: > 0; Eq. 16. pmi_clip: > 0 or None; c of Δ̃ = c·tanh(Δ̄/c), Eq. 15; None leaves the tanh out. The Triton
+        kernels take up to 1000.
     center: subtract the vocabulary mean of Δ_it, Eq. 14. Switching it off needs one more matmul: without centring the
         log-normalisers of teacher and reference no longer cancel.
     exact_difference: carry teacher − reference as a high and a low part (one more matmul on 16-bit inputs).

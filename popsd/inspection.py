@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from popsd.config import DivergenceConfig, Impl, Method, PurifiedConfig, TargetConfig
 from popsd.engine import validation
+from popsd.engine.backends import resolve_impl
 from popsd.engine.chunks.decomposition import decompose_hidden
 from popsd.engine.chunks.target import target_logits
 from popsd.engine.precision import eager, exact_matmuls
@@ -47,7 +48,9 @@ def purified_target_logits(
     vocab_size = validation.check_vocabulary(named, None, config)
     validation.check_finite(named, None, config, heads=None, vocab_size=vocab_size)
     impl = validation.checked_impl(impl, base_logits.device)
-    return target_logits(problem_of(streams, None, config, impl=impl)).unflatten(0, shape)
+    problem = problem_of(streams, None, config, impl=impl)
+    validation.check_pmi_clip(problem, resolve_impl(impl, base_logits.device))
+    return target_logits(problem).unflatten(0, shape)
 
 
 @torch.no_grad()

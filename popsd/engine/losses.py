@@ -124,6 +124,7 @@ def _loss(
         vocabulary=vocabulary,
     )
     validation.check_strategy(problem, resolve_impl(impl, device))
+    validation.check_pmi_clip(problem, resolve_impl(impl, device))
     betas = checks.checked_betas(beta, shape, device, config)
     loss, rows = divergence(problem) if betas is None else divergence_by_beta(problem, *betas)
     used = torch.ones_like(rows[0]) if weights is None else weights

@@ -195,6 +195,19 @@ def checked_strategy(strategy: Strategy | str) -> Strategy:
     return _member("strategy", strategy, _STRATEGIES)
 
 
+_LARGEST_CLIP = 1e3
+
+
+def check_pmi_clip(problem: Problem, impl: Impl) -> None:
+    """A tanh that the backend, resolved, has digits for. That of the kernels is off by 2e-7 of its bound, see `soft_clip`."""
+    clip = problem.row_options.pmi_clip
+    if impl is Impl.TRITON and clip is not None and clip > _LARGEST_CLIP:
+        raise ValueError(
+            f"pmi_clip: expected at most {_LARGEST_CLIP:g} with the Triton kernels, whose tanh is off by 2e-7 of it; got "
+            f"{clip:g}. Pass pmi_clip=None, which limits nothing, or impl='torch'."
+        )
+
+
 def check_strategy(problem: Problem, impl: Impl) -> None:
     """A strategy that can do this case. ``impl`` is resolved."""
     options, tensors = problem.options, problem.tensors

@@ -345,3 +345,19 @@ def test_head_logits(kind, dtype):
     assert relative_l2(popsd.head_logits(hidden, head), oracle.head_logits(hidden, head)) < 1e-5
     with pytest.raises(ValueError, match=r"hidden: expected shape \[N, 24\]"):
         popsd.head_logits(hidden[:, 1:], head)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_a_clip_that_the_kernels_have_no_digits_for_is_refused_by_them_alone():
+    """At 1e4 the loss was off by 6e-4 of itself."""
+    hidden, head, config = make_hidden(3, 16, 0.4), make_head(50, 16), PurifiedConfig(pmi_clip=1e4)
+    logits = [x @ head.weight.T for x in hidden]
+    for compute in (
+        lambda impl: popsd.linear_purified_jsd(hidden, head, config=config, impl=impl),
+        lambda impl: popsd.purified_jsd(*logits, config=config, impl=impl),
+        lambda impl: popsd.purified_target_logits(*logits[1:], config=config, impl=impl),
+    ):
+        compute("torch")
+        with pytest.raises(ValueError, match=r"pmi_clip: expected at most 1000 .*; got 10000. Pass pmi_clip=None"):
+            compute("triton")
+    popsd.purified_jsd(*logits, config=PurifiedConfig(pmi_clip=1e8), impl="triton")  # no tanh at all
