@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from popsd.config import DivergenceConfig, Impl, MaskConfig, Method, PurifiedConfig, Strategy, TargetConfig
 from popsd.engine.chunks.registry import checked_target
-from popsd.engine.problem import Problem
+from popsd.engine.problem import NO_CLIP, Problem
 from popsd.engine.tokens.checks import check_dense, may_look
 from popsd.head import Head, is_shared
 from popsd.outputs import HiddenStates
@@ -200,8 +200,8 @@ _LARGEST_CLIP = 1e3
 
 def check_pmi_clip(problem: Problem, impl: Impl) -> None:
     """A tanh that the backend, resolved, has digits for. That of the kernels is off by 2e-7 of its bound, see `soft_clip`."""
-    clip = problem.row_options.pmi_clip
-    if impl is Impl.TRITON and clip is not None and clip > _LARGEST_CLIP:
+    clip = problem.options.pmi_clip
+    if impl is Impl.TRITON and clip is not None and _LARGEST_CLIP < clip <= NO_CLIP:
         raise ValueError(
             f"pmi_clip: expected at most {_LARGEST_CLIP:g} with the Triton kernels, whose tanh is off by 2e-7 of it; got "
             f"{clip:g}. Pass pmi_clip=None, which limits nothing, or impl='torch'."
