@@ -64,6 +64,14 @@ def test_torch_agrees_with_the_oracle(call):
         impl="triton", options={"beta": 1.0, "center": False},
     )
 )  # fmt: skip
+# logits that one sweep rounds and the other does not
+@example(
+    replace(
+        PLAIN, function="linear_jsd", shape=(2,), vocab=40, dtype="bfloat16", seed=2573001211, size=1e4, pattern="impossible",
+        own=Head(scale=1.7), frozen=Head(softcap=5.0), needs=frozenset({"weight", "student"}), weighted=True, sampled=True,
+        workspace=0.002, impl="triton", options={"beta": 0.0, "entry_clip": 0.05},
+    )
+)  # fmt: skip
 def test_triton_agrees_with_the_oracle(call):
     if call.full["pmi_clip"] == 1e4:  # refused
         call = replace(call, options=call.options | {"pmi_clip": 40.0})
