@@ -154,19 +154,20 @@ def lse_accumulate_sum(x, step, top, total, VEC: tl.constexpr, gain, step_gain):
 
 
 @triton.jit
-def lse_finish(top, total, COUNT: tl.constexpr, gain=1.0):
-    """Merges the lanes into (max, log sum exp(gain * x - max)), natural logarithm, scalars.
+def lse_finish(top, total, COUNT: tl.constexpr, gain=None):
+    """Merges the lanes into (max, log sum exp(gain * x - max)), natural logarithm, scalars. gain: None is 1.
 
     A row of COUNT entries that are all -inf is uniform at LOGIT_FLOOR, as flooring each of them would make it.
     """
-    unit, row_top = gain * LOG2E, tl.max(top, axis=0)
+    unit, row_top = LOG2E if gain is None else gain * LOG2E, tl.max(top, axis=0)
     origin = rounded_product(row_top, unit)
     row_sum = tl.sum(total * tl.exp2(rounded_product(top, unit) - origin), axis=0)
     impossible = row_sum == 0.0
-    row_max = tl.where(impossible, LOGIT_FLOOR, row_top * gain)
+    row_max = tl.where(impossible, LOGIT_FLOOR, row_top if gain is None else row_top * gain)
     # the largest entry's own summand: where it is the whole sum, their quotient is 1 to the last bit
     peak = fma(row_top, unit, -origin)
     logsum = tl.log(tl.where(impossible, 1.0 * COUNT, row_sum / tl.exp2(peak)))
-    # of the natural logarithm, not of the exponents: their unit is rounded too, by 3e-3 at a logit of 5e4 under a gain of 1.7
-    rounding = tl.where(impossible, 0.0, fma(row_top, gain, negative(row_max)))
-    return row_max, rounding + logsum
+    if gain is not None:
+        # that of row_max, not of the exponents: their unit is rounded too, by 3e-3 at a logit of 5e4 under a gain of 1.7
+        logsum += tl.where(impossible, 0.0, fma(row_top, gain, negative(row_max)))
+    return row_max, logsum

@@ -81,14 +81,15 @@ def scalars_from(student_max, student_logsum, target_max, target_logsum, student
 
 @triton.jit
 def _line(row_max, log2sum, gain):
-    unit = tl.where(row_max < NOTHING, 0.0, LOG2E)
+    slope = LOG2E if gain is None else LOG2E * gain
+    unit = tl.where(row_max < NOTHING, 0.0, slope)
     row_max = tl.where(row_max < NOTHING, 0.0, row_max)
     if gain is not None:
         top = row_max / gain
         log2sum = fma(fma(top, negative(gain), row_max), LOG2E, log2sum)
-        unit, row_max = unit * gain, top
-    origin = fma(row_max, unit, log2sum)
-    return Line(unit, origin, -(fma(row_max, unit, -origin) + log2sum))
+        row_max = top
+    origin = fma(row_max, slope, log2sum)
+    return Line(unit, origin, -(fma(row_max, slope, -origin) + log2sum))
 
 
 @triton.jit
