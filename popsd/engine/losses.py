@@ -123,8 +123,9 @@ def _loss(
         workspace_mib=workspace_mib,
         vocabulary=vocabulary,
     )
-    validation.check_strategy(problem, resolve_impl(impl, device))
-    validation.check_pmi_clip(problem, resolve_impl(impl, device))
+    backend = resolve_impl(impl, device)
+    validation.check_strategy(problem, backend)
+    validation.check_pmi_clip(problem, backend)
     betas = checks.checked_betas(beta, shape, device, config)
     loss, rows = divergence(problem) if betas is None else divergence_by_beta(problem, *betas)
     used = torch.ones_like(rows[0]) if weights is None else weights

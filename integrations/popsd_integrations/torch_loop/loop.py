@@ -235,7 +235,6 @@ def _train(
             metrics |= {"grad_norm": norm, "step_refused": float(refused)}
             metrics |= _completion_metrics(everybodys, tokenizer, sampler.eos_token_id, config)
             metrics |= {"seconds/generate": generated - began, "seconds/update": time.perf_counter() - generated}
-            taken = {"step_time": time.perf_counter() - began}
             metrics["forwards/padding_share"] = 1 - run / positions
             metrics["forwards/tokens_per_second"] = run / metrics["seconds/update"]
             ending = any(asked for _, asked in of_all)
@@ -245,7 +244,8 @@ def _train(
             history.append(metrics)
             log.write(json.dumps(metrics) + "\n")
             log.flush()
-            for line in lines(metrics | taken, step + 1, config.steps) if progress else ():
+            taken = metrics["seconds/generate"] + metrics["seconds/update"]  # without the evaluation
+            for line in lines(metrics | {"step_time": taken}, step + 1, config.steps) if progress else ():
                 bar.write(line)
             if last or ending or _due(step, config.checkpoint_every):
                 checksum.check()

@@ -6,12 +6,12 @@ on CPU, so the world size and the engine are asserted here.
 
 import json
 import os
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_as_rank
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from trl_helpers import LORA, ROWS, FixedTrainer, build, logs, tiny
@@ -147,7 +147,4 @@ def main(engine, kind, folder):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(*sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort the interpreter's own way out
+    run_as_rank(main)

@@ -1,11 +1,10 @@
 """What torchrun starts for test_fast_jsd.py: TRL's GKDTrainer under DDP with its own loss, then with popsd's."""
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_as_rank
 from gkd_helpers import gkd
 from torch.nn.parallel import DistributedDataParallel
 from trl_helpers import logs
@@ -33,7 +32,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(*sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort the interpreter's own way out
+    run_as_rank(main)

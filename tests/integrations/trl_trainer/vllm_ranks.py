@@ -1,11 +1,11 @@
 """What torchrun starts for test_vllm_engines.py: two processes under DDP, and one engine whose weights they share out."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
 import vllm_on_cpu  # noqa: F401
+from forked import run_as_rank
 from test_vllm_engines import Noting, trainer_of
 from vllm import LLM
 from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
@@ -55,6 +55,4 @@ def main(model, folder):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort the interpreter's own way out
+    run_as_rank(main)
